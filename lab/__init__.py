@@ -1,0 +1,1 @@
+"""The floor every run stands on: command line, config, device, run folder, tracking, checkpoints."""

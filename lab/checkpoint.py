@@ -1,0 +1,207 @@
+"""Checkpoints: atomic, hashed, self-describing and safe to load.
+
+    checkpoints/
+      step_000100000/     manifest.json  state.json  model.safetensors  ...
+      latest -> step_000100000
+      best/               weights with the highest evaluation so far
+      shared/             files several checkpoints use, e.g. segments of the replay memory
+
+A checkpoint is written into a folder aside, synced, and renamed: it is there whole or not at all. Its
+manifest holds the size and SHA-256 of every file it needs, its own and the shared ones; all are checked
+before anything is loaded. Tensors are safetensors, all else is JSON: loading one runs no code.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.errors import LabError
+from lab.files import explain_write_errors, read_json, sha256_file, sync_folder
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    path: Path
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, "torch.Tensor"]:
+        """The tensors of `name`.safetensors, on the CPU."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / f"{name}.safetensors")
+
+
+def step_name(step: int) -> str:
+    """The folder name of the checkpoint at `step`; names sort as steps do."""
+    return f"step_{step:012d}"
+
+
+def save(
+    root: Path,
+    name: str,
+    tensors: Mapping[str, Mapping[str, "torch.Tensor"]],
+    state: Mapping[str, Any],
+    shared: Sequence[Path] = (),
+) -> Path:
+    """Writes the checkpoint `name` under `root` and returns its folder; replaces one of that name.
+
+    Args:
+        root: the run's `checkpoints/` folder.
+        name: folder name, e.g. `step_name(step)` or "best".
+        tensors: file stem -> tensor name -> tensor.
+        state: JSON values.
+        shared: files under `root` that this checkpoint also needs, already written and synced.
+
+    Raises:
+        LabError: it cannot be written (disk full, no permission). Earlier checkpoints stay as they were.
+    """
+    from safetensors.torch import save_file
+
+    aside = root / f".writing-{name}"
+    with explain_write_errors(
+        str(root / name), f"{_kept(root)} Free some space, then continue with --resume."
+    ):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for stem, group in tensors.items():
+                flat = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+                try:
+                    save_file(flat, aside / f"{stem}.safetensors")
+                except Exception as error:  # safetensors wraps the system's error in its own class
+                    raise OSError(0, str(error)) from error
+            (aside / "state.json").write_text(json.dumps(state, allow_nan=False))
+            files = {file.name: _fingerprint(file) for file in sorted(aside.iterdir())}
+            files |= {os.path.relpath(file, root / name): _fingerprint(file) for file in shared}
+            (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
+            for file in aside.iterdir():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            sync_folder(aside)
+            if (root / name).exists():
+                old = root / f".replaced-{name}"
+                shutil.rmtree(old, ignore_errors=True)
+                (root / name).rename(old)
+                aside.rename(root / name)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                aside.rename(root / name)
+            sync_folder(root)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    return root / name
+
+
+def point(root: Path, link: str, name: str) -> None:
+    """Makes the relative link `root/link` point at `name`, atomically."""
+    aside = root / f".{link}.tmp"
+    with explain_write_errors(str(root / link), "Free some space, then continue with --resume."):
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(name, target_is_directory=True)
+        aside.replace(root / link)
+        sync_folder(root)
+
+
+def steps(root: Path) -> list[Path]:
+    """The complete step checkpoints under `root`, oldest first."""
+    return sorted(path for path in root.glob("step_*") if (path / "manifest.json").exists())
+
+
+def prune(root: Path, keep: int) -> None:
+    """Removes all but the `keep` newest step checkpoints, and shared files none of the rest needs."""
+    for old in steps(root)[:-keep]:
+        doomed = root / f".deleting-{old.name}"
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    needed: set[Path] = set()
+    for path in steps(root):
+        needed |= {(path / file).resolve() for file in _manifest(path)["files"]}
+    for file in (root / "shared").rglob("*") if (root / "shared").exists() else ():
+        if file.is_file() and file.resolve() not in needed:
+            file.unlink(missing_ok=True)
+
+
+def clean_up(root: Path) -> None:
+    """Removes what an interrupted save or prune left behind."""
+    for path in root.glob(".*"):
+        if path.name.startswith((".writing-", ".replaced-", ".deleting-")):
+            replaced = root / path.name.removeprefix(".replaced-")
+            if path.name.startswith(".replaced-") and not replaced.exists():
+                path.rename(replaced)  # killed between the two renames: the old one is still the one
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def find(root: Path, which: str = "latest") -> Path | None:
+    """The folder of checkpoint `which`: a name, "best", or "latest" (the newest complete step)."""
+    if which == "latest":
+        return next(iter(reversed(steps(root))), None)
+    path = root / which
+    return path if path.exists() else None
+
+
+def load(path: Path) -> Checkpoint:
+    """Verifies a checkpoint folder, every file against its hash, and reads its state.
+
+    Raises:
+        LabError: something is missing, truncated or altered.
+    """
+    others = [other.name for other in steps(path.parent) if other.name != path.name]
+    remedy = (
+        f"Delete {path} to go back to {others[-1]}."
+        if others and path.name.startswith("step_")
+        else "Train again, or restore the file from a copy."
+    )
+    if not path.is_dir():
+        raise LabError(f"{path}: no such checkpoint. {remedy}")
+    for file, expected in _manifest(path, remedy)["files"].items():
+        target = path / file
+        if not target.is_file():
+            raise LabError(f"{target}: missing from the checkpoint. {remedy}")
+        size = target.stat().st_size
+        if size != expected["bytes"]:
+            raise LabError(f"{target}: truncated: {size} of {expected['bytes']} bytes. {remedy}")
+        if sha256_file(target) != expected["sha256"]:
+            raise LabError(f"{target}: altered: its SHA-256 is not the one in manifest.json. {remedy}")
+    return Checkpoint(path, read_json(path / "state.json", "a checkpoint's state"))
+
+
+def weights_hash(path: Path) -> str:
+    """SHA-256 of the weights in a checkpoint, as its manifest has it: how a later run names its parent."""
+    return _manifest(path)["files"]["model.safetensors"]["sha256"]
+
+
+def _manifest(path: Path, remedy: str = "Restore it from a copy.") -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise LabError(
+                f"{path}: written in checkpoint format {manifest['format']}, this version reads {FORMAT}. "
+                "Use the version of the lab named in run.json."
+            )
+        return manifest
+    except FileNotFoundError:
+        raise LabError(f"{path}: no checkpoint: it has no manifest.json. {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise LabError(f"{path / 'manifest.json'}: damaged. {remedy}") from None
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
+def _kept(root: Path) -> str:
+    newest = find(root)
+    return f"The checkpoint {newest.name} is whole." if newest else "No earlier checkpoint was harmed."

@@ -1,0 +1,223 @@
+"""The command `lab`.
+
+Imports here are light: help and every error come within a second, torch is loaded when it is needed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lab.errors import LabError
+
+KINDS = ("algorithms", "backbones", "configs", "games")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are `LabError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LabError(f"command line: {message}. See `{self.prog} --help`.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for anything the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lab: stopped at once. Continue the run with --resume.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `lab list | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _build_parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and options.command != "train":
+        raise LabError(
+            f"command line: unknown argument {overrides[0]!r}. See `lab {options.command} --help`."
+        )
+    options.overrides = overrides
+    return options.do(options)
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(
+        prog="lab",
+        description="Train, evaluate and watch deep-RL agents. Every run is a folder below runs/.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, do: Any, text: str, **kwargs: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **kwargs)
+        sub.set_defaults(do=do)
+        return sub
+
+    def run_argument(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run", type=Path, metavar="RUN", help="a run folder, e.g. runs/pong")
+        sub.add_argument(
+            "--checkpoint", default="best", help="best (default), latest, or a folder in checkpoints/"
+        )
+
+    train = command(
+        "train",
+        _train,
+        "Train what a config describes.",
+        usage="lab train CONFIG [--out DIR] [--resume] [--print_config] [--KEY=VALUE ...]",
+        epilog="Any key of the config can be overridden: lab train configs/rl/pong.yaml --agent.n_step=3 "
+        "--seed=1. `lab train CONFIG --print_config` shows them all.",
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, or a run folder to resume")
+    train.add_argument("--out", type=Path, metavar="DIR", help="the run folder; default runs/<name>")
+    train.add_argument("--resume", action="store_true", help="continue the run in the run folder")
+    train.add_argument("--print_config", action="store_true", help="show the resolved config and stop")
+
+    evaluate = command("evaluate", _evaluate, "Play whole games with a trained agent and report raw scores.")
+    run_argument(evaluate)
+    evaluate.add_argument("--episodes", type=_count, help="games to play; default as in the run's config")
+    evaluate.add_argument(
+        "--epsilon", type=_probability, help="probability of a random action, e.g. 0.05 as Mnih et al. 2015"
+    )
+    evaluate.add_argument("--seed", type=int, help="seed of the first game; game i has seed + i")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    play = command("play", _play, "Film a trained agent, its Q-values drawn beside the screen.")
+    run_argument(play)
+    play.add_argument("--out", type=Path, help="the mp4; default media/play.mp4 in the run folder")
+    play.add_argument("--seed", type=int, default=0, help="seed of the game (0)")
+    play.add_argument("--epsilon", type=_probability, default=0.001, help="chance of a random action (0.001)")
+    play.add_argument("--max_steps", type=_count, default=27_000, help="agent steps at most (the whole game)")
+
+    export = command("export", _export, "Write a trained agent for another library.")
+    run_argument(export)
+    export.add_argument(
+        "--format", choices=["sb3"], default="sb3", help="sb3: a zip for stable_baselines3.DQN.load"
+    )
+    export.add_argument("--out", type=Path, help="the file; default <run>/agent_sb3.zip")
+
+    listing = command("list", _list, "Show the configs, backbones, games and algorithms there are.")
+    listing.add_argument(
+        "kind", nargs="?", choices=KINDS, metavar="KIND", help=f"only one of {', '.join(KINDS)}"
+    )
+    listing.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from lab import config, pipeline
+
+    folder: Path | None = options.out
+    if (options.config / "run.json").exists():
+        from lab.run import Run
+
+        if not options.resume:
+            raise LabError(f"{options.config}: is a run. Add --resume to continue it, or name a .yaml file.")
+        folder = folder or options.config
+        source = str(options.config / "run.json")
+        values = dict(Run.open(options.config).info["config"])
+    else:
+        source = str(options.config)
+        values = config.read_yaml(options.config)
+    overrides = config.split_overrides(options.overrides)
+    merged = config.merge(values, config.nest(overrides))
+    chosen = pipeline.find(merged.get("pipeline", "rl"), source)
+    resolved = config.build(chosen.config_class(merged, source), values, overrides, source)
+    if options.print_config:
+        print(config.to_yaml(resolved), end="")
+        return 0
+    chosen.train(resolved, folder, options.resume)
+    return 0
+
+
+def _pipeline_of(folder: Path) -> Any:
+    from lab import pipeline
+    from lab.run import Run
+
+    return pipeline.find(Run.open(folder).info["pipeline"], str(folder / "run.json"))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    chosen = _pipeline_of(options.run)
+    result = chosen.evaluate(options.run, options)
+    print(json.dumps(result) if options.json else chosen.describe_evaluation(result))
+    return 0
+
+
+def _play(options: argparse.Namespace) -> int:
+    result = _pipeline_of(options.run).play(options.run, options)
+    end = "game over" if result["ended"] else "film ended before the game"
+    print(f"{result['path']}: score {result['return']:g} in {result['steps']} agent steps ({end})")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    print(_pipeline_of(options.run).export(options.run, options))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from lab.pipeline import catalogue
+
+    kinds = [options.kind] if options.kind else list(KINDS)
+    found = {kind: _configs() if kind == "configs" else catalogue(kind) for kind in kinds}
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    from rich.columns import Columns
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    for kind, names in found.items():
+        console.print(f"{kind} ({len(names)})", style="bold")
+        if kind == "configs":
+            for name in names:
+                console.print(f"  {name:<34} {_first_comment(Path(name))}", soft_wrap=True)
+        else:
+            console.print(Columns([f"  {name}" for name in names], column_first=True))
+    return 0
+
+
+def _configs() -> list[str]:
+    """The configs below ./configs, else those that came with the lab."""
+    folder = Path("configs")
+    if not folder.is_dir():
+        folder = Path(__file__).resolve().parent.parent / "configs"
+    return [str(path) for path in sorted(folder.rglob("*.yaml"))]
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[:1]
+    return first[0].lstrip("# ") if first and first[0].startswith("#") else ""
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def _probability(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{number} is no probability between 0 and 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

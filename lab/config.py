@@ -1,0 +1,264 @@
+"""YAML plus dotted overrides -> one frozen, typed config.
+
+A config is a tree of frozen keyword-only dataclasses that stand beside their owner. This file reads the
+YAML, lays the overrides over it, checks every key against the tree, and lets jsonargparse check and
+convert the values. Whatever is wrong becomes one `LabError` line naming the place, the key and the remedy.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lab.errors import LabError, did_you_mean
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `5e-4` as a string; people mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parses one YAML text; `source` names it in the error."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}, line {mark.line + 1}" if mark else source
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise LabError(f"{where}: not valid YAML: {problem}. Correct that line.") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a config file.
+
+    Raises:
+        LabError: the file is missing, a folder, unreadable, or no YAML mapping.
+    """
+    if path.is_dir():
+        raise LabError(f"{path}: is a folder, not a config file. Name a .yaml file, e.g. {_example(path)}.")
+    if not path.exists():
+        nearby = [str(p) for p in Path("configs").rglob("*.yaml")]
+        by_name = [p for p in nearby if Path(p).stem == path.stem]
+        hint = f" Did you mean {by_name[0]!r}?" if by_name else did_you_mean(str(path), nearby)
+        raise LabError(f"{path}: no such config file.{hint} `lab list` shows the configs.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabError(f"{path}: cannot be read as text: {error}. Name a YAML file.") from None
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise LabError(f"{path}: a config is a mapping of keys to values, this is {_kind(raw)}.")
+    return raw
+
+
+def split_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Turns `--a.b=1 --c 2` into `{"a.b": 1, "c": 2}`; the values are read as YAML."""
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise LabError(f"command line: unexpected {argument!r}. Overrides look like --seed=1.")
+        key, equals, text = argument[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise LabError(f"command line: --{key} has no value. Write --{key}=VALUE.")
+            text = rest.pop(0)
+        overrides[key] = parse_yaml(text, f"command line, --{key}")
+    return overrides
+
+
+def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` -> `{"a": {"b": 1}}`."""
+    tree: dict[str, Any] = {}
+    for key, value in overrides.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise LabError(f"command line: --{key} and --{parent} contradict each other. Keep one.")
+        node[leaf] = value
+    return tree
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lays `over` over `base`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def build(root: type[T], file_values: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> T:
+    """Builds the frozen dataclass `root` from a file's values and dotted overrides.
+
+    Args:
+        root: a frozen dataclass, possibly of dataclasses.
+        file_values: what the YAML file said.
+        overrides: dotted keys to values, as `split_overrides` returns them.
+        source: the file's name, for errors.
+
+    Raises:
+        LabError: unknown key, wrong type or impossible combination.
+    """
+    over = nest(overrides)
+    _check_keys(root, file_values, source, ())
+    _check_keys(root, over, "command line", ())
+    values = _whole_floats_to_ints(root, merge(file_values, over))
+    return _parse(root, values, source, overrides)
+
+
+def _parse(root: type[T], values: dict[str, Any], source: str, overrides: Mapping[str, Any]) -> T:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(root)
+    try:
+        return root(**vars(parser.instantiate_classes(parser.parse_object(values))))
+    except (Exception, SystemExit) as error:
+        raise LabError(_one_line(error, values, source, overrides)) from None
+
+
+def _one_line(error: BaseException, values: dict[str, Any], source: str, overrides: Mapping[str, Any]) -> str:
+    """Says of a rejected value where it stands, what it is and what is wanted."""
+    cause = error
+    while cause.__cause__ is not None or cause.__context__ is not None:
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+        if isinstance(cause, ConfigError):
+            break
+    if isinstance(cause, ConfigError):
+        error = cause
+    text = " ".join(str(error).split())
+    key_match = re.search(r'key "([\w.]+)"', text)
+    key = key_match.group(1) if key_match else getattr(error, "key", "")
+    where = "command line" if any(k == key or k.startswith(key + ".") for k in overrides if key) else source
+    if isinstance(error, ConfigError):
+        return f"{where}: {error}"
+    value: Any = values
+    for part in key.split("."):
+        value = value.get(part, "?") if isinstance(value, dict) else "?"
+    wanted = re.search(r"Expected an? (<class '(\w+)'>|[^.:]+)", text)
+    want = (wanted.group(2) or wanted.group(1)) if wanted else ""
+    if not want:
+        choices = re.search(r"(?:accepted values|invalid choice)[^:]*: (.+)", text)
+        want = choices.group(1) if choices else text
+    return f"{where}: {key} = {value!r} is not valid. Expected {want}."
+
+
+class ConfigError(ValueError):
+    """Raised by a config's `__post_init__`; `key` says which value is impossible."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.key = key
+
+
+def require(condition: bool, key: str, message: str) -> None:
+    """Raises `ConfigError` for `key` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(key, message)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML that `lab train` accepts again."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def config_hash(values: Mapping[str, Any], without: Sequence[str] = ("seed", "name")) -> str:
+    """Eight hex digits naming a config but for its seed and name: runs alike but for these share it."""
+    kept = {key: value for key, value in values.items() if key not in without}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys on which two configs differ, each with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _check_keys(cls: type, values: Any, source: str, path: tuple[str, ...]) -> None:
+    """Raises for the first key that `cls` does not have, naming the nearest it has."""
+    here = ".".join(path)
+    if not isinstance(values, Mapping):
+        example = next(iter(_hints(cls)))
+        raise LabError(
+            f"{source}: {here} = {values!r} is not valid. Expected a group of keys such as {here}.{example}."
+        )
+    hints = _hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            full = ".".join((*path, str(key)))
+            everywhere = list(_all_keys(cls, path))
+            hint = did_you_mean(full, everywhere) or did_you_mean(str(key), hints)
+            group = f"in {here}" if here else "at the top level"
+            raise LabError(f"{source}: unknown key {full!r}.{hint} Keys {group}: {', '.join(hints)}.")
+        if dataclasses.is_dataclass(hints[key]):
+            _check_keys(typing.cast(type, hints[key]), value, source, (*path, str(key)))
+
+
+def _all_keys(cls: type, path: tuple[str, ...]) -> typing.Iterator[str]:
+    for key, hint in _hints(cls).items():
+        yield ".".join((*path, key))
+        if dataclasses.is_dataclass(hint):
+            yield from _all_keys(typing.cast(type, hint), (*path, key))
+
+
+def _whole_floats_to_ints(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`total_steps: 1e6` means the integer; jsonargparse would refuse the float."""
+    converted = dict(values)
+    for key, value in values.items():
+        hint = _hints(cls)[key]
+        if dataclasses.is_dataclass(hint):
+            converted[key] = _whole_floats_to_ints(typing.cast(type, hint), value)
+        elif isinstance(value, float) and value.is_integer() and _takes_only_int(hint):
+            converted[key] = int(value)
+    return converted
+
+
+def _takes_only_int(hint: Any) -> bool:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return int in options and float not in options
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"
+
+
+def _example(folder: Path) -> str:
+    return str(next(iter(sorted(folder.rglob("*.yaml"))), "configs/rl/pong.yaml"))

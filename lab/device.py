@@ -1,0 +1,124 @@
+"""Which device and number format a run computes on, and why; never a silent downgrade."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lab.config import require
+from lab.errors import LabError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """Where and how to compute."""
+
+    device: str = "auto"
+    """auto takes cuda, then mps, then cpu; a named device that is missing is an error."""
+    precision: str = "auto"
+    """auto computes in bf16 where the hardware multiplies it natively, else in fp32."""
+    threads: int = 0
+    """CPU threads for torch; 0 takes all cores, at most 4. CPU results are exact per thread count."""
+
+    def __post_init__(self) -> None:
+        base = self.device.partition(":")[0]
+        require(base in DEVICES, "device.device", f"{self.device!r} is none of {', '.join(DEVICES)}")
+        require(
+            self.precision in PRECISIONS,
+            "device.precision",
+            f"{self.precision!r} is none of {', '.join(PRECISIONS)}",
+        )
+        require(self.threads >= 0, "device.threads", "must be 0 (choose for me) or more")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The outcome of a `DeviceConfig` on this machine."""
+
+    device: "torch.device"
+    precision: str
+    threads: int
+    reason: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context a forward pass runs in."""
+        return autocast(self.device.type, self.precision)
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json keeps."""
+        return {
+            "device": str(self.device),
+            "precision": self.precision,
+            "threads": self.threads,
+            "reason": self.reason,
+        }
+
+
+def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bf16, or nothing for fp32. The meta device has no autocast and never gets one."""
+    import torch
+
+    if precision == "fp32" or device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, torch.bfloat16)
+
+
+def quiet_threads() -> None:
+    """Makes idle OpenMP threads sleep instead of spin; must run before torch is imported.
+
+    Spinning threads on a shared machine make two threads several times slower than one.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+def resolve(config: DeviceConfig) -> Compute:
+    """Chooses device, number format and thread count, and sets torch's thread count.
+
+    Raises:
+        LabError: a device was named that this machine or this torch does not have.
+    """
+    import torch
+
+    wanted = config.device
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        name = next(device for device, there in available.items() if there)
+        missing = [device for device in ("cuda", "mps") if not available[device]]
+        reason = f"auto: {name}" + (
+            f", because there is no {' and no '.join(missing)}" if name == "cpu" else ""
+        )
+    else:
+        name, reason = wanted, f"{wanted}: named in the config"
+        if not available[wanted.partition(":")[0]]:
+            build = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+            raise LabError(
+                f"device.device = {wanted!r}: not available here (torch {torch.__version__} is {build}). "
+                "Use --device.device=auto."
+            )
+    device = torch.device(name)
+    native = _multiplies_bf16(device.type)
+    precision = ("bf16" if native else "fp32") if config.precision == "auto" else config.precision
+    if config.precision == "auto":
+        reason += f"; {precision}, because this {device.type} {'has' if native else 'lacks'} native bf16"
+    threads = config.threads or min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1), 4
+    )
+    torch.set_num_threads(threads)
+    return Compute(device, precision, threads, reason)
+
+
+def _multiplies_bf16(device_type: str) -> bool:
+    import torch
+
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return False

@@ -1,0 +1,64 @@
+"""What a kind of training offers the command line, and how the command line finds it.
+
+Pipelines register themselves as entry points (`lab.pipelines` in pyproject.toml), so that the floor
+imports none of the rooms above it.
+"""
+
+import importlib.metadata
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from lab.errors import LabError, did_you_mean
+
+
+class Pipeline(Protocol):
+    """One kind of training. Its methods import what is heavy only when called."""
+
+    def config_class(self, values: Mapping[str, Any], source: str) -> type:
+        """The frozen dataclass for these raw config values."""
+        ...
+
+    def train(self, config: Any, folder: Path | None, resume: bool) -> None:
+        """Trains into `folder`; None takes runs/<name of the config>."""
+        ...
+
+    def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
+        """Evaluates a run; returns one JSON object."""
+        ...
+
+    def describe_evaluation(self, result: Mapping[str, Any]) -> str:
+        """The result of `evaluate` for people."""
+        ...
+
+    def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
+        """Films a run's agent; returns one JSON object with the film's `path`."""
+        ...
+
+    def export(self, folder: Path, options: Namespace) -> Path:
+        """Writes a run's agent for another library."""
+        ...
+
+
+def find(name: Any, source: str) -> Pipeline:
+    """The pipeline called `name`, the value of the config's `pipeline` key.
+
+    Raises:
+        LabError: there is none; `source` says where the name stood.
+    """
+    points = {point.name: point for point in importlib.metadata.entry_points(group="lab.pipelines")}
+    if name not in points:
+        raise LabError(
+            f"{source}: pipeline = {name!r}: no such pipeline.{did_you_mean(str(name), points)} "
+            f"Known: {', '.join(sorted(points))}."
+        )
+    return points[name].load()
+
+
+def catalogue(kind: str) -> list[str]:
+    """What `lab list KIND` shows, from the entry points of the group `lab.catalogue`."""
+    for point in importlib.metadata.entry_points(group="lab.catalogue"):
+        if point.name == kind:
+            return list(point.load()())
+    return []

@@ -1,0 +1,250 @@
+"""A run is a folder: everything needed to know, resume, compare or publish it lies inside.
+
+runs/pong/
+  run.json          what ran, from what, on what, in which state, and how it ended
+  metrics.jsonl     every number, one JSON row a line
+  checkpoints/      see lab.checkpoint
+  media/            curves and films
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from lab import checkpoint
+from lab.errors import LabError, did_you_mean
+from lab.files import explain_write_errors, read_json, write_json
+from lab.tracking import Tracker, rewind, scrub, scrub_argv
+
+PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "ale-py", "wandb", "safetensors")
+STATES = ("running", "finished", "failed", "interrupted")
+
+
+class Run:
+    """An open run folder. Create one with `Run.create` or `Run.resume`."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        self.folder, self.info = folder, info
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        pipeline: str,
+        job_type: str,
+        name: str,
+        group: str,
+        x_axis: str,
+        compute: Mapping[str, Any],
+        parents: Iterable[Mapping[str, str]] = (),
+    ) -> "Run":
+        """Starts a new run in `folder`.
+
+        Raises:
+            LabError: the folder already holds a run or other files, or cannot be written.
+        """
+        if (folder / "run.json").exists():
+            raise LabError(
+                f"{folder}: already holds a run. Continue it with --resume, or choose another folder with --out."
+            )
+        if folder.is_file() or (folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir())):
+            raise LabError(f"{folder}: is not empty and no run. Choose another folder with --out.")
+        info = {
+            "id": secrets.token_hex(4),
+            "name": name,
+            "group": group,
+            "pipeline": pipeline,
+            "job_type": job_type,
+            "x_axis": x_axis,
+            "state": "running",
+            "seed": config.get("seed"),
+            "config": scrub(dict(config)),
+            "compute": dict(compute),
+            "parents": [dict(parent) for parent in parents],
+            "git": _git_state(),
+            "packages": _package_versions(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "sessions": [],
+            "summary": {},
+        }
+        run = cls(folder, info)
+        with explain_write_errors(str(folder), "Choose a folder you may write to with --out."):
+            for part in ("checkpoints", "media"):
+                (folder / part).mkdir(parents=True, exist_ok=True)
+            run._take_lock()
+            run._begin_session()
+        return run
+
+    @classmethod
+    def resume(cls, folder: Path) -> "Run":
+        """Opens the run in `folder` to continue it.
+
+        Raises:
+            LabError: there is no run, or another process is running it.
+        """
+        if not (folder / "run.json").exists():
+            raise LabError(
+                f"{folder}: no run to resume. Leave --resume out to start one.{_nearest_run(folder)}"
+            )
+        run = cls(folder, read_json(folder / "run.json", "the record of the run"))
+        run._take_lock()
+        checkpoint.clean_up(run.checkpoints)
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """Opens a run to read it: nothing is written or locked."""
+        if not (folder / "run.json").exists():
+            raise LabError(f"{folder}: no run: there is no run.json in it.{_nearest_run(folder)}")
+        return cls(folder, read_json(folder / "run.json", "the record of the run"))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def media(self) -> Path:
+        return self.folder / "media"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def continue_from(self, metrics_bytes: int) -> None:
+        """Marks the run as running again, its metrics cut back to where the checkpoint was taken."""
+        rewind(self.metrics, metrics_bytes)
+        with explain_write_errors(str(self.folder / "run.json"), "Free some space and try again."):
+            self._begin_session()
+
+    def tracker(
+        self, mode: str, why: str, project: str, entity: str | None, tags: list[str] | None
+    ) -> Tracker:
+        """The tracker of this session, its W&B mode recorded."""
+        identity = {
+            "project": project,
+            "entity": entity,
+            "id": self.info["id"],
+            "name": self.info["name"],
+            "group": self.info["group"],
+            "job_type": self.info["job_type"],
+            "tags": tags or [],
+        }
+        config = {
+            **self.info["config"],
+            "x_axis": self.info["x_axis"],
+            "parents": self.info["parents"],
+            "compute": self.info["compute"],
+        }
+        tracker = Tracker(self.folder, config, mode, identity)
+        self.update(wandb={"mode": tracker.mode, "why": why, "project": project, "entity": entity})
+        return tracker
+
+    def update(self, **fields: Any) -> None:
+        """Changes fields of run.json, atomically."""
+        self.info |= fields
+        write_json(self.folder / "run.json", self.info)
+
+    def summarize(self, **values: Any) -> None:
+        """Adds values to the summary in run.json."""
+        self.update(summary={**self.info["summary"], **values})
+
+    @contextlib.contextmanager
+    def recording_its_end(self) -> Iterator[None]:
+        """Writes the state `failed` and the reason if the block raises; the block sets all other ends."""
+        try:
+            yield
+        except BaseException as error:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # On a full disk even this may fail: the run then stays `running`, and can be resumed.
+            with contextlib.suppress(OSError):
+                self.end("failed", error=f"{type(error).__name__}: {line}")
+            raise
+        finally:
+            self._release_lock()
+
+    def end(self, state: str, **fields: Any) -> None:
+        """Records how this session ended."""
+        assert state in STATES
+        self.info["sessions"][-1] |= {"ended": _now(), "state": state, **fields}
+        self.update(state=state)
+
+    def _begin_session(self) -> None:
+        self.info["sessions"].append(
+            {
+                "started": _now(),
+                "argv": scrub_argv(sys.argv),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            }
+        )
+        self.update(state="running")
+
+    def _take_lock(self) -> None:
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            import fcntl
+        except ImportError:  # Windows has no flock; two processes in one folder are then not caught
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pid = (self.info["sessions"] or [{}])[-1].get("pid", "?")
+            raise LabError(
+                f"{self.folder}: is running just now (process {pid}). Wait for it, or stop it first."
+            ) from None
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()  # closing releases it; a killed process releases it too
+            self._lock = None
+
+
+def folder_name(name: str) -> str:
+    """A run name as a folder name."""
+    return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "run"
+
+
+def _nearest_run(folder: Path) -> str:
+    runs = sorted(str(path.parent) for path in folder.parent.glob("*/run.json"))
+    return did_you_mean(str(folder), runs) if runs else ""
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _git_state() -> dict[str, Any]:
+    """The commit of the lab's own code, and whether it was changed since."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(root), *arguments), capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,262 @@
+"""One tracker: metrics.jsonl first, Weights & Biases as its mirror.
+
+Every row goes to `metrics.jsonl` before W&B hears of it; whatever happens to W&B (no key, no server, its
+service process dead), training goes on and no number is lost. There is never a prompt.
+"""
+
+import contextlib
+import json
+import math
+import netrc
+import os
+import re
+import socket
+import sys
+import time
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lab.config import require
+from lab.errors import LabError
+from lab.files import explain_write_errors
+
+MODES = ("auto", "online", "offline", "disabled")
+AXIS_GROUPS = ("rollout/*", "train/*", "eval/*", "time/*", "objective/*", "media/*")
+_SECRET = re.compile(r"(?i)(api[_-]?key|secret|passw|[_-]token$|^token$|credential|authorization)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """The mirror in Weights & Biases."""
+
+    wandb: str = "auto"
+    """auto: online with a key and a reachable server, else offline; or online, offline, disabled."""
+    project: str = "deep-rl-lab"
+    entity: str | None = None
+    tags: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.wandb in MODES, "tracking.wandb", f"{self.wandb!r} is none of {', '.join(MODES)}")
+
+
+def scrub(value: Any) -> Any:
+    """A copy of a config with the values of secret-looking keys replaced."""
+    if isinstance(value, Mapping):
+        return {
+            key: "<redacted>" if _SECRET.search(str(key)) and item is not None else scrub(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [scrub(item) for item in value]
+    return value
+
+
+def scrub_argv(argv: list[str]) -> list[str]:
+    """A command line with the values of secret-looking options replaced (`--key=x` and `--key x`)."""
+    clean: list[str] = []
+    hide_next = False
+    for argument in argv:
+        key, equals, _ = argument.partition("=")
+        secret = argument.startswith("-") and bool(_SECRET.search(key.lstrip("-")))
+        if hide_next and not argument.startswith("-"):
+            clean.append("<redacted>")
+        else:
+            clean.append(f"{key}=<redacted>" if secret and equals else argument)
+        hide_next = secret and not equals
+    return clean
+
+
+def choose_mode(requested: str) -> tuple[str, str]:
+    """The W&B mode to use, and why. Takes at most two seconds and never asks.
+
+    Raises:
+        LabError: `online` was demanded in the config but there is no key or no server.
+    """
+    mode = requested if requested != "auto" else os.environ.get("WANDB_MODE", "auto")
+    if mode in ("offline", "disabled"):
+        return mode, "asked for"
+    url = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
+    problem = ""
+    if not _has_key(host):
+        problem = f"no W&B key for {host}"
+    else:
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+        except OSError as error:
+            problem = f"W&B's server {host}:{port} cannot be reached ({error.strerror or error})"
+    if not problem:
+        return "online", "a key and a reachable server"
+    if requested == "online":
+        raise LabError(
+            f"tracking.wandb = 'online': {problem}. Run `wandb login`, or use --tracking.wandb=auto, "
+            "which goes offline by itself."
+        )
+    return "offline", problem
+
+
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
+class Tracker:
+    """Writes a run's metrics and mirrors them to W&B.
+
+    Args:
+        folder: the run folder.
+        config: the resolved config; secrets are scrubbed before W&B sees it.
+        mode: "online", "offline" or "disabled", from `choose_mode`.
+        identity: keyword arguments for `wandb.init`: project, entity, id, name, group, job_type, tags.
+    """
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], mode: str, identity: Mapping[str, Any]
+    ) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._file: IO[str] = self._path.open("a", encoding="utf-8", buffering=1)
+        self.mode = mode
+        self._wandb: Any = None
+        if mode != "disabled":
+            self._start_wandb(folder, config, identity)
+
+    def _start_wandb(self, folder: Path, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        # Staged artifacts and caches stay inside the run folder: a run is a folder.
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        argv = sys.argv
+        for mode in dict.fromkeys((self.mode, "offline")):
+            try:
+                sys.argv = scrub_argv(argv)  # wandb records the command line
+                self._wandb = wandb.init(
+                    **identity,
+                    config=scrub(dict(config)),
+                    dir=str(folder),
+                    mode=mode,  # type: ignore[arg-type]
+                    resume="allow",
+                    settings=wandb.Settings(
+                        init_timeout=20,
+                        x_transaction_log_flush_interval=1.0,  # the default loses 15 s to a SIGKILL
+                        console="off",
+                        disable_git=True,
+                        save_code=False,
+                        silent=True,
+                    ),
+                )
+                self._wandb.define_metric("global_step")
+                for group in AXIS_GROUPS:
+                    self._wandb.define_metric(group, step_metric="global_step")
+                self.mode = mode
+                return
+            except Exception as error:
+                self._warn(f"W&B {mode} is not available ({_brief(error)})")
+                with contextlib.suppress(Exception):
+                    wandb.teardown()  # else the run id stays "in use"
+            finally:
+                sys.argv = argv
+        self.mode = "disabled"
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one row at `step`; values are numbers or strings, NaN and infinity included.
+
+        Raises:
+            LabError: metrics.jsonl cannot be written.
+        """
+        row = {"global_step": int(step), **{key: _plain(value) for key, value in values.items()}}
+        row["_time"] = time.time()
+        with explain_write_errors(str(self._path), "Free some space, then continue with --resume."):
+            self._file.write(json.dumps(row) + "\n")
+        self._mirror({key: value for key, value in row.items() if key != "_time"})
+
+    def log_media(self, step: int, key: str, path: Path) -> None:
+        """Mirrors an image or a film that already lies in the run folder."""
+        if self._wandb is None:
+            return
+        try:
+            import wandb
+
+            kind = {".mp4": wandb.Video, ".png": wandb.Image}[path.suffix]
+            self._mirror({"global_step": int(step), key: kind(str(path))})
+        except Exception as error:
+            self._lose_wandb(error)
+
+    def sync(self) -> int:
+        """Forces the rows to disk and returns the length of metrics.jsonl in bytes."""
+        with explain_write_errors(str(self._path), "Free some space, then continue with --resume."):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self._path.stat().st_size
+
+    def finish(self, exit_code: int, summary: Mapping[str, Any] | None = None) -> None:
+        """Closes the file and the mirror."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.summary.update(dict(summary or {}))
+                self._wandb.finish(exit_code=exit_code)
+            except Exception as error:
+                self._lose_wandb(error)
+
+    def _mirror(self, row: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(row)  # never with step=: wandb drops rows whose step went down
+        except Exception as error:
+            self._lose_wandb(error)
+
+    def _lose_wandb(self, error: Exception) -> None:
+        self._wandb = None
+        self._warn(f"W&B stopped ({_brief(error)}); metrics.jsonl goes on")
+
+    @staticmethod
+    def _warn(line: str) -> None:
+        print(f"lab: {line}", file=sys.stderr, flush=True)
+
+
+def rewind(path: Path, length: int) -> None:
+    """Cuts metrics.jsonl back to `length` bytes, where the checkpoint was taken.
+
+    The rows behind it are computed again by the resumed run; they are kept in metrics.discarded.jsonl
+    all the same, so that no number is ever lost.
+    """
+    if not path.exists():
+        return
+    with explain_write_errors(str(path), "Free some space, then continue with --resume."):
+        with path.open("rb") as file:
+            file.seek(length)
+            tail = file.read()
+        if tail:
+            with path.with_name("metrics.discarded.jsonl").open("ab") as aside:
+                aside.write(tail if tail.endswith(b"\n") else tail + b"\n")
+            os.truncate(path, length)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a half-written last line (a run killed just then) is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    # JSON proper has no NaN; strings survive every reader, and W&B shows them the same way.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _brief(error: Exception) -> str:
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0][:160]}" if first else type(error).__name__

@@ -1,0 +1,363 @@
+"""Q-learners on Stable-Baselines3: what DQN and PQN share, and DQN.
+
+A learner is an iterator: `for agent_steps in agent.iterate(total)` acts and learns, and knows nothing of
+logging, checkpoints or evaluation. Between two items its state is consistent: `capture` takes all of it,
+`restore` goes on bit for bit. SB3's own `learn(total, callback)` drives the same iterator.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import DQN as SB3DQN
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.device import Compute
+from lab.seeding import derive_seed
+from rl.config import AgentConfig, DQNConfig
+from rl.envs import AtariVecEnv
+from rl.optim import make_optimizer
+from rl.policy import BackboneQPolicy, q_values
+from rl.replay import FrameReplay
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def policy_kwargs(config: AgentConfig) -> dict[str, Any]:
+    """The arguments that rebuild an agent's policy, for training and for export."""
+    return {
+        "backbone": config.backbone,
+        "backbone_spec": dict(config.backbone_spec),
+        "dueling": config.dueling,
+    }
+
+
+class QLearner(BaseAlgorithm):
+    """Acting, exploring, counting, capturing: all but the learning rule.
+
+    Subclasses mix it in before an SB3 algorithm and implement `_iteration`.
+    """
+
+    policy: BackboneQPolicy
+    env: VecEnv
+    config: AgentConfig
+    compute: Compute
+    exploration_rate: float
+
+    def _prepare(self, config: AgentConfig, compute: Compute, seed: int) -> None:
+        """Called at the end of a subclass's `__init__`, when policy and env exist."""
+        self.config, self.compute = config, compute
+        self.rng = np.random.default_rng(derive_seed(seed, 1))
+        self.policy.set_precision(compute.precision)
+        self.policy.optimizer = make_optimizer(
+            config.optimizer, self.policy.q_net.parameters(), config.learning_rate, config.optimizer_eps
+        )
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._q_sum = torch.zeros((), device=self.device)
+        self._n_summed = 0
+        self._callback: BaseCallback | None = None
+        self._stopped = False
+        self._n_updates = 0
+        self._episode_num = 0
+
+    # ---- the loop ----
+
+    @abstractmethod
+    def _iteration(self) -> None:
+        """Acts and learns for the least number of steps that leaves a consistent state."""
+
+    def iterate(self, total_timesteps: int) -> Iterator[int]:
+        """Trains until `total_timesteps` agent steps; yields their number after every iteration."""
+        if self._last_obs is None:
+            self._last_obs = self.env.reset()  # type: ignore[assignment]
+        while self.num_timesteps < total_timesteps and not self._stopped:
+            self._iteration()
+            yield self.num_timesteps
+
+    def learn(  # type: ignore[override]
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 100,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> "QLearner":
+        """SB3's interface to `iterate`: callbacks see every environment step."""
+        total, self._callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        self._stopped = False
+        self._callback.on_training_start(locals(), globals())
+        for count, _ in enumerate(self.iterate(total)):
+            if count % log_interval == 0:
+                for key, value in self.metrics().items():
+                    self.logger.record(key, value)
+                self.logger.dump(self.num_timesteps)
+        self._callback.on_training_end()
+        self._callback = None
+        return self
+
+    def _after_env_step(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        self.num_timesteps += self.env.num_envs
+        self._update_info_buffer(infos, dones)
+        self._episode_num += sum("episode" in info for info in infos)
+        if self._callback is not None:
+            self._callback.update_locals(locals())
+            self._stopped = not self._callback.on_step()
+
+    # ---- acting ----
+
+    def epsilon(self) -> float:
+        """Probability of a random action now; linear in agent steps, whatever the run's length."""
+        c = self.config
+        done = min(self.num_timesteps / c.exploration_steps, 1.0) if c.exploration_steps else 1.0
+        return c.exploration_initial + done * (c.exploration_final - c.exploration_initial)
+
+    def q_values(self, observations: np.ndarray) -> Tensor:
+        """Q-values on the device: uint8 (batch, 4, height, width) -> float32 (batch, n_actions)."""
+        return q_values(self.policy.q_net, observations)
+
+    def explore(self, greedy: np.ndarray | None, n: int, epsilon: float) -> np.ndarray:
+        """Replaces each of `n` actions by a random one with probability epsilon, each by its own draw."""
+        n_actions = int(self.action_space.n)  # type: ignore[attr-defined]
+        random = self.rng.integers(n_actions, size=n)
+        chance = self.rng.random(n) < epsilon
+        return random if greedy is None else np.where(chance, random, greedy)
+
+    def predict(  # type: ignore[override]
+        self,
+        observation: np.ndarray,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Actions for observations (n, 4, height, width) or one (4, height, width); epsilon-greedy unless
+        deterministic."""
+        batch = observation if observation.ndim == 4 else observation[None]
+        actions = self.q_values(batch).argmax(1).cpu().numpy()
+        if not deterministic:
+            actions = self.explore(actions, len(batch), self.exploration_rate)
+        return (actions if observation.ndim == 4 else actions[0]), state
+
+    # ---- learning ----
+
+    def learning_rate_now(self) -> float:
+        """The learning rate at this agent step."""
+        c = self.config
+        if not c.learning_rate_decay_steps:
+            return c.learning_rate
+        return c.learning_rate * (1 - 0.9 * min(self.num_timesteps / c.learning_rate_decay_steps, 1.0))
+
+    def descend(self, loss: Tensor) -> None:
+        """One step of the optimiser down `loss`; reads nothing back from the device."""
+        optimizer = self.policy.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.config.max_grad_norm, foreach=False)
+        optimizer.step()
+
+    def _set_learning_rate(self) -> None:
+        for group in self.policy.optimizer.param_groups:
+            group["lr"] = self.learning_rate_now()
+
+    def _count(self, loss: Tensor, q: Tensor) -> None:
+        self._loss_sum += loss.detach()
+        self._q_sum += q.detach().mean()
+        self._n_summed += 1
+        self._n_updates += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers since the last call, in the lab's names. The only place that waits for the device."""
+        values = {
+            "frames": self.num_timesteps * self.env.get_attr("frame_skip")[0],
+            "rollout/exploration_rate": self.exploration_rate,
+            "rollout/episodes": self._episode_num,
+            "train/n_updates": self._n_updates,
+            "train/learning_rate": self.learning_rate_now(),
+        }
+        if self.ep_info_buffer:
+            episodes = list(self.ep_info_buffer)
+            values |= {
+                "rollout/ep_rew_mean": float(np.mean([e["r"] for e in episodes])),
+                "rollout/ep_clipped_rew_mean": float(np.mean([e["clipped_r"] for e in episodes])),
+                "rollout/ep_len_mean": float(np.mean([e["l"] for e in episodes])),
+            }
+        if self._n_summed:
+            values["train/loss"] = float(self._loss_sum) / self._n_summed
+            values["train/q_mean"] = float(self._q_sum) / self._n_summed
+            self._loss_sum.zero_()
+            self._q_sum.zero_()
+            self._n_summed = 0
+        return values
+
+    # ---- checkpoints ----
+
+    def begin_games(self, seed: int) -> None:
+        """Starts fresh games, seeded; the running ones are cut off and count for no statistic."""
+        env = self.env
+        assert isinstance(env, AtariVecEnv)
+        self._last_obs = env.restart(seed)  # type: ignore[assignment]
+
+    def capture(self) -> tuple[Tensors, dict[str, Any]]:
+        """Everything needed to go on exactly: tensors by file and name, and JSON values."""
+        env = self.env
+        assert isinstance(env, AtariVecEnv)
+        env_seed, actions = env.capture()
+        optimizer = self.policy.optimizer.state_dict()
+        tensors: Tensors = {
+            "model": dict(self.policy.q_net.state_dict()),
+            "optimizer": {
+                f"{index}.{name}": value
+                for index, group in optimizer["state"].items()
+                for name, value in group.items()
+            },
+            "progress": {
+                "loss_sum": self._loss_sum,
+                "q_sum": self._q_sum,
+                "env_actions": torch.from_numpy(actions),
+            },
+        }
+        state = {
+            "num_timesteps": self.num_timesteps,
+            "n_updates": self._n_updates,
+            "n_summed": self._n_summed,
+            "episode_num": self._episode_num,
+            "episodes": list(self.ep_info_buffer or ()),
+            "exploration_rate": self.exploration_rate,
+            "rng": self.rng.bit_generator.state,
+            "env_seed": env_seed,
+            "optimizer": optimizer["param_groups"],
+        }
+        return tensors, state
+
+    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Puts back what `capture` took."""
+        self.policy.q_net.load_state_dict(tensors["model"])
+        optimizer_state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            index, _, name = key.partition(".")
+            optimizer_state.setdefault(int(index), {})[name] = value
+        self.policy.optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]})
+        self._loss_sum.copy_(tensors["progress"]["loss_sum"])
+        self._q_sum.copy_(tensors["progress"]["q_sum"])
+        self.num_timesteps = state["num_timesteps"]
+        self._n_updates, self._n_summed = state["n_updates"], state["n_summed"]
+        self._episode_num = state["episode_num"]
+        assert self.ep_info_buffer is not None
+        self.ep_info_buffer.clear()
+        self.ep_info_buffer.extend(state["episodes"])
+        self.exploration_rate = state["exploration_rate"]
+        self.rng.bit_generator.state = state["rng"]
+        env = self.env
+        assert isinstance(env, AtariVecEnv)
+        self._last_obs = env.replay(state["env_seed"], tensors["progress"]["env_actions"].numpy())  # type: ignore[assignment]
+
+
+class DQN(QLearner, SB3DQN):
+    """SB3's DQN with single-frame replay, n-step returns, double and dueling, and a lean update.
+
+    What differs from SB3's: every environment draws its own epsilon; `train_freq` and the target's
+    interval count agent steps, so results do not depend on `n_envs`; the emulators step while the
+    network learns; no update waits for the device.
+    """
+
+    config: DQNConfig
+
+    def __init__(self, config: DQNConfig, env: VecEnv, compute: Compute, seed: int = 0) -> None:
+        SB3DQN.__init__(
+            self,
+            BackboneQPolicy,
+            env,
+            learning_rate=config.learning_rate,
+            buffer_size=config.buffer_size,
+            learning_starts=config.learning_starts,
+            batch_size=config.batch_size,
+            gamma=config.gamma,
+            replay_buffer_class=FrameReplay,
+            replay_buffer_kwargs={
+                "n_steps": config.n_step,
+                "gamma": config.gamma,
+                "storage_device": config.replay_device,
+                "seed": derive_seed(seed, 2),
+            },
+            target_update_interval=max(config.target_update_steps, env.num_envs),
+            policy_kwargs=policy_kwargs(config),
+            seed=seed,
+            device=compute.device,
+        )
+        self._prepare(config, compute, seed)
+
+    @property
+    def replay(self) -> FrameReplay:
+        """The replay memory."""
+        assert isinstance(self.replay_buffer, FrameReplay)
+        return self.replay_buffer
+
+    def _iteration(self) -> None:
+        observations = self._last_obs
+        assert isinstance(observations, np.ndarray)
+        n_envs = self.env.num_envs
+        warming_up = self.num_timesteps < self.config.learning_starts
+        self.exploration_rate = 1.0 if warming_up else self.epsilon()
+        greedy = None if warming_up else self.q_values(observations).argmax(1).cpu().numpy()
+        actions = self.explore(greedy, n_envs, self.exploration_rate)
+
+        self.env.step_async(actions)
+        if not warming_up:  # learn while the emulators work
+            self.train(crossings(self.num_timesteps, n_envs, self.config.train_freq), self.config.batch_size)
+            if crossings(self.num_timesteps, n_envs, self.config.target_update_steps):
+                self.policy.q_net_target.load_state_dict(self.policy.q_net.state_dict())
+        new_observations, rewards, dones, infos = self.env.step_wait()
+
+        self._after_env_step(dones, infos)
+        self._store_transition(self.replay, actions, new_observations, rewards, dones, infos)  # type: ignore[arg-type]
+
+    def train(self, gradient_steps: int, batch_size: int = 32) -> None:
+        """Makes `gradient_steps` updates."""
+        self._set_learning_rate()
+        for _ in range(gradient_steps):
+            self.update(self.replay.sample(batch_size))
+
+    def update(self, batch: ReplayBufferSamples) -> None:
+        """One update on one batch (Mnih et al. 2015, algorithm 1; the Huber loss is its error clipping)."""
+        with torch.no_grad():
+            next_q = self.policy.q_net_target(batch.next_observations)
+            if self.config.double:
+                choice = self.policy.q_net(batch.next_observations).argmax(1, keepdim=True)
+                next_value = next_q.gather(1, choice)
+            else:
+                next_value = next_q.amax(1, keepdim=True)
+            target = batch.rewards + (1 - batch.dones) * batch.discounts * next_value  # type: ignore[operator]
+        q = self.policy.q_net(batch.observations).gather(1, batch.actions)
+        loss = F.smooth_l1_loss(q, target)
+        self.descend(loss)
+        self._count(loss, q)
+
+    def begin_games(self, seed: int) -> None:
+        self.replay.cut()
+        super().begin_games(seed)
+
+    def capture(self) -> tuple[Tensors, dict[str, Any]]:
+        tensors, state = super().capture()
+        tensors["target"] = dict(self.policy.q_net_target.state_dict())
+        state["replay"] = self.replay.state()
+        return tensors, state
+
+    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        super().restore(tensors, state)
+        self.policy.q_net_target.load_state_dict(tensors["target"])
+        self.replay.set_state(state["replay"])
+
+
+def crossings(step: int, stride: int, interval: int) -> int:
+    """How many multiples of `interval` lie in (step - stride, step]."""
+    return step // interval - (step - stride) // interval

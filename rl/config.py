@@ -1,0 +1,294 @@
+"""What can be set of an Atari run. The defaults of `DQNConfig` are those of Mnih et al. 2015.
+
+Imports nothing heavy: a mistake in a config is reported before torch is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lab.config import require
+from lab.device import DeviceConfig
+from lab.errors import LabError, did_you_mean
+from lab.tracking import TrackingConfig
+
+OPTIMIZERS = ("adam", "radam", "rmsprop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """The game and how it is shown to the agent."""
+
+    game: str
+    """One of `lab list games`."""
+    n_envs: int = 8
+    """Games played side by side. The number of updates per agent step does not depend on it."""
+    image_size: int = 84
+    """Side of the square grey image, pixels. Smaller is faster: an update at 44 costs a quarter of one at 84."""
+    frame_skip: int = 4
+    """Emulator frames per agent step."""
+    sticky_actions: float = 0.0
+    """Probability that the emulator repeats the last action: 0 as in 2015, 0.25 as in Machado et al. 2018."""
+    noop_max: int = 30
+    """Up to so many no-ops begin each game."""
+    life_loss: bool = False
+    """End the learner's episode at each lost life; the game itself goes on."""
+    clip_rewards: bool = True
+    """Learn from the sign of each reward. Scores are reported unclipped either way."""
+    max_episode_frames: int = 108_000
+    """Emulator frames until a game is cut off; 108,000 is 30 minutes."""
+    full_action_space: bool = False
+    """All 18 actions instead of those the game uses."""
+    num_threads: int = 0
+    """Emulator threads; 0 takes one per core."""
+
+    def __post_init__(self) -> None:
+        require(self.n_envs >= 1, "env.n_envs", f"{self.n_envs} must be at least 1")
+        require(8 <= self.image_size <= 210, "env.image_size", f"{self.image_size} must be between 8 and 210")
+        require(self.frame_skip >= 1, "env.frame_skip", f"{self.frame_skip} must be at least 1")
+        require(
+            0 <= self.sticky_actions < 1,
+            "env.sticky_actions",
+            f"{self.sticky_actions} is a probability: 0 to below 1",
+        )
+        require(self.noop_max >= 1, "env.noop_max", f"{self.noop_max} must be at least 1")
+        require(
+            self.max_episode_frames >= self.frame_skip,
+            "env.max_episode_frames",
+            f"{self.max_episode_frames} is less than one agent step",
+        )
+        require(self.num_threads >= 0, "env.num_threads", "must be 0 (one per core) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """What every Q-learner has."""
+
+    algorithm: str
+    """dqn or pqn."""
+    backbone: str = "nature_cnn"
+    """One of `lab list backbones`."""
+    backbone_spec: dict[str, Any] = field(default_factory=dict)
+    """The backbone's own arguments, e.g. {width: 256}."""
+    dueling: bool = False
+    """Split the head into state value and advantages (Wang et al. 2016)."""
+    gamma: float = 0.99
+    """Discount per agent step."""
+    learning_rate: float = 2.5e-4
+    learning_rate_decay_steps: int = 0
+    """Agent steps over which the learning rate falls linearly to a tenth; 0 keeps it constant."""
+    optimizer: str = "adam"
+    """adam, radam, or rmsprop as DeepMind wrote it in 2015."""
+    optimizer_eps: float = 1e-8
+    max_grad_norm: float | None = 10.0
+    """Clip the gradient's norm to this; null for no clipping, as in 2015."""
+    exploration_initial: float = 1.0
+    """Probability of a random action at the start."""
+    exploration_final: float = 0.1
+    exploration_steps: int = 1_000_000
+    """Agent steps over which it falls linearly from the one to the other."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.gamma <= 1, "agent.gamma", f"{self.gamma} must be above 0 and at most 1")
+        require(self.learning_rate > 0, "agent.learning_rate", f"{self.learning_rate} must be positive")
+        require(
+            self.learning_rate_decay_steps >= 0, "agent.learning_rate_decay_steps", "must not be negative"
+        )
+        require(
+            self.optimizer in OPTIMIZERS,
+            "agent.optimizer",
+            f"{self.optimizer!r} is none of {', '.join(OPTIMIZERS)}",
+        )
+        require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "agent.max_grad_norm",
+            "must be positive, or null for no clipping",
+        )
+        for key in ("exploration_initial", "exploration_final"):
+            require(0 <= getattr(self, key) <= 1, f"agent.{key}", f"{getattr(self, key)} is a probability")
+        require(self.exploration_steps >= 0, "agent.exploration_steps", "must not be negative")
+        require(
+            not {"in_chans", "img_size"} & set(self.backbone_spec),
+            "agent.backbone_spec",
+            "in_chans and img_size follow from env; leave them out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DQNConfig(AgentConfig):
+    """Deep Q-learning with replay memory and target network (Mnih et al. 2015)."""
+
+    algorithm: str = "dqn"
+    double: bool = False
+    """Choose the next action by the online network (van Hasselt et al. 2016)."""
+    n_step: int = 1
+    """Length of the returns, agent steps."""
+    batch_size: int = 32
+    buffer_size: int = 1_000_000
+    """Transitions in the replay memory; 1,000,000 of 84x84 take 7.2 GB once it is full."""
+    replay_device: str = "cpu"
+    """Where the frames lie: cpu, or cuda if it has the room."""
+    learning_starts: int = 50_000
+    """Agent steps of random play before the first update."""
+    train_freq: int = 4
+    """Agent steps per update, whatever the number of environments."""
+    target_update_steps: int = 40_000
+    """Agent steps between copies to the target network (Nature's 10,000 updates)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("n_step", "batch_size", "buffer_size", "train_freq", "target_update_steps"):
+            require(getattr(self, key) >= 1, f"agent.{key}", f"{getattr(self, key)} must be at least 1")
+        require(self.learning_starts >= 1, "agent.learning_starts", "must be at least 1")
+        require(
+            self.batch_size <= self.buffer_size,
+            "agent.batch_size",
+            f"{self.batch_size} is more than buffer_size {self.buffer_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PQNConfig(AgentConfig):
+    """Parallelised Q-learning (Gallici et al. 2024, arXiv 2407.04811): no replay, no target network."""
+
+    algorithm: str = "pqn"
+    backbone_spec: dict[str, Any] = field(default_factory=lambda: {"norm": "layer"})
+    optimizer: str = "radam"
+    rollout_steps: int = 32
+    """Steps of every environment between two phases of learning."""
+    epochs: int = 2
+    """Passes over each rollout."""
+    minibatch_size: int = 128
+    td_lambda: float = 0.65
+    """Mixes returns of all lengths: 0 is one-step, 1 the return of the whole rollout."""
+    exploration_final: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("rollout_steps", "epochs", "minibatch_size"):
+            require(getattr(self, key) >= 1, f"agent.{key}", f"{getattr(self, key)} must be at least 1")
+        require(0 <= self.td_lambda <= 1, "agent.td_lambda", f"{self.td_lambda} must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation apart from training: own games and seeds, whole games, raw scores."""
+
+    every_steps: int = 250_000
+    """Agent steps between evaluations; the last one is always made."""
+    episodes: int = 10
+    epsilon: float = 0.001
+    """Probability of a random action: 0.001, or 0.05 as in Mnih et al. 2015."""
+    seed: int = 10_000
+    """First seed of the evaluation games; game i has seed + i."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, "eval.every_steps", "must be at least 1")
+        require(self.episodes >= 1, "eval.episodes", "must be at least 1")
+        require(0 <= self.epsilon <= 1, "eval.epsilon", f"{self.epsilon} is a probability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often to save, and how much to keep. Every checkpoint begins fresh games."""
+
+    every_steps: int = 250_000
+    """Agent steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that stay; the best by evaluation stays besides."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, "checkpoint.every_steps", "must be at least 1")
+        require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmConfig:
+    """Films of the agent at play, in media/ and in W&B."""
+
+    every_steps: int = 1_000_000
+    """Agent steps between films; 0 makes only the one at the end."""
+    max_steps: int = 1_000
+    """Agent steps a film shows at most."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, "film.every_steps", "must not be negative")
+        require(self.max_steps >= 0, "film.max_steps", "must not be negative; 0 makes no films")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run on one Atari game."""
+
+    env: EnvConfig
+    agent: AgentConfig
+    pipeline: str = "rl"
+    name: str | None = None
+    """Name of the run and, unless --out says otherwise, of its folder below runs/."""
+    seed: int = 0
+    total_steps: int = 10_000_000
+    """Agent steps in all."""
+    log_every_steps: int = 5_000
+    """Agent steps between rows of metrics."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    film: FilmConfig = field(default_factory=FilmConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "seed", f"{self.seed} must be between 0 and 2^31 - 1")
+        require(self.total_steps >= 1, "total_steps", f"{self.total_steps} must be at least 1")
+        require(self.log_every_steps >= 1, "log_every_steps", "must be at least 1")
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or {task}__{algo}__s{seed}."""
+        return self.name or f"{self.env.game}__{self.agent.algorithm}__s{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DQNRun(RunConfig):
+    """A run of DQN."""
+
+    agent: DQNConfig = field(default_factory=DQNConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PQNRun(RunConfig):
+    """A run of PQN."""
+
+    agent: PQNConfig = field(default_factory=PQNConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        samples = self.agent.rollout_steps * self.env.n_envs
+        require(
+            samples % self.agent.minibatch_size == 0,
+            "agent.minibatch_size",
+            f"{self.agent.minibatch_size} does not divide rollout_steps x n_envs = {samples}",
+        )
+
+
+_RUNS: dict[str, type[RunConfig]] = {"dqn": DQNRun, "pqn": PQNRun}
+
+
+def algorithms() -> list[str]:
+    """The values of agent.algorithm."""
+    return sorted(_RUNS)
+
+
+def run_config_class(values: Mapping[str, Any], source: str) -> type[RunConfig]:
+    """The config class for these values, which `agent.algorithm` decides (dqn if it is left out).
+
+    Raises:
+        LabError: no such algorithm.
+    """
+    agent = values.get("agent")
+    algorithm = agent.get("algorithm", "dqn") if isinstance(agent, Mapping) else "dqn"
+    if not isinstance(algorithm, str) or algorithm not in _RUNS:
+        raise LabError(
+            f"{source}: agent.algorithm = {algorithm!r}: no such algorithm."
+            f"{did_you_mean(str(algorithm), _RUNS)} Known: {', '.join(algorithms())}."
+        )
+    return _RUNS[algorithm]

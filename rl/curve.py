@@ -1,0 +1,66 @@
+"""The learning curve of a run as a picture, with the published scores as lines."""
+
+from pathlib import Path
+
+from lab.files import explain_write_errors
+from lab.tracking import read_metrics
+from rl import games
+
+_BLUE, _ORANGE, _GREY = "#2a6fbb", "#e08a1e", "#666666"
+
+
+def draw_curve(metrics: Path, game: str, title: str, path: Path) -> None:
+    """Draws training and evaluation returns over agent steps to `path`, a PNG.
+
+    Args:
+        metrics: the run's metrics.jsonl.
+        game: for the lines of random play, the human tester and DQN in Mnih et al. 2015.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    train = [(r["global_step"], r["rollout/ep_rew_mean"]) for r in rows if "rollout/ep_rew_mean" in r]
+    evals = [
+        (r["global_step"], r["eval/mean_reward"], r["eval/std_reward"])
+        for r in rows
+        if "eval/mean_reward" in r
+    ]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color=_BLUE, label="training, mean of last 100 games")
+    if evals:
+        steps, means, stds = zip(*evals, strict=True)
+        axes.errorbar(steps, means, stds, fmt="o", color=_ORANGE, capsize=3, label="evaluation, mean and std")
+    table = games.NATURE_SCORES.get(game)
+    if table is not None:
+        for name, score in (
+            ("random", table.random),
+            ("human", table.human),
+            ("Nature DQN", table.nature_dqn),
+        ):
+            axes.axhline(score, color=_GREY, linewidth=0.9, linestyle="--", zorder=0)
+            axes.annotate(
+                f"{name} {score:g}",
+                (1.005, score),
+                xycoords=("axes fraction", "data"),
+                color=_GREY,
+                fontsize=8,
+                va="center",
+            )
+    axes.set(title=title, xlabel="agent steps (4 frames each)", ylabel="return of whole games, unclipped")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
+    axes.grid(alpha=0.25)
+    if train or evals:
+        axes.legend(loc="best", fontsize=8, framealpha=0.9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    aside = path.with_name(f".{path.name}.tmp")
+    with explain_write_errors(str(path), "Free some space and try again."):
+        try:
+            figure.savefig(aside, format="png")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)

@@ -1,0 +1,198 @@
+"""Evaluation apart from training: own games and seeds, whole games, raw unclipped scores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.dqn.policies import QNetwork
+
+from lab import checkpoint, config
+from lab.device import Compute, resolve
+from lab.errors import LabError
+from lab.run import Run
+from rl import games
+from rl.config import EnvConfig, EvalConfig, RunConfig, run_config_class
+from rl.envs import AtariVecEnv
+from rl.policy import BackboneQPolicy, q_values
+
+
+@dataclass(frozen=True)
+class Player:
+    """A trained Q-network that plays its game epsilon-greedily."""
+
+    q_net: QNetwork
+    env: EnvConfig
+
+    def actions(self, observations: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
+        """Actions (n,) for observations uint8 (n, 4, height, width)."""
+        greedy = q_values(self.q_net, observations).argmax(1).cpu().numpy()
+        n_actions = int(self.q_net.action_space.n)
+        random = rng.integers(n_actions, size=len(greedy))
+        return np.where(rng.random(len(greedy)) < epsilon, random, greedy)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Raw returns and lengths (agent steps) of whole games."""
+
+    game: str
+    returns: list[float]
+    lengths: list[int]
+    epsilon: float
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        return float(np.std(self.returns, ddof=1)) if len(self.returns) > 1 else 0.0
+
+    @property
+    def human_normalized(self) -> float | None:
+        """1.0 is the human of `games.NATURE_TABLE`, 0 random play; None where the table lacks the game."""
+        return games.human_normalized(self.game, self.mean)
+
+    def metrics(self) -> dict[str, float]:
+        """A row of metrics, in the lab's names."""
+        row = {
+            "eval/mean_reward": self.mean,
+            "eval/std_reward": self.std,
+            "eval/mean_ep_length": float(np.mean(self.lengths)),
+            "eval/episodes": len(self.returns),
+        }
+        normalized = self.human_normalized
+        return row if normalized is None else row | {"eval/human_normalized": normalized}
+
+
+def make_env(env: EnvConfig, n_envs: int, seed: int, *, training: bool, color: bool = False) -> AtariVecEnv:
+    """The vector environment of a config; out of training it plays whole games for raw scores."""
+    return AtariVecEnv(
+        env.game,
+        n_envs,
+        seed,
+        image_size=env.image_size,
+        frame_skip=env.frame_skip,
+        sticky_actions=env.sticky_actions,
+        noop_max=env.noop_max,
+        life_loss=env.life_loss and training,
+        clip_rewards=env.clip_rewards and training,
+        max_episode_frames=env.max_episode_frames,
+        full_action_space=env.full_action_space,
+        num_threads=env.num_threads,
+        color=color,
+    )
+
+
+def evaluate(
+    player: Player,
+    episodes: int,
+    epsilon: float,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Plays `episodes` games side by side, each seeded with its own number, and keeps each one's score.
+
+    One game per environment: taking the first N games that end would favour short ones.
+    """
+    env = make_env(player.env, episodes, seed, training=False)
+    rng = np.random.default_rng(seed)
+    observations = env.reset()
+    returns: list[float | None] = [None] * episodes
+    lengths = [0] * episodes
+    playing = np.ones(episodes, bool)
+    actions = np.zeros(episodes, np.int64)
+    while playing.any():
+        actions[playing] = player.actions(observations[playing], epsilon, rng)
+        observations, _, dones, infos = env.step(actions)
+        for i in np.flatnonzero(dones & playing):
+            returns[i], lengths[i] = infos[i]["episode"]["r"], infos[i]["episode"]["l"]
+            playing[i] = False
+            if progress is not None:
+                progress(int(episodes - playing.sum()))
+    env.close()
+    return Evaluation(env.game, [r for r in returns if r is not None], lengths, epsilon)
+
+
+def run_config(run: Run) -> RunConfig:
+    """The typed config of a run on disk."""
+    values = run.info["config"]
+    source = str(run.folder / "run.json")
+    return config.build(run_config_class(values, source), values, {}, source)
+
+
+def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
+    """The agent of checkpoint `which` ("best", "latest" or a folder's name) of a run.
+
+    Raises:
+        LabError: there is none, or it is damaged.
+    """
+    path = find_checkpoint(run, which)
+    saved = checkpoint.load(path)
+    settings = run_config(run)
+    compute = resolve(settings.device)
+    env = make_env(settings.env, 1, 0, training=False)
+    agent = settings.agent
+    policy = BackboneQPolicy(
+        env.observation_space,
+        env.action_space,  # type: ignore[arg-type]
+        lambda _: 0.0,
+        backbone=agent.backbone,
+        backbone_spec=dict(agent.backbone_spec),
+        dueling=agent.dueling,
+    ).to(compute.device)
+    env.close()
+    policy.q_net.load_state_dict(saved.tensors("model"))
+    policy.set_precision(compute.precision)
+    policy.set_training_mode(False)
+    return Player(policy.q_net, settings.env), path, compute
+
+
+def find_checkpoint(run: Run, which: str) -> Path:
+    """The folder of a run's checkpoint; "best" falls back to "latest" while no evaluation was made."""
+    root = run.checkpoints
+    path = checkpoint.find(root, which)
+    if path is None and which == "best":
+        path = checkpoint.find(root, "latest")
+    if path is None:
+        names = [p.name for p in checkpoint.steps(root)]
+        there = f"It has {', '.join(names)}." if names else "It has none yet: let it train further."
+        raise LabError(f"{run.folder}: no checkpoint {which!r}. {there}")
+    return path
+
+
+def score_table(evaluation: Evaluation) -> list[tuple[str, float]]:
+    """(who, mean return) rows: random, this agent, human, Nature DQN; only the agent if not published."""
+    table = games.NATURE_SCORES.get(evaluation.game)
+    agent = ("this agent", evaluation.mean)
+    if table is None:
+        return [agent]
+    return [("random", table.random), agent, ("human", table.human), ("Nature DQN", table.nature_dqn)]
+
+
+def evaluate_run(run: Run, which: str, override: EvalConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+    """Evaluates a run's checkpoint and returns what `lab evaluate --json` prints."""
+    player, path, compute = load_player(run, which)
+    settings = override or run_config(run).eval
+    torch.manual_seed(settings.seed)
+    result = evaluate(player, settings.episodes, settings.epsilon, settings.seed, **kwargs)
+    return {
+        "run": str(run.folder),
+        "checkpoint": path.resolve().name,
+        "weights_sha256": checkpoint.weights_hash(path),
+        "game": result.game,
+        "episodes": len(result.returns),
+        "epsilon": result.epsilon,
+        "seed": settings.seed,
+        "mean_reward": result.mean,
+        "std_reward": result.std,
+        "returns": result.returns,
+        "lengths": result.lengths,
+        "human_normalized": result.human_normalized,
+        "human_table": games.NATURE_TABLE,
+        "scores": dict(score_table(result)),
+        "compute": compute.describe(),
+    }

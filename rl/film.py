@@ -1,0 +1,129 @@
+"""Films of an agent at play: the screen as a person sees it, the agent's Q-values beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lab.errors import LabError
+from rl.evaluate import Player, make_env
+from rl.policy import q_values
+
+FRAMES_PER_SECOND = 15  # one agent step is 4 of the console's 60 frames a second
+_SCALE = 2
+_SCREEN = (160 * _SCALE, 210 * _SCALE)
+_PANEL = 304
+_SIZE = (_SCREEN[0] + _PANEL, _SCREEN[1] + 12)  # both sides multiples of 16, which H.264 likes
+_INK, _DIM, _BAR, _CHOSEN, _GROUND = (
+    (235, 235, 235),
+    (140, 140, 150),
+    (70, 90, 130),
+    (240, 160, 40),
+    (18, 18, 24),
+)
+
+
+def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) -> dict[str, Any]:
+    """Plays one game and writes it as an H.264 mp4.
+
+    The agent's grey frames and the film's colour frames come from two emulators with one seed and the same
+    actions, which play the same game.
+
+    Args:
+        player: who plays.
+        path: the film; written aside and renamed when whole.
+        seed: of the game.
+        epsilon: probability of a random action.
+        max_steps: agent steps to show at most; the game may be longer.
+
+    Returns:
+        return, steps, and whether the game ended within the film.
+
+    Raises:
+        LabError: the film cannot be written.
+    """
+    import imageio_ffmpeg
+
+    env = make_env(player.env, 1, seed, training=False)
+    screen = make_env(player.env, 1, seed, training=False, color=True)
+    rng = np.random.default_rng(seed)
+    observations, picture = env.reset(), screen.reset()
+    names = env.action_meanings
+    aside = path.with_name(f".{path.stem}.tmp.mp4")
+    total, steps, ended = 0.0, 0, False
+    low, high = np.inf, -np.inf
+    writer = imageio_ffmpeg.write_frames(
+        str(aside),
+        _SIZE,
+        fps=FRAMES_PER_SECOND,
+        codec="libx264",
+        quality=7,
+        macro_block_size=4,
+        output_params=["-movflags", "+faststart"],
+        ffmpeg_log_level="error",
+    )
+    try:
+        writer.send(None)
+        while steps < max_steps and not ended:
+            q = q_values(player.q_net, observations)[0].cpu().numpy()
+            actions = player.actions(observations, epsilon, rng)
+            low, high = min(low, float(q.min())), max(high, float(q.max()))
+            frame = _compose(picture[0, -1], q, int(actions[0]), names, (low, high), total, steps)
+            writer.send(np.ascontiguousarray(frame))
+            observations, rewards, dones, _ = env.step(actions)
+            picture, *_ = screen.step(actions)
+            total += float(rewards[0])
+            steps += 1
+            ended = bool(dones[0])
+        writer.close()
+        aside.replace(path)
+    except OSError as error:
+        raise LabError(
+            f"{path}: the film cannot be written: {error}. Free some space and try again."
+        ) from None
+    finally:
+        writer.close()
+        aside.unlink(missing_ok=True)
+        env.close()
+        screen.close()
+    return {"return": total, "steps": steps, "ended": ended, "path": str(path)}
+
+
+def _compose(
+    screen: np.ndarray,
+    q: np.ndarray,
+    chosen: int,
+    names: list[str],
+    span: tuple[float, float],
+    total: float,
+    steps: int,
+) -> np.ndarray:
+    """One frame, uint8 (height, width, 3). Bars share one scale, the span of all Q-values so far."""
+    image = Image.new("RGB", _SIZE, _GROUND)
+    image.paste(Image.fromarray(screen).resize(_SCREEN, Image.Resampling.NEAREST), (0, 6))
+    draw = ImageDraw.Draw(image)
+    font, large = _font(13), _font(18)
+    left = _SCREEN[0] + 14
+    draw.text((left, 14), f"score {total:g}", fill=_INK, font=large)
+    draw.text((left, 40), f"agent step {steps}   state value {q.max():+.2f}", fill=_DIM, font=font)
+    top, row = 72, min(28, (_SIZE[1] - 84) // len(q))
+    room = _PANEL - 14 - 118 - 62
+    low, high = span
+    for i, (name, value) in enumerate(zip(names, q, strict=True)):
+        y = top + i * row
+        color = _CHOSEN if i == chosen else _BAR
+        share = (value - low) / (high - low) if high > low else 0.5
+        draw.text((left, y), name.lower(), fill=_INK if i == chosen else _DIM, font=font)
+        draw.rectangle((left + 118, y + 2, left + 118 + max(2, share * room), y + row - 9), fill=color)
+        draw.text((left + 122 + room, y), f"{value:+.2f}", fill=_INK if i == chosen else _DIM, font=font)
+    return np.asarray(image)
+
+
+_FONTS: dict[int, Any] = {}
+
+
+def _font(size: int) -> Any:
+    if size not in _FONTS:
+        _FONTS[size] = ImageFont.load_default(size)
+    return _FONTS[size]

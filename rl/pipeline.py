@@ -1,0 +1,144 @@
+"""What `lab train`, `evaluate`, `play` and `export` do for an Atari run."""
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lab import checkpoint, config, tracking
+from lab.device import quiet_threads
+from lab.errors import LabError, did_you_mean
+from lab.files import explain_write_errors
+from lab.run import Run, folder_name
+from rl import games
+from rl.config import RunConfig, run_config_class
+from supervised import backbones
+
+# What may change between the sessions of one run: none of it alters what was computed so far.
+MAY_CHANGE = ("total_steps", "tracking.", "checkpoint.keep", "film.", "name")
+
+
+class RLPipeline:
+    """Deep Q-learning on Atari."""
+
+    def config_class(self, values: Mapping[str, Any], source: str) -> type:
+        return run_config_class(values, source)
+
+    def train(self, config_: RunConfig, folder: Path | None, resume: bool) -> None:
+        """Everything that can be wrong is found before torch is loaded or anything is written."""
+        settings = replace(config_, env=replace(config_.env, game=games.check(config_.env.game)))
+        name = settings.agent.backbone
+        if name not in backbones.names():
+            raise LabError(
+                f"agent.backbone = {name!r}: no such backbone.{did_you_mean(name, backbones.names())} "
+                "`lab list backbones` shows them all."
+            )
+        folder = folder or Path("runs") / folder_name(settings.run_name)
+        values = config.to_dict(settings)
+        if resume:
+            run = Run.resume(folder)
+            _refuse_other_config(run, values)
+            run.info["config"] = tracking.scrub(values)
+            latest = checkpoint.find(run.checkpoints)
+            saved = checkpoint.load(latest) if latest is not None else None
+        else:
+            run, saved = None, None
+            if (folder / "run.json").exists():
+                raise LabError(
+                    f"{folder}: already holds a run. Continue it with --resume, or choose another folder "
+                    "with --out."
+                )
+        mode, why = tracking.choose_mode(settings.tracking.wandb)
+
+        quiet_threads()
+        from rl.train import train
+
+        train(settings, folder, run, saved, mode, why)
+
+    def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
+        run = Run.open(folder)
+        _check_checkpoint(run, options.checkpoint)
+        quiet_threads()
+        from rl.evaluate import evaluate_run, run_config
+
+        chosen = {
+            key: getattr(options, key)
+            for key in ("episodes", "epsilon", "seed")
+            if getattr(options, key) is not None
+        }
+        result = evaluate_run(run, options.checkpoint, replace(run_config(run).eval, **chosen))
+        with explain_write_errors(str(folder / "evaluations.jsonl"), "Free some space and try again."):
+            with (folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**result, "_time": time.time()}) + "\n")
+        return result
+
+    def describe_evaluation(self, result: Mapping[str, Any]) -> str:
+        width = max(len(who) for who in result["scores"])
+        lines = [
+            f"{result['game']}: {result['episodes']} whole games, epsilon {result['epsilon']:g}, "
+            f"seeds from {result['seed']}, checkpoint {result['checkpoint']}",
+            *(
+                f"  {who:<{width}}  {score:>9.1f}"
+                + (f"  +- {result['std_reward']:.1f}" if who == "this agent" else "")
+                for who, score in result["scores"].items()
+            ),
+        ]
+        if result["human_normalized"] is not None:
+            lines.append(f"  human-normalised {result['human_normalized']:.0%} ({result['human_table']})")
+        return "\n".join(lines)
+
+    def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
+        run = Run.open(folder)
+        _check_checkpoint(run, options.checkpoint)
+        path = options.out or run.media / "play.mp4"
+        if path.suffix != ".mp4":
+            raise LabError(f"--out {path}: a film is an .mp4 file. Name it so.")
+        if not path.parent.is_dir():
+            raise LabError(f"--out {path}: there is no folder {path.parent}. Make it first.")
+        quiet_threads()
+        from rl.evaluate import load_player
+        from rl.film import film
+
+        player, _, _ = load_player(run, options.checkpoint)
+        return film(player, path, options.seed, options.epsilon, options.max_steps)
+
+    def export(self, folder: Path, options: Namespace) -> Path:
+        run = Run.open(folder)
+        _check_checkpoint(run, options.checkpoint)
+        quiet_threads()
+        from rl.export import export_sb3
+
+        return export_sb3(run, options.checkpoint, options.out or folder / "agent_sb3.zip")
+
+
+def _check_checkpoint(run: Run, which: str) -> None:
+    """Finds a missing or damaged checkpoint before torch is loaded."""
+    root = run.checkpoints
+    path = checkpoint.find(root, which) or (checkpoint.find(root) if which == "best" else None)
+    if path is not None:
+        checkpoint.load(path)
+        return
+    names = [p.name for p in checkpoint.steps(root)]
+    there = f"It has {', '.join(names)}." if names else "It has none yet: let it train further."
+    raise LabError(f"{run.folder}: no checkpoint {which!r}. {there}")
+
+
+def _refuse_other_config(run: Run, values: Mapping[str, Any]) -> None:
+    """A resumed run must be the same run: only what `MAY_CHANGE` lists may differ."""
+    differing = {
+        key: pair
+        for key, pair in config.differences(run.info["config"], tracking.scrub(dict(values))).items()
+        if not key.startswith(MAY_CHANGE)
+    }
+    if differing:
+        key, (old, new) = next(iter(differing.items()))
+        raise LabError(
+            f"{run.folder}: was started with {key} = {old!r}, now it is {new!r}. Resume with the same "
+            "config, or start another run with --out."
+        )
+
+
+PIPELINE = RLPipeline()

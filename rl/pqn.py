@@ -1,0 +1,148 @@
+"""PQN: Q-learning on parallel environments, without replay memory and target network (arXiv 2407.04811)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+from torch.nn import functional as F
+
+from lab.device import Compute
+from lab.seeding import derive_seed
+from rl.agent import QLearner, Tensors, policy_kwargs
+from rl.config import PQNConfig
+from rl.policy import BackboneQPolicy
+
+
+class PQN(QLearner):
+    """Plays `rollout_steps` steps in every environment, then learns from them in `epochs` passes.
+
+    Layer normalisation in the backbone takes the part of the target network (section 3 of the paper).
+    """
+
+    config: PQNConfig
+
+    def __init__(self, config: PQNConfig, env: VecEnv, compute: Compute, seed: int = 0) -> None:
+        BaseAlgorithm.__init__(
+            self,
+            BackboneQPolicy,
+            env,
+            learning_rate=config.learning_rate,
+            policy_kwargs=policy_kwargs(config),
+            seed=seed,
+            device=compute.device,
+            supported_action_spaces=(spaces.Discrete,),
+            support_multi_env=True,
+        )
+        self.exploration_rate = config.exploration_initial
+        self._setup_model()
+        self._prepare(config, compute, seed)
+        steps, n_envs = config.rollout_steps, env.num_envs
+        assert env.observation_space.shape is not None
+        shape = (steps, n_envs, *env.observation_space.shape)
+        self._observations = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self._actions = np.zeros((steps, n_envs), np.int64)
+        self._rewards = np.zeros((steps, n_envs), np.float32)
+        self._shuffle = torch.Generator().manual_seed(derive_seed(seed, 3))
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.policy = BackboneQPolicy(
+            self.observation_space,
+            self.action_space,  # type: ignore[arg-type]
+            self.lr_schedule,
+            **self.policy_kwargs,
+        ).to(self.device)
+
+    def _iteration(self) -> None:
+        targets = self._rollout()
+        self.train(targets)
+
+    def _rollout(self) -> Tensor:
+        """Plays and returns the lambda returns, float32 (rollout_steps, n_envs)."""
+        steps, n_envs = self._rewards.shape
+        next_values = torch.zeros((steps, n_envs), device=self.device)
+        terminal = np.zeros((steps, n_envs), np.float32)
+        # A cut-off game: its return is the value of its last observation, whatever came after the reset.
+        cut = np.zeros((steps, n_envs), np.float32)
+        cut_values: list[tuple[int, int, np.ndarray]] = []
+        observations = self._last_obs
+        assert isinstance(observations, np.ndarray)
+        for t in range(steps):
+            self.exploration_rate = self.epsilon()
+            q = self.q_values(observations)
+            if t > 0:
+                next_values[t - 1] = q.amax(1)
+            actions = self.explore(q.argmax(1).cpu().numpy(), n_envs, self.exploration_rate)
+            self.env.step_async(actions)
+            self._observations[t].copy_(torch.from_numpy(observations), non_blocking=True)
+            observations, self._rewards[t], dones, infos = self.env.step_wait()
+            self._actions[t] = actions
+            for i in np.flatnonzero(dones):
+                if infos[i]["TimeLimit.truncated"]:
+                    cut[t, i] = 1
+                    cut_values.append((t, int(i), infos[i]["terminal_observation"]))
+                else:
+                    terminal[t, i] = 1
+            self._after_env_step(dones, infos)
+        self._last_obs = observations  # type: ignore[assignment]
+        next_values[-1] = self.q_values(observations).amax(1)
+        for t, i, last in cut_values:
+            next_values[t, i] = self.q_values(last[None]).amax()
+        rewards, ends, cuts = (torch.from_numpy(x).to(self.device) for x in (self._rewards, terminal, cut))
+        return lambda_returns(rewards, ends, cuts, next_values, self.config.gamma, self.config.td_lambda)
+
+    def train(self, targets: Tensor) -> None:
+        """Fits the Q-values of the rollout to `targets`, float32 (rollout_steps, n_envs)."""
+        self._set_learning_rate()
+        observations = self._observations.flatten(0, 1)
+        actions = torch.from_numpy(self._actions).to(self.device).flatten().unsqueeze(1)
+        targets = targets.flatten().unsqueeze(1)
+        for _ in range(self.config.epochs):
+            order = torch.randperm(len(targets), generator=self._shuffle).to(self.device)
+            for rows in order.split(self.config.minibatch_size):
+                self.update(observations[rows], actions[rows], targets[rows])
+
+    def update(self, observations: Tensor, actions: Tensor, targets: Tensor) -> None:
+        """One update: half the squared error to the lambda returns (algorithm 1 of the paper)."""
+        q = self.policy.q_net(observations).gather(1, actions)
+        loss = 0.5 * F.mse_loss(q, targets)
+        self.descend(loss)
+        self._count(loss, q)
+
+    def capture(self) -> tuple[Tensors, dict[str, Any]]:
+        tensors, state = super().capture()
+        tensors["progress"]["shuffle"] = self._shuffle.get_state()
+        return tensors, state
+
+    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        super().restore(tensors, state)
+        self._shuffle.set_state(tensors["progress"]["shuffle"])
+
+
+def lambda_returns(
+    rewards: Tensor, terminal: Tensor, cut: Tensor, next_values: Tensor, gamma: float, td_lambda: float
+) -> Tensor:
+    """R_t = r_t + gamma (1 - terminal_t) [lambda R_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)].
+
+    The targets of PQN (arXiv 2407.04811), after Peng's Q(lambda) (Daley & Amato 2019).
+
+    Args:
+        rewards, terminal, cut: float32 (steps, n_envs). Where `cut` is 1 the game was cut off: the return
+            there is r_t + gamma next_values_t.
+        next_values: float32 (steps, n_envs), max_a Q of the observation that followed step t.
+
+    Returns:
+        float32 (steps, n_envs).
+    """
+    returns = torch.empty_like(rewards)
+    following = next_values[-1]
+    for t in range(len(rewards) - 1, -1, -1):
+        mixed = torch.lerp(next_values[t], following, td_lambda * (1 - cut[t]))
+        following = rewards[t] + gamma * (1 - terminal[t]) * mixed
+        returns[t] = following
+    return returns

@@ -1,0 +1,148 @@
+"""Convolutional backbones. Here: the two that deep RL on Atari is built on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from supervised.backbones.mlp import image_size
+
+NORMS = (None, "layer")
+
+
+class NatureCNN(nn.Module):
+    """The network of Mnih et al. 2015 (Nature 518, Methods, "Model architecture") without its last layer.
+
+    Its defaults at 4x84x84 have 1,684,128 parameters. Images too small for the three strides are padded
+    with zeros to the smallest size that fits.
+
+    Args:
+        in_chans: input channels (stacked frames).
+        img_size: input height and width, pixels.
+        channels, kernels, strides, paddings: one entry per convolution.
+        width: units of the fully connected layer, `num_features`.
+        norm: None as in 2015, or "layer" for layer normalisation behind every layer (what PQN,
+            arXiv 2407.04811, needs in place of a target network).
+
+    Shapes: (batch, in_chans, height, width) -> (batch, width).
+    """
+
+    spec: dict[str, Any]
+
+    def __init__(
+        self,
+        in_chans: int,
+        img_size: int | Sequence[int],
+        channels: Sequence[int] = (32, 64, 64),
+        kernels: Sequence[int] = (8, 4, 3),
+        strides: Sequence[int] = (4, 2, 1),
+        paddings: Sequence[int] = (0, 0, 0),
+        width: int = 512,
+        norm: str | None = None,
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm {norm!r} is none of {NORMS}")
+        if not len(channels) == len(kernels) == len(strides) == len(paddings):
+            raise ValueError("channels, kernels, strides and paddings must be equally long")
+        least = _least_input(kernels, strides, paddings)
+        self.pad = _padding_to(image_size(img_size), least)
+        layers: list[nn.Module] = []
+        before = in_chans
+        for out, kernel, stride, padding in zip(channels, kernels, strides, paddings, strict=True):
+            layers.append(nn.Conv2d(before, out, kernel, stride, padding))
+            if norm == "layer":
+                layers.append(nn.GroupNorm(1, out))
+            layers.append(nn.ReLU())
+            before = out
+        self.convs = nn.Sequential(*layers)
+        self.fc = nn.Linear(_flat_features(self, in_chans, img_size), width)
+        self.fc_norm = nn.LayerNorm(width) if norm == "layer" else nn.Identity()
+        self.num_features = width
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return self.convs(F.pad(x, self.pad) if any(self.pad) else x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc_norm(self.fc(self.convolve(x).flatten(1))))
+
+
+class ResidualBlock(nn.Module):
+    """ReLU, 3x3 convolution, ReLU, 3x3 convolution, added to the input (IMPALA, figure 3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class ImpalaCNN(nn.Module):
+    """The deep residual network of Espeholt et al. 2018 (arXiv 1802.01561, figure 3, right).
+
+    At 4x84x84 its convolutions have 97,744 parameters, 1,089,232 with the 256-wide layer.
+
+    Args:
+        in_chans: input channels.
+        img_size: input height and width, pixels; any size.
+        channels: channels of each section (convolution, max-pool by 2, two residual blocks).
+        width: units of the fully connected layer, `num_features`.
+
+    Shapes: (batch, in_chans, height, width) -> (batch, width).
+    """
+
+    spec: dict[str, Any]
+
+    def __init__(
+        self,
+        in_chans: int,
+        img_size: int | Sequence[int],
+        channels: Sequence[int] = (16, 32, 32),
+        width: int = 256,
+    ) -> None:
+        super().__init__()
+        sections: list[nn.Module] = []
+        before = in_chans
+        for out in channels:
+            sections += [
+                nn.Conv2d(before, out, 3, padding=1),
+                nn.MaxPool2d(3, stride=2, padding=1),
+                ResidualBlock(out),
+                ResidualBlock(out),
+            ]
+            before = out
+        self.convs = nn.Sequential(*sections, nn.ReLU())
+        self.fc = nn.Linear(_flat_features(self, in_chans, img_size), width)
+        self.num_features = width
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return self.convs(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(self.convolve(x).flatten(1)))
+
+
+def _flat_features(net: NatureCNN | ImpalaCNN, in_chans: int, img_size: int | Sequence[int]) -> int:
+    """How many features the convolutions leave, found by sending one empty image through them."""
+    with torch.no_grad():
+        device = next(net.parameters()).device
+        return net.convolve(torch.zeros(1, in_chans, *image_size(img_size), device=device)).numel()
+
+
+def _least_input(kernels: Sequence[int], strides: Sequence[int], paddings: Sequence[int]) -> int:
+    """The smallest side that leaves one pixel behind the last convolution."""
+    side = 1
+    for kernel, stride, padding in zip(reversed(kernels), reversed(strides), reversed(paddings), strict=True):
+        side = max((side - 1) * stride + kernel - 2 * padding, 1)
+    return side
+
+
+def _padding_to(size: tuple[int, int], least: int) -> tuple[int, int, int, int]:
+    """Zero padding (left, right, top, bottom) that brings each side to at least `least`."""
+    (height, width) = size
+    vertical, horizontal = max(least - height, 0), max(least - width, 0)
+    return horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2

@@ -1,0 +1,54 @@
+"""Fully connected nets."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Fully connected layers with ReLU between and behind them, over a flattened input.
+
+    Args:
+        in_features: length of a flat input; or leave it out and give in_chans and img_size.
+        in_chans: channels of an image input.
+        img_size: height and width of an image input, pixels.
+        hidden: widths of the layers; the last one is `num_features`.
+
+    Shapes: (batch, ...) -> (batch, hidden[-1]).
+    """
+
+    spec: dict[str, Any]
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        in_chans: int | None = None,
+        img_size: int | Sequence[int] | None = None,
+        hidden: Sequence[int] = (256, 256),
+    ) -> None:
+        super().__init__()
+        if in_features is None:
+            if in_chans is None or img_size is None:
+                raise ValueError("give in_features, or in_chans and img_size")
+            in_features = in_chans * math.prod(image_size(img_size))
+        if not hidden:
+            raise ValueError("hidden must name at least one layer width")
+        widths = [in_features, *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.num_features = widths[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def image_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels from either one side of a square or both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"img_size {size} must be positive")
+    return height, width
