@@ -166,7 +166,11 @@ def load(path: Path) -> Checkpoint:
     )
     if not path.is_dir():
         raise LabError(f"{path}: no such checkpoint. {remedy}")
-    for file, expected in _manifest(path, remedy)["files"].items():
+    listed = _manifest(path, remedy)["files"]
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name not in listed:
+            raise LabError(f"{file}: altered: manifest.json does not list it. {remedy}")
+    for file, expected in listed.items():
         target = path / file
         if not target.is_file():
             raise LabError(f"{target}: missing from the checkpoint. {remedy}")
@@ -191,10 +195,13 @@ def _manifest(path: Path, remedy: str = "Restore it from a copy.") -> dict[str, 
                 f"{path}: written in checkpoint format {manifest['format']}, this version reads {FORMAT}. "
                 "Use the version of the lab named in run.json."
             )
+        files = manifest["files"]
+        if "state.json" not in files or any({"bytes", "sha256"} - file.keys() for file in files.values()):
+            raise KeyError
         return manifest
     except FileNotFoundError:
         raise LabError(f"{path}: no checkpoint: it has no manifest.json. {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise LabError(f"{path / 'manifest.json'}: damaged. {remedy}") from None
 
 

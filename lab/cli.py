@@ -135,7 +135,8 @@ def _train(options: argparse.Namespace) -> int:
         values = config.read_yaml(options.config)
     overrides = config.split_overrides(options.overrides)
     merged = config.merge(values, config.nest(overrides))
-    chosen = pipeline.find(merged.get("pipeline", "rl"), source)
+    named_in = "command line" if "pipeline" in overrides else source
+    chosen = pipeline.find(merged.get("pipeline", "rl"), named_in)
     resolved = config.build(chosen.config_class(merged, source), values, overrides, source)
     if options.print_config:
         print(config.to_yaml(resolved), end="")
@@ -206,17 +207,16 @@ def _first_comment(path: Path) -> str:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def _probability(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{number} is no probability between 0 and 1")
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no probability between 0 and 1")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ YAML, lays the overrides over it, checks every key against the tree, and lets js
 convert the values. Whatever is wrong becomes one `LabError` line naming the place, the key and the remedy.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -37,10 +39,10 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parses one YAML text; `source` names it in the error."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
-        problem = getattr(error, "problem", None) or "cannot be parsed"
+        problem = getattr(error, "problem", None) or " ".join(str(error).split()) or "cannot be parsed"
         raise LabError(f"{where}: not valid YAML: {problem}. Correct that line.") from None
 
 
@@ -85,16 +87,17 @@ def split_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1}` -> `{"a": {"b": 1}}`."""
+    """`{"a.b": 1}` -> `{"a": {"b": 1}}`; the order of the keys does not matter."""
     tree: dict[str, Any] = {}
-    for key, value in overrides.items():
+    for key in sorted(overrides, key=lambda key: key.count(".")):  # groups before what lies in them
         *parents, leaf = key.split(".")
         node = tree
-        for parent in parents:
+        for depth, parent in enumerate(parents, 1):
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise LabError(f"command line: --{key} and --{parent} contradict each other. Keep one.")
-        node[leaf] = value
+                above = ".".join(parents[:depth])
+                raise LabError(f"command line: --{key} and --{above} contradict each other. Keep one.")
+        node[leaf] = copy.deepcopy(overrides[key])
     return tree
 
 
@@ -120,8 +123,9 @@ def build(root: type[T], file_values: Mapping[str, Any], overrides: Mapping[str,
         LabError: unknown key, wrong type or impossible combination.
     """
     over = nest(overrides)
-    _check_keys(root, file_values, source, ())
-    _check_keys(root, over, "command line", ())
+    for values, where in ((file_values, source), (over, "command line")):
+        _check_keys(root, values, where, ())
+        _check_values(root, values, where, ())
     values = _whole_floats_to_ints(root, merge(file_values, over))
     return _parse(root, values, source, overrides)
 
@@ -133,7 +137,7 @@ def _parse(root: type[T], values: dict[str, Any], source: str, overrides: Mappin
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(root)
     try:
-        return root(**vars(parser.instantiate_classes(parser.parse_object(values))))
+        return root(**vars(parser.instantiate(parser.parse_object(values))))
     except (Exception, SystemExit) as error:
         raise LabError(_one_line(error, values, source, overrides)) from None
 
@@ -141,16 +145,14 @@ def _parse(root: type[T], values: dict[str, Any], source: str, overrides: Mappin
 def _one_line(error: BaseException, values: dict[str, Any], source: str, overrides: Mapping[str, Any]) -> str:
     """Says of a rejected value where it stands, what it is and what is wanted."""
     cause = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-        if isinstance(cause, ConfigError):
-            break
+    while not isinstance(cause, ConfigError) and (below := cause.__cause__ or cause.__context__) is not None:
+        cause = below
     if isinstance(cause, ConfigError):
         error = cause
     text = " ".join(str(error).split())
     key_match = re.search(r'key "([\w.]+)"', text)
     key = key_match.group(1) if key_match else getattr(error, "key", "")
-    where = "command line" if any(k == key or k.startswith(key + ".") for k in overrides if key) else source
+    where = "command line" if key and _has(nest(overrides), key.split(".")) else source
     if isinstance(error, ConfigError):
         return f"{where}: {error}"
     value: Any = values
@@ -230,6 +232,35 @@ def _check_keys(cls: type, values: Any, source: str, path: tuple[str, ...]) -> N
             raise LabError(f"{source}: unknown key {full!r}.{hint} Keys {group}: {', '.join(hints)}.")
         if dataclasses.is_dataclass(hints[key]):
             _check_keys(typing.cast(type, hints[key]), value, source, (*path, str(key)))
+
+
+def _check_values(hint: Any, values: Any, source: str, path: tuple[str, ...]) -> None:
+    """Raises for the first value that JSON cannot hold, or that is null where null means nothing."""
+    problem = ""
+    if isinstance(values, Mapping):
+        hints = _hints(typing.cast(type, hint)) if dataclasses.is_dataclass(hint) else {}
+        for key, value in values.items():
+            _check_values(hints.get(key, Any), value, source, (*path, str(key)))
+    elif isinstance(values, list):
+        for item in values:
+            _check_values(Any, item, source, path)
+    elif isinstance(values, float) and not math.isfinite(values):
+        problem = "a finite number"
+    elif values is None and isinstance(hint, type) and hint is not Any:
+        problem = hint.__name__
+    elif not isinstance(values, str | int | float | None):
+        problem = "a number, a text, true, false, null, or a list or mapping of these"
+    if problem:
+        raise LabError(f"{source}: {'.'.join(path)} = {values!r} is not valid. Expected {problem}.")
+
+
+def _has(tree: Any, parts: Sequence[str]) -> bool:
+    """Whether a nested mapping says anything about the key with these parts."""
+    for part in parts:
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _all_keys(cls: type, path: tuple[str, ...]) -> typing.Iterator[str]:

@@ -61,21 +61,23 @@ class Compute:
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to bf16, or nothing for fp32. The meta device has no autocast and never gets one."""
+    """Autocast to bf16, or for fp32 none, even inside another. The meta device has no autocast."""
     import torch
 
-    if precision == "fp32" or device_type == "meta":
+    if device_type == "meta":
         return contextlib.nullcontext()
-    return torch.autocast(device_type, torch.bfloat16)
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def quiet_threads() -> None:
-    """Makes idle OpenMP threads sleep instead of spin; must run before torch is imported.
+    """Makes idle OpenMP threads sleep soon instead of spinning; must run before torch is imported.
 
-    Spinning threads on a shared machine make two threads several times slower than one.
+    Threads that spin for long take the cores from the emulators, and on a shared machine make two threads
+    several times slower than one; threads that never spin are slow to wake. Measured with PQN on two
+    cores, agent steps a second: 2,315 with this, 2,024 without any spinning, 1,979 with the default.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def resolve(config: DeviceConfig) -> Compute:
@@ -111,6 +113,9 @@ def resolve(config: DeviceConfig) -> Compute:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1), 4
     )
     torch.set_num_threads(threads)
+    # Adam's running squares of small gradients are denormal numbers, which the CPU handles in microcode:
+    # with them, a step of the optimiser took six times as long.
+    torch.set_flush_denormal(True)
     return Compute(device, precision, threads, reason)
 
 

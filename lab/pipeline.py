@@ -48,7 +48,7 @@ def find(name: Any, source: str) -> Pipeline:
         LabError: there is none; `source` says where the name stood.
     """
     points = {point.name: point for point in importlib.metadata.entry_points(group="lab.pipelines")}
-    if name not in points:
+    if not isinstance(name, str) or name not in points:
         raise LabError(
             f"{source}: pipeline = {name!r}: no such pipeline.{did_you_mean(str(name), points)} "
             f"Known: {', '.join(sorted(points))}."

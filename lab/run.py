@@ -28,6 +28,11 @@ from lab.tracking import Tracker, rewind, scrub, scrub_argv
 
 PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "ale-py", "wandb", "safetensors")
 STATES = ("running", "finished", "failed", "interrupted")
+# What the rest of the lab reads of a run.json; without any of it the file is damaged.
+_NEEDED = (
+    *("id", "name", "group", "pipeline", "job_type", "x_axis", "state"),
+    *("config", "compute", "parents", "sessions", "summary"),
+)
 
 
 class Run:
@@ -58,7 +63,8 @@ class Run:
         """
         if (folder / "run.json").exists():
             raise LabError(
-                f"{folder}: already holds a run. Continue it with --resume, or choose another folder with --out."
+                f"{folder}: already holds a run. Continue it with --resume, or choose another folder "
+                "with --out."
             )
         if folder.is_file() or (folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir())):
             raise LabError(f"{folder}: is not empty and no run. Choose another folder with --out.")
@@ -100,9 +106,11 @@ class Run:
             raise LabError(
                 f"{folder}: no run to resume. Leave --resume out to start one.{_nearest_run(folder)}"
             )
-        run = cls(folder, read_json(folder / "run.json", "the record of the run"))
-        run._take_lock()
-        checkpoint.clean_up(run.checkpoints)
+        run = cls(folder, _read_info(folder))
+        with explain_write_errors(str(folder), "A run can only be continued where you may write."):
+            run._take_lock()
+            run.info = _read_info(folder)  # what the process before this one wrote last
+            checkpoint.clean_up(run.checkpoints)
         return run
 
     @classmethod
@@ -110,7 +118,7 @@ class Run:
         """Opens a run to read it: nothing is written or locked."""
         if not (folder / "run.json").exists():
             raise LabError(f"{folder}: no run: there is no run.json in it.{_nearest_run(folder)}")
-        return cls(folder, read_json(folder / "run.json", "the record of the run"))
+        return cls(folder, _read_info(folder))
 
     @property
     def checkpoints(self) -> Path:
@@ -150,6 +158,7 @@ class Run:
             "compute": self.info["compute"],
         }
         tracker = Tracker(self.folder, config, mode, identity)
+        why = tracker.problem or why
         self.update(wandb={"mode": tracker.mode, "why": why, "project": project, "entity": entity})
         return tracker
 
@@ -202,6 +211,7 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._release_lock()
             pid = (self.info["sessions"] or [{}])[-1].get("pid", "?")
             raise LabError(
                 f"{self.folder}: is running just now (process {pid}). Wait for it, or stop it first."
@@ -216,6 +226,14 @@ class Run:
 def folder_name(name: str) -> str:
     """A run name as a folder name."""
     return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "run"
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    info = read_json(folder / "run.json", "the record of the run")
+    missing = [key for key in _NEEDED if not isinstance(info, dict) or key not in info]
+    if missing:
+        raise LabError(f"{folder / 'run.json'}: damaged: it lacks {missing[0]!r}. Restore it from a copy.")
+    return info
 
 
 def _nearest_run(folder: Path) -> str:

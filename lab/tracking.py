@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lab.config import require
+from lab.config import parse_yaml, require
 from lab.errors import LabError
 from lab.files import explain_write_errors
 
 MODES = ("auto", "online", "offline", "disabled")
 AXIS_GROUPS = ("rollout/*", "train/*", "eval/*", "time/*", "objective/*", "media/*")
+FINISH_SECONDS = 60
+"""How long the end of a run waits for W&B to take the rest of the rows."""
 _SECRET = re.compile(r"(?i)(api[_-]?key|secret|passw|[_-]token$|^token$|credential|authorization)")
 
 
@@ -59,14 +61,24 @@ def scrub_argv(argv: list[str]) -> list[str]:
     clean: list[str] = []
     hide_next = False
     for argument in argv:
-        key, equals, _ = argument.partition("=")
-        secret = argument.startswith("-") and bool(_SECRET.search(key.lstrip("-")))
-        if hide_next and not argument.startswith("-"):
+        key, equals, value = argument.partition("=")
+        option = argument.startswith("-")
+        secret = option and bool(_SECRET.search(key.lstrip("-")))
+        if not option and (hide_next or _holds_secret(argument)):
             clean.append("<redacted>")
         else:
-            clean.append(f"{key}=<redacted>" if secret and equals else argument)
+            hide = option and equals and (secret or _holds_secret(value))
+            clean.append(f"{key}=<redacted>" if hide else argument)
         hide_next = secret and not equals
     return clean
+
+
+def _holds_secret(text: str) -> bool:
+    """Whether an option's value is a mapping with a secret in it, e.g. `{api_key: abc}`."""
+    with contextlib.suppress(LabError):
+        value = parse_yaml(text, "") if "{" in text else None
+        return scrub(value) != value
+    return False
 
 
 def choose_mode(requested: str) -> tuple[str, str]:
@@ -76,6 +88,7 @@ def choose_mode(requested: str) -> tuple[str, str]:
         LabError: `online` was demanded in the config but there is no key or no server.
     """
     mode = requested if requested != "auto" else os.environ.get("WANDB_MODE", "auto")
+    mode = "offline" if mode == "dryrun" else mode  # W&B's older name for it
     if mode in ("offline", "disabled"):
         return mode, "asked for"
     url = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
@@ -114,11 +127,21 @@ class Tracker:
         config: the resolved config; secrets are scrubbed before W&B sees it.
         mode: "online", "offline" or "disabled", from `choose_mode`.
         identity: keyword arguments for `wandb.init`: project, entity, id, name, group, job_type, tags.
+        finish_seconds: how long `finish` waits for a slow or dead server.
+
+    `problem` says why `mode` is not the one asked for; it is empty if it is.
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], mode: str, identity: Mapping[str, Any]
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        mode: str,
+        identity: Mapping[str, Any],
+        finish_seconds: float = FINISH_SECONDS,
     ) -> None:
+        self.problem = ""
+        self._finish_seconds = finish_seconds
         self._path = folder / "metrics.jsonl"
         self._file: IO[str] = self._path.open("a", encoding="utf-8", buffering=1)
         self.mode = mode
@@ -144,6 +167,8 @@ class Tracker:
                     resume="allow",
                     settings=wandb.Settings(
                         init_timeout=20,
+                        finish_timeout=self._finish_seconds,  # by default it waits for ever
+                        finish_timeout_raises=True,
                         x_transaction_log_flush_interval=1.0,  # the default loses 15 s to a SIGKILL
                         console="off",
                         disable_git=True,
@@ -157,7 +182,8 @@ class Tracker:
                 self.mode = mode
                 return
             except Exception as error:
-                self._warn(f"W&B {mode} is not available ({_brief(error)})")
+                self.problem = f"W&B {mode} is not available ({_brief(error)})"
+                self._warn(self.problem)
                 with contextlib.suppress(Exception):
                     wandb.teardown()  # else the run id stays "in use"
             finally:
@@ -203,6 +229,12 @@ class Tracker:
             try:
                 self._wandb.summary.update(dict(summary or {}))
                 self._wandb.finish(exit_code=exit_code)
+            except TimeoutError:
+                self._warn(
+                    f"W&B did not take the rest within {self._finish_seconds:g} s; nothing is lost: "
+                    f"`wandb sync {Path(self._wandb.dir).parent}` sends it later"
+                )
+                self._wandb = None
             except Exception as error:
                 self._lose_wandb(error)
 

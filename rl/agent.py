@@ -6,6 +6,7 @@ logging, checkpoints or evaluation. Between two items its state is consistent: `
 """
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +60,7 @@ class QLearner(BaseAlgorithm):
         self.policy.optimizer = make_optimizer(
             config.optimizer, self.policy.q_net.parameters(), config.learning_rate, config.optimizer_eps
         )
+        self.ep_info_buffer = deque(maxlen=self._stats_window_size)
         self._loss_sum = torch.zeros((), device=self.device)
         self._q_sum = torch.zeros((), device=self.device)
         self._n_summed = 0
@@ -107,11 +109,17 @@ class QLearner(BaseAlgorithm):
 
     def _after_env_step(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         self.num_timesteps += self.env.num_envs
-        self._update_info_buffer(infos, dones)
-        self._episode_num += sum("episode" in info for info in infos)
+        ended = [info["episode"] for info in infos if "episode" in info]
+        self._episodes().extend(ended)
+        self._episode_num += len(ended)
         if self._callback is not None:
             self._callback.update_locals(locals())
             self._stopped = not self._callback.on_step()
+
+    def _episodes(self) -> deque[dict[str, Any]]:
+        """The last 100 whole games, as `AtariVecEnv` reports them."""
+        assert self.ep_info_buffer is not None
+        return self.ep_info_buffer
 
     # ---- acting ----
 
@@ -184,8 +192,8 @@ class QLearner(BaseAlgorithm):
             "train/n_updates": self._n_updates,
             "train/learning_rate": self.learning_rate_now(),
         }
-        if self.ep_info_buffer:
-            episodes = list(self.ep_info_buffer)
+        episodes = self._episodes()
+        if episodes:
             values |= {
                 "rollout/ep_rew_mean": float(np.mean([e["r"] for e in episodes])),
                 "rollout/ep_clipped_rew_mean": float(np.mean([e["clipped_r"] for e in episodes])),
@@ -231,7 +239,7 @@ class QLearner(BaseAlgorithm):
             "n_updates": self._n_updates,
             "n_summed": self._n_summed,
             "episode_num": self._episode_num,
-            "episodes": list(self.ep_info_buffer or ()),
+            "episodes": list(self._episodes()),
             "exploration_rate": self.exploration_rate,
             "rng": self.rng.bit_generator.state,
             "env_seed": env_seed,
@@ -252,9 +260,8 @@ class QLearner(BaseAlgorithm):
         self.num_timesteps = state["num_timesteps"]
         self._n_updates, self._n_summed = state["n_updates"], state["n_summed"]
         self._episode_num = state["episode_num"]
-        assert self.ep_info_buffer is not None
-        self.ep_info_buffer.clear()
-        self.ep_info_buffer.extend(state["episodes"])
+        self._episodes().clear()
+        self._episodes().extend(state["episodes"])
         self.exploration_rate = state["exploration_rate"]
         self.rng.bit_generator.state = state["rng"]
         env = self.env
@@ -329,15 +336,16 @@ class DQN(QLearner, SB3DQN):
 
     def update(self, batch: ReplayBufferSamples) -> None:
         """One update on one batch (Mnih et al. 2015, algorithm 1; the Huber loss is its error clipping)."""
-        with torch.no_grad():
-            next_q = self.policy.q_net_target(batch.next_observations)
-            if self.config.double:
-                choice = self.policy.q_net(batch.next_observations).argmax(1, keepdim=True)
-                next_value = next_q.gather(1, choice)
-            else:
-                next_value = next_q.amax(1, keepdim=True)
-            target = batch.rewards + (1 - batch.dones) * batch.discounts * next_value  # type: ignore[operator]
-        q = self.policy.q_net(batch.observations).gather(1, batch.actions)
+        with self.compute.autocast():  # one context for all passes: the weights are converted once
+            q = self.policy.q_net(batch.observations).gather(1, batch.actions)
+            with torch.no_grad():
+                next_q = self.policy.q_net_target(batch.next_observations)
+                if self.config.double:
+                    choice = self.policy.q_net(batch.next_observations).argmax(1, keepdim=True)
+                    next_value = next_q.gather(1, choice)
+                else:
+                    next_value = next_q.amax(1, keepdim=True)
+        target = batch.rewards + (1 - batch.dones) * batch.discounts * next_value  # type: ignore[operator]
         loss = F.smooth_l1_loss(q, target)
         self.descend(loss)
         self._count(loss, q)

@@ -88,11 +88,11 @@ class AtariVecEnv(VecEnv):
             episodic_life=False,
             life_loss_info=False,
         )
+        self.render_mode = None
         observation_space = self._atari.single_observation_space
         assert isinstance(observation_space, spaces.Box)
         super().__init__(n_envs, observation_space, spaces.Discrete(int(self._atari.single_action_space.n)))
         self.life_loss, self.clip_rewards, self.frame_skip = life_loss, clip_rewards, frame_skip
-        self.render_mode = None
         self._base_seed = seed
         self._actions: list[np.ndarray] = []
         self._observation = np.empty(0, np.uint8)
@@ -100,9 +100,7 @@ class AtariVecEnv(VecEnv):
     @property
     def action_meanings(self) -> list[str]:
         """The names of the actions, e.g. NOOP, FIRE, RIGHT."""
-        import ale_py
-
-        return [ale_py.Action(int(action)).name for action in self._atari.ale.get_action_set()]
+        return [action.name for action in self._atari.ale.get_action_set()]
 
     def reset(self) -> np.ndarray:
         """Starts fresh games: with the seed last given to `seed`, else where the generators stand."""

@@ -64,12 +64,17 @@ class BackboneQNetwork(QNetwork):
     def forward(self, obs: PyTorchObs) -> Tensor:
         """Q-values: uint8 (batch, chans, height, width) -> float32 (batch, n_actions)."""
         assert isinstance(obs, Tensor)
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        # channels_last lets the convolutions run on the matrix units without reordering
-        images = obs.to(dtype, memory_format=torch.channels_last).mul_(1 / 255)
+        if self.precision == "bf16":
+            # Two passes over contiguous memory are twice as fast as one that converts and reorders.
+            images = obs.to(torch.bfloat16).mul_(1 / 255)
+        else:
+            images = obs.to(torch.float32).mul_(1 / 255)
+        # channels_last lets the convolutions run on the matrix units without reordering.
+        images = images.contiguous(memory_format=torch.channels_last)
         with autocast(images.device.type, self.precision):
             features = self.features_extractor(images)
-        return self.q_net(features.float())
+        with autocast(images.device.type, "fp32"):
+            return self.q_net(features.float())
 
 
 class BackboneQPolicy(DQNPolicy):
@@ -118,8 +123,14 @@ class BackboneQPolicy(DQNPolicy):
         }
 
     def set_precision(self, precision: str) -> None:
-        """Computes the backbone in "fp32" or "bf16"."""
+        """Computes the backbone in "fp32" or "bf16"; the target's weights are then stored as bf16 too.
+
+        The optimiser works on the online network's fp32 weights, which autocast converts in each forward
+        pass; the target network, which only ever takes copies, is converted once.
+        """
         self.q_net.precision = self.q_net_target.precision = precision
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.q_net_target.features_extractor.to(dtype)
 
 
 def q_values(q_net: QNetwork, observations: np.ndarray) -> Tensor:

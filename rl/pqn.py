@@ -78,8 +78,9 @@ class PQN(QLearner):
             if t > 0:
                 next_values[t - 1] = q.amax(1)
             actions = self.explore(q.argmax(1).cpu().numpy(), n_envs, self.exploration_rate)
+            # Before the emulators start: a copy beside them would fight them for the cores.
+            self._observations[t].copy_(torch.from_numpy(observations))
             self.env.step_async(actions)
-            self._observations[t].copy_(torch.from_numpy(observations), non_blocking=True)
             observations, self._rewards[t], dones, infos = self.env.step_wait()
             self._actions[t] = actions
             for i in np.flatnonzero(dones):

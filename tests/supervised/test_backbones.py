@@ -1,0 +1,87 @@
+"""Backbones: published parameter counts, any image, and a spec that rebuilds them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lab.errors import LabError
+from supervised import backbones
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_nature_cnn_has_the_published_parameters() -> None:
+    body = backbones.build("nature_cnn", in_chans=4, img_size=84)
+    assert count(body) == 1_684_128
+    assert count(nn.Sequential(body, nn.Linear(body.num_features, 6))) == 1_687_206
+    assert count(nn.Sequential(body, nn.Linear(body.num_features, 18))) == 1_693_362
+
+
+def test_impala_cnn_has_the_published_parameters() -> None:
+    body = backbones.build("impala_cnn", in_chans=4, img_size=(84, 84))
+    assert count(body.convs) == 97_744
+    assert count(body) == 1_089_232
+
+
+def test_mlp_has_the_parameters_of_its_layers() -> None:
+    body = backbones.build("mlp", in_features=784, hidden=(16, 16))
+    assert count(nn.Sequential(body, nn.Linear(body.num_features, 10))) == 13_002
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(["mlp", "nature_cnn", "impala_cnn"]),
+    in_chans=st.integers(1, 6),
+    height=st.integers(1, 100),
+    width=st.integers(1, 100),
+)
+def test_any_image_size_and_channel_count_works(name: str, in_chans: int, height: int, width: int) -> None:
+    body = backbones.build(name, in_chans=in_chans, img_size=(height, width))
+    features = body(torch.rand(2, in_chans, height, width))
+    assert features.shape == (2, body.num_features)
+    features.sum().backward()
+    assert all(parameter.grad is not None for parameter in body.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("mlp", {"in_features": 12, "hidden": (5, 3)}),
+        ("nature_cnn", {"in_chans": 2, "img_size": (44, 40), "width": 32, "norm": "layer"}),
+        ("impala_cnn", {"in_chans": 1, "img_size": 20, "channels": (4, 8)}),
+    ],
+)
+def test_spec_rebuilds_the_backbone(name: str, spec: dict) -> None:
+    first = backbones.build(name, **spec)
+    second = backbones.build(name, **first.spec)
+    second.load_state_dict(first.state_dict())
+    x = torch.rand(2, 12) if name == "mlp" else torch.rand(2, first.spec["in_chans"], 44, 40)
+    if name == "impala_cnn":
+        x = torch.rand(2, 1, 20, 20)
+    assert torch.equal(first(x), second(x))
+
+
+def test_backbones_satisfy_the_interface() -> None:
+    for name in backbones.names():
+        assert isinstance(backbones.build(name, in_chans=1, img_size=10), backbones.Backbone)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "said"),
+    [
+        ("nature_cmm", {}, "nature_cnn"),
+        ("nature_cnn", {"in_chans": 4, "img_size": 84, "widht": 3}, "Did you mean 'width'"),
+        ("nature_cnn", {"in_chans": 4, "img_size": 84, "norm": "batch"}, "'batch' is none of"),
+        ("nature_cnn", {"in_chans": 4, "img_size": 84, "channels": (1, 2)}, "equally long"),
+        ("mlp", {}, "give in_features"),
+        ("mlp", {"in_features": 3, "hidden": ()}, "at least one"),
+        ("impala_cnn", {"in_chans": 4, "img_size": (0, 3)}, "positive"),
+    ],
+)
+def test_mistakes_say_what_to_do(name: str, spec: dict, said: str) -> None:
+    with pytest.raises(LabError, match=said):
+        backbones.build(name, **spec)

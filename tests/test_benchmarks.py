@@ -1,0 +1,85 @@
+"""The benchmarks run, and keep what the README quotes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.stopwatch import Stopwatch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("benchmark") / "dqn_vs_sb3.json"
+    command = [sys.executable, "-m", "benchmarks.dqn_vs_sb3", "--quick", "--envs", "2", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "steps/s" in done.stdout
+    assert "Warning" not in done.stderr
+    return json.loads(out.read_text())
+
+
+def test_results_say_what_made_them(results: dict[str, Any]) -> None:
+    assert set(results) == {"machine", "command", "settings", "rows", "profile"}
+    assert {"cpu", "cores_usable", "ram_bytes", "os", "packages", "git", "date"} <= set(results["machine"])
+    assert {"torch", "stable-baselines3", "ale-py"} <= set(results["machine"]["packages"])
+    assert results["command"] == "python -m benchmarks.dqn_vs_sb3 --quick --envs 2"
+    assert results["settings"]["quick"]
+
+
+def test_both_sides_do_the_same_work(results: dict[str, Any]) -> None:
+    speed = [row for row in results["rows"] if row["measure"] == "speed"]
+    assert [(row["side"], row["precision"]) for row in speed] == [
+        ("sb3", "fp32"),
+        ("ours", "fp32"),
+        ("ours", "bf16"),
+    ]
+    assert {row["updates_per_agent_step"] for row in speed} == {0.25}
+    assert {row["parameters"] for row in speed} == {1_687_206}  # Mnih et al. 2015 with Pong's six actions
+    for row in speed:
+        assert row["agent_steps_per_second"] > 0
+        assert row["peak_rss_bytes"] > 1e8
+    assert speed[1]["speed_ratio_to_sb3"] == pytest.approx(
+        speed[1]["agent_steps_per_second_by_round"][0] / speed[0]["agent_steps_per_second_by_round"][0]
+    )
+
+
+def test_a_million_transitions_take_at_most_7_3_gigabytes(results: dict[str, Any]) -> None:
+    memory = {
+        row["side"]: row["bytes_per_transition"] for row in results["rows"] if row["measure"] == "memory"
+    }
+    assert memory["ours"] * 1e6 <= 7.3e9
+    assert memory["sb3"] == 2 * 4 * 84 * 84 + 8 + 3 * 4  # two stacks, action, reward, done, timeout
+    assert memory["sb3_optimize_memory_usage"] == 4 * 84 * 84 + 8 + 3 * 4
+
+
+def test_profiles_add_up(results: dict[str, Any]) -> None:
+    for side in ("ours", "sb3"):
+        profile = results["profile"][side]
+        assert {p["part"] for p in profile["parts"]} >= {"act", "emulator", "sample", "backward", "other"}
+        assert sum(p["share"] for p in profile["parts"]) == pytest.approx(1, abs=0.01)
+        assert profile["operations"]
+
+
+def test_stopwatch_counts_nested_calls_once() -> None:
+    class Loop:
+        def outer(self) -> None:
+            self.inner()
+
+        def inner(self) -> None:
+            sum(range(1000))
+
+    loop, watch = Loop(), Stopwatch()
+    watch.wrap(loop, "outer", "outer")
+    watch.wrap(loop, "inner", "inner")
+    with watch:
+        loop.outer()
+        loop.inner()
+    parts = {p["part"]: p for p in watch.report(per=1)}
+    assert parts["outer"]["calls"] == parts["inner"]["calls"] == 1
+    assert sum(p["share"] for p in parts.values()) == pytest.approx(1, abs=0.001)
