@@ -391,7 +391,6 @@ def main() -> None:
         from lab.device import quiet_threads
 
         quiet_threads()  # as `lab train` does, before torch is imported
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler tells of every start and stop
     import ale_py
     import gymnasium
 

@@ -250,10 +250,14 @@ class QLearner(BaseAlgorithm):
     def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
         """Puts back what `capture` took."""
         self.policy.q_net.load_state_dict(tensors["model"])
+        parameters = [p for group in self.policy.optimizer.param_groups for p in group["params"]]
         optimizer_state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors["optimizer"].items():
             index, _, name = key.partition(".")
-            optimizer_state.setdefault(int(index), {})[name] = value
+            like = parameters[int(index)]
+            # The fused kernels walk memory, not indices: a moment must lie as its parameter does.
+            same_layout = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            optimizer_state.setdefault(int(index), {})[name] = same_layout
         self.policy.optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]})
         self._loss_sum.copy_(tensors["progress"]["loss_sum"])
         self._q_sum.copy_(tensors["progress"]["q_sum"])

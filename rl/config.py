@@ -24,7 +24,7 @@ class EnvConfig:
     n_envs: int = 8
     """Games played side by side. The number of updates per agent step does not depend on it."""
     image_size: int = 84
-    """Side of the square grey image, pixels. Smaller is faster: an update at 44 costs a quarter of one at 84."""
+    """Side of the square grey image, pixels. An update at 44 costs a quarter of one at 84."""
     frame_skip: int = 4
     """Emulator frames per agent step."""
     sticky_actions: float = 0.0

@@ -15,7 +15,7 @@ def make_optimizer(name: str, parameters: Iterable[Tensor], lr: float, eps: floa
         return CenteredRMSprop(parameters, lr=lr, eps=eps)
     cls = {"adam": Adam, "radam": RectifiedAdam}[name]
     parameters = list(parameters)
-    return cls(parameters, lr=lr, eps=eps, fused=parameters[0].device.type in ("cpu", "cuda", "meta"))
+    return cls(parameters, lr=lr, eps=eps, fused=parameters[0].device.type in ("cpu", "cuda", "mps"))
 
 
 def rectification(step: int, beta2: float = 0.999) -> float:

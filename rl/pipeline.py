@@ -70,9 +70,12 @@ class RLPipeline:
             if getattr(options, key) is not None
         }
         result = evaluate_run(run, options.checkpoint, replace(run_config(run).eval, **chosen))
-        with explain_write_errors(str(folder / "evaluations.jsonl"), "Free some space and try again."):
-            with (folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**result, "_time": time.time()}) + "\n")
+        path = folder / "evaluations.jsonl"
+        with (
+            explain_write_errors(str(path), "Free some space and try again."),
+            path.open("a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps({**result, "_time": time.time()}) + "\n")
         return result
 
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:

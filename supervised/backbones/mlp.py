@@ -1,5 +1,6 @@
 """Fully connected nets."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +38,7 @@ class MLP(nn.Module):
             raise ValueError("hidden must name at least one layer width")
         widths = [in_features, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.num_features = widths[-1]

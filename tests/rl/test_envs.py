@@ -149,9 +149,8 @@ def test_no_step_is_a_mere_reset() -> None:
     # some game by frame_skip frames, so two games' lengths add up to the steps taken.
     env = AtariVecEnv("breakout", 1, num_threads=1)
     env.reset()
-    lengths, steps = [], 0
-    for actions in random_actions(0, 800, 1, 4):
-        steps += 1
+    lengths: list[int] = []
+    for steps, actions in enumerate(random_actions(0, 800, 1, 4), start=1):
         _, _, dones, infos = env.step(actions)
         if dones[0]:
             lengths.append(infos[0]["episode"]["l"])

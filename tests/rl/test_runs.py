@@ -1,0 +1,265 @@
+"""Whole runs by the command: killed and resumed they equal one never stopped; and what they leave."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+REPO = Path(__file__).resolve().parents[2]
+TINY = {
+    "pqn": [
+        "configs/rl/pong_cpu.yaml",
+        "--total_steps=3072",
+        "--env.n_envs=4",
+        "--agent.rollout_steps=16",
+        "--agent.minibatch_size=32",
+        "--checkpoint.every_steps=1024",
+        "--eval.every_steps=1024",
+        "--log_every_steps=256",
+    ],
+    "dqn": [
+        "configs/rl/pong_dqn_cpu.yaml",
+        "--total_steps=3000",
+        "--env.n_envs=4",
+        "--agent.buffer_size=1500",  # wraps around within the run
+        "--agent.learning_starts=200",
+        "--agent.batch_size=8",
+        "--agent.target_update_steps=100",
+        "--checkpoint.every_steps=800",
+        "--eval.every_steps=1500",
+        "--log_every_steps=200",
+    ],
+}
+COMMON = [
+    "--env.max_episode_frames=600",
+    "--eval.episodes=1",
+    "--film.max_steps=0",
+    "--device.threads=1",
+    "--env.num_threads=1",
+    "--tracking.wandb=disabled",
+    "--device.precision=fp32",
+]
+
+
+def start(folder: Path, algorithm: str, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lab.cli", "train", *TINY[algorithm], *COMMON, "--out", str(folder), *more],
+        cwd=REPO,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    clock = ("_time", "time/")
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(clock)} for line in lines
+    ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimiser, exploration, replay and metrics, bit for bit."""
+    assert rows(one) == rows(other)
+    for which in ("latest", "best"):
+        a, b = one / "checkpoints" / which, other / "checkpoints" / which
+        names = sorted(path.name for path in a.glob("*.safetensors"))
+        assert names == sorted(path.name for path in b.glob("*.safetensors"))
+        for name in names:
+            left, right = load_file(a / name), load_file(b / name)
+            assert left.keys() == right.keys()
+            for key in left:
+                np.testing.assert_array_equal(left[key], right[key], err_msg=f"{name}: {key}")
+        states = [json.loads((path / "state.json").read_text()) for path in (a, b)]
+        for state in states:
+            state.pop("elapsed_seconds", None)
+            state.pop("metrics_bytes", None)
+            state.get("agent", {}).get("replay", {}).pop("segments", None)
+        assert states[0] == states[1]
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """One run of each algorithm that nobody stopped."""
+    made: dict[str, Path] = {}
+
+    def get(algorithm: str) -> Path:
+        if algorithm not in made:
+            folder = tmp_path_factory.mktemp("runs") / algorithm
+            finish(start(folder, algorithm))
+            made[algorithm] = folder
+        return made[algorithm]
+
+    return get
+
+
+def wait_for_rows(process: subprocess.Popen[str], folder: Path, n: int) -> None:
+    """Until metrics.jsonl has `n` rows, so that the signal falls at another place each time."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_bytes().splitlines()) >= n:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()  # SIGKILL: no handler runs
+    process.communicate()
+
+
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn"])
+def test_killed_again_and_again_it_ends_as_if_never_stopped(
+    unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
+) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, algorithm)
+    wait_for_rows(process, folder, 2)  # before the first checkpoint
+    kill(process)
+    assert json.loads((folder / "run.json").read_text())["state"] == "running"
+    process = start(folder, algorithm, "--resume")
+    wait_for_rows(process, folder, 9)  # behind it
+    kill(process)
+    finish(start(folder, algorithm, "--resume"))
+    assert_same_run(unstopped(algorithm), folder)
+    assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 3
+
+
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn"])
+def test_interrupted_between_checkpoints_it_loses_nothing_and_ends_the_same(
+    unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
+) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, algorithm)
+    wait_for_rows(process, folder, 7)
+    process.send_signal(signal.SIGTERM if algorithm == "pqn" else signal.SIGINT)
+    output = finish(process)
+    assert "Continue with" in output
+    record = json.loads((folder / "run.json").read_text())
+    assert record["state"] == "interrupted"
+    step = json.loads((folder / "checkpoints/latest/state.json").read_text())["agent"]["num_timesteps"]
+    output = finish(start(folder, algorithm, "--resume"))
+    assert f"resuming at agent step {step:,}" in output
+    assert_same_run(unstopped(algorithm), folder)
+
+
+def test_more_steps_can_be_added_to_a_finished_run(unstopped: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unstopped("pqn"), folder, symlinks=True)
+    output = finish(start(folder, "pqn", "--resume", "--total_steps=3584"))
+    assert "resuming at agent step 3,072" in output
+    assert rows(folder)[-1]["global_step"] == 3584
+
+
+def test_another_config_is_not_the_same_run(unstopped: Callable[[str], Path]) -> None:
+    process = start(unstopped("pqn"), "pqn", "--resume", "--agent.gamma=0.5")
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert "agent.gamma = 0.99, now it is 0.5" in output
+
+
+def lab(*arguments: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "lab.cli", *arguments], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_a_run_leaves_its_whole_story(unstopped: Callable[[str], Path]) -> None:
+    folder = unstopped("dqn")
+    record = json.loads((folder / "run.json").read_text())
+    assert record["state"] == "finished"
+    assert record["config"]["agent"]["n_step"] == 3
+    assert record["summary"]["global_step"] == 3000
+    keys = {key for row in rows(folder) for key in row}
+    assert keys >= {
+        "global_step",
+        "frames",
+        "rollout/ep_rew_mean",
+        "rollout/ep_clipped_rew_mean",
+        "rollout/ep_len_mean",
+        "rollout/exploration_rate",
+        "eval/mean_reward",
+        "eval/std_reward",
+        "eval/human_normalized",
+        "train/loss",
+        "train/learning_rate",
+    }
+    assert (folder / "media/learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    assert kept == ["step_000000002400", "step_000000003000"]
+    assert (folder / "checkpoints/latest").readlink() == Path("step_000000003000")
+
+
+def test_evaluating_again_gives_the_number_training_reported(unstopped: Callable[[str], Path]) -> None:
+    folder = unstopped("pqn")
+    result = json.loads(lab("evaluate", str(folder), "--checkpoint", "latest", "--json"))
+    last = next(row for row in reversed(rows(folder)) if "eval/mean_reward" in row)
+    assert result["mean_reward"] == last["eval/mean_reward"]
+    assert result["human_table"].startswith("Mnih et al. 2015")
+    assert result["scores"]["Nature DQN"] == 18.9
+    assert json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])["returns"]
+    text = lab("evaluate", str(folder), "--episodes=2", "--epsilon=0.05")
+    assert "2 whole games, epsilon 0.05" in text
+    assert "random" in text
+
+
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn"])
+def test_an_export_plays_in_stock_sb3_as_it_does_here(
+    unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
+) -> None:
+    path = tmp_path / "agent.zip"
+    lab("export", str(unstopped(algorithm)), "--format", "sb3", "--out", str(path))
+
+    import torch
+    from stable_baselines3 import DQN
+
+    from lab.run import Run
+    from rl.evaluate import load_player
+    from rl.policy import q_values
+
+    model = DQN.load(path, device="cpu")
+    player, _, _ = load_player(Run.open(unstopped(algorithm)), "best")
+    observations = np.random.default_rng(0).integers(0, 256, (5, 4, 44, 44)).astype(np.uint8)
+    ours = q_values(player.q_net, observations)
+    theirs = model.q_net(torch.from_numpy(observations))
+    torch.testing.assert_close(ours, theirs.detach())
+    actions, _ = model.predict(observations, deterministic=True)
+    np.testing.assert_array_equal(actions, ours.argmax(1).numpy())
+
+
+def test_a_film_shows_the_game_and_the_q_values(unstopped: Callable[[str], Path], tmp_path: Path) -> None:
+    import imageio_ffmpeg
+
+    path = tmp_path / "film.mp4"
+    out = lab("play", str(unstopped("pqn")), "--out", str(path), "--max_steps", "30")
+    assert "30 agent steps" in out
+    reader = imageio_ffmpeg.read_frames(str(path))
+    size = next(reader)["size"]
+    frames = [np.frombuffer(frame, np.uint8).reshape(size[1], size[0], 3) for frame in reader]  # type: ignore[arg-type]
+    assert len(frames) == 30
+    screen, panel = frames[20][:, :320], frames[20][:, 320:]
+    assert screen.std() > 10, "the game's picture"
+    assert (np.abs(panel.astype(int) - (240, 160, 40)).sum(2) < 90).sum() > 30, "the chosen action's bar"
+    assert not np.array_equal(frames[0][:, :320], frames[29][:, :320])
