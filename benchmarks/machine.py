@@ -1,7 +1,6 @@
 """The machine and the code a measurement was made with. Imports no torch."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from lab.run import git_state, package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "stable-baselines3", "ale-py", "gymnasium", "numpy", "opencv-python-headless")
@@ -27,8 +28,9 @@ def describe(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "load_average_1_minute": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "os": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version for name in packages if (version := _version(name)) is not None},
-        "git": _git_state(),
+        "packages": package_versions(packages),
+        # Results themselves are no change of the code.
+        "git": git_state(":!benchmarks/results"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -58,24 +60,3 @@ def _cpuinfo(key: str) -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(ROOT), *arguments), capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        # Results themselves are no change of the code.
-        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}

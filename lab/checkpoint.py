@@ -126,8 +126,11 @@ def prune(root: Path, keep: int) -> None:
         old.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     needed: set[Path] = set()
-    for path in steps(root):
-        needed |= {(path / file).resolve() for file in _manifest(path)["files"]}
+    try:
+        for path in steps(root):
+            needed |= {(path / file).resolve() for file in _manifest(path)["files"]}
+    except LabError:
+        return  # a damaged manifest may need any shared file: leave them all, and let training go on
     for file in (root / "shared").rglob("*") if (root / "shared").exists() else ():
         if file.is_file() and file.resolve() not in needed:
             file.unlink(missing_ok=True)

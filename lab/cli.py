@@ -135,9 +135,12 @@ def _train(options: argparse.Namespace) -> int:
         values = config.read_yaml(options.config)
     overrides = config.split_overrides(options.overrides)
     merged = config.merge(values, config.nest(overrides))
-    named_in = "command line" if "pipeline" in overrides else source
-    chosen = pipeline.find(merged.get("pipeline", "rl"), named_in)
-    resolved = config.build(chosen.config_class(merged, source), values, overrides, source)
+
+    def source_of(key: str) -> str:
+        return "command line" if key in overrides else source
+
+    chosen = pipeline.find(merged.get("pipeline", "rl"), source_of("pipeline"))
+    resolved = config.build(chosen.config_class(merged, source_of), values, overrides, source)
     if options.print_config:
         print(config.to_yaml(resolved), end="")
         return 0

@@ -1,6 +1,7 @@
 """Which device and number format a run computes on, and why; never a silent downgrade."""
 
 import contextlib
+import importlib.metadata
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,15 @@ def quiet_threads() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def check_without_torch(config: DeviceConfig) -> None:
+    """Refuses a device that the installed torch cannot have, without the second it takes to import it."""
+    if config.device.startswith("cuda") and importlib.metadata.version("torch").endswith("+cpu"):
+        raise LabError(
+            f"device.device = {config.device!r}: not available here (this torch is a CPU build). "
+            "Use --device.device=auto."
+        )
 
 
 def resolve(config: DeviceConfig) -> Compute:

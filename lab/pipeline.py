@@ -6,7 +6,7 @@ imports none of the rooms above it.
 
 import importlib.metadata
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +16,8 @@ from lab.errors import LabError, did_you_mean
 class Pipeline(Protocol):
     """One kind of training. Its methods import what is heavy only when called."""
 
-    def config_class(self, values: Mapping[str, Any], source: str) -> type:
-        """The frozen dataclass for these raw config values."""
+    def config_class(self, values: Mapping[str, Any], source_of: Callable[[str], str]) -> type:
+        """The frozen dataclass for these raw config values; `source_of` says where a key was set."""
         ...
 
     def train(self, config: Any, folder: Path | None, resume: bool) -> None:

@@ -42,6 +42,20 @@ class Run:
         self.folder, self.info = folder, info
         self._lock: IO[str] | None = None
 
+    @staticmethod
+    def check_new(folder: Path) -> None:
+        """Raises a `LabError` unless a new run may be created in `folder`."""
+        if (folder / "run.json").exists():
+            raise LabError(
+                f"{folder}: already holds a run. Continue it with --resume, or choose another folder "
+                "with --out."
+            )
+        if folder.exists() and not folder.is_dir():
+            raise LabError(f"{folder}: is a file. Choose another folder with --out.")
+        # Empty folders are what a run leaves that was killed in its first moment.
+        if folder.is_dir() and any(path.is_file() and path.name != ".lock" for path in folder.rglob("*")):
+            raise LabError(f"{folder}: is not empty and no run. Choose another folder with --out.")
+
     @classmethod
     def create(
         cls,
@@ -61,13 +75,7 @@ class Run:
         Raises:
             LabError: the folder already holds a run or other files, or cannot be written.
         """
-        if (folder / "run.json").exists():
-            raise LabError(
-                f"{folder}: already holds a run. Continue it with --resume, or choose another folder "
-                "with --out."
-            )
-        if folder.is_file() or (folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir())):
-            raise LabError(f"{folder}: is not empty and no run. Choose another folder with --out.")
+        cls.check_new(folder)
         info = {
             "id": secrets.token_hex(4),
             "name": name,
@@ -80,8 +88,8 @@ class Run:
             "config": scrub(dict(config)),
             "compute": dict(compute),
             "parents": [dict(parent) for parent in parents],
-            "git": _git_state(),
-            "packages": _package_versions(),
+            "git": git_state(),
+            "packages": package_versions(),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "sessions": [],
@@ -131,6 +139,21 @@ class Run:
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    def find_checkpoint(self, which: str) -> Path:
+        """The folder of a checkpoint; "best" falls back to "latest" while no evaluation was made.
+
+        Raises:
+            LabError: there is none.
+        """
+        path = checkpoint.find(self.checkpoints, which)
+        if path is None and which == "best":
+            path = checkpoint.find(self.checkpoints, "latest")
+        if path is None:
+            names = [step.name for step in checkpoint.steps(self.checkpoints)]
+            there = f"It has {', '.join(names)}." if names else "It has none yet: let it train further."
+            raise LabError(f"{self.folder}: no checkpoint {which!r}. {there}")
+        return path
 
     def continue_from(self, metrics_bytes: int) -> None:
         """Marks the run as running again, its metrics cut back to where the checkpoint was taken."""
@@ -241,16 +264,17 @@ def _nearest_run(folder: Path) -> str:
     return did_you_mean(str(folder), runs) if runs else ""
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The installed versions of those `packages` that are installed."""
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
 
 
-def _git_state() -> dict[str, Any]:
-    """The commit of the lab's own code, and whether it was changed since."""
+def git_state(*pathspecs: str) -> dict[str, Any]:
+    """The commit of the lab's own code, and whether it was changed since (within `pathspecs`)."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -259,7 +283,8 @@ def _git_state() -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        changed = git("status", "--porcelain", "--", ".", *pathspecs)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
 

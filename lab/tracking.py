@@ -92,9 +92,14 @@ def choose_mode(requested: str) -> tuple[str, str]:
     if mode in ("offline", "disabled"):
         return mode, "asked for"
     url = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
-    host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
     problem = ""
-    if not _has_key(host):
+    try:
+        host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
+    except ValueError as error:
+        host, port, problem = "", 0, f"WANDB_BASE_URL {url.geturl()!r} is no address ({error})"
+    if problem:
+        pass
+    elif not _has_key(host):
         problem = f"no W&B key for {host}"
     else:
         try:

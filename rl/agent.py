@@ -8,7 +8,7 @@ logging, checkpoints or evaluation. Between two items its state is consistent: `
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from stable_baselines3 import DQN as SB3DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,7 +46,7 @@ class QLearner(BaseAlgorithm):
     """
 
     policy: BackboneQPolicy
-    env: VecEnv
+    env: AtariVecEnv
     config: AgentConfig
     compute: Compute
     exploration_rate: float
@@ -91,7 +90,7 @@ class QLearner(BaseAlgorithm):
         tb_log_name: str = "run",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
-    ) -> "QLearner":
+    ) -> Self:
         """SB3's interface to `iterate`: callbacks see every environment step."""
         total, self._callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -142,13 +141,14 @@ class QLearner(BaseAlgorithm):
 
     def predict(  # type: ignore[override]
         self,
-        observation: np.ndarray,
+        observation: np.ndarray | dict[str, np.ndarray],
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Actions for observations (n, 4, height, width) or one (4, height, width); epsilon-greedy unless
         deterministic."""
+        assert isinstance(observation, np.ndarray)
         batch = observation if observation.ndim == 4 else observation[None]
         actions = self.q_values(batch).argmax(1).cpu().numpy()
         if not deterministic:
@@ -186,7 +186,7 @@ class QLearner(BaseAlgorithm):
     def metrics(self) -> dict[str, float]:
         """Numbers since the last call, in the lab's names. The only place that waits for the device."""
         values = {
-            "frames": self.num_timesteps * self.env.get_attr("frame_skip")[0],
+            "frames": self.num_timesteps * self.env.frame_skip,
             "rollout/exploration_rate": self.exploration_rate,
             "rollout/episodes": self._episode_num,
             "train/n_updates": self._n_updates,
@@ -211,15 +211,11 @@ class QLearner(BaseAlgorithm):
 
     def begin_games(self, seed: int) -> None:
         """Starts fresh games, seeded; the running ones are cut off and count for no statistic."""
-        env = self.env
-        assert isinstance(env, AtariVecEnv)
-        self._last_obs = env.restart(seed)  # type: ignore[assignment]
+        self._last_obs = self.env.restart(seed)  # type: ignore[assignment]
 
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
         """Everything needed to go on exactly: tensors by file and name, and JSON values."""
-        env = self.env
-        assert isinstance(env, AtariVecEnv)
-        env_seed, actions = env.capture()
+        env_seed, actions = self.env.capture()
         optimizer = self.policy.optimizer.state_dict()
         tensors: Tensors = {
             "model": dict(self.policy.q_net.state_dict()),
@@ -268,12 +264,10 @@ class QLearner(BaseAlgorithm):
         self._episodes().extend(state["episodes"])
         self.exploration_rate = state["exploration_rate"]
         self.rng.bit_generator.state = state["rng"]
-        env = self.env
-        assert isinstance(env, AtariVecEnv)
-        self._last_obs = env.replay(state["env_seed"], tensors["progress"]["env_actions"].numpy())  # type: ignore[assignment]
+        self._last_obs = self.env.replay(state["env_seed"], tensors["progress"]["env_actions"].numpy())  # type: ignore[assignment]
 
 
-class DQN(QLearner, SB3DQN):
+class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride]  (both return self)
     """SB3's DQN with single-frame replay, n-step returns, double and dueling, and a lean update.
 
     What differs from SB3's: every environment draws its own epsilon; `train_freq` and the target's
@@ -283,7 +277,7 @@ class DQN(QLearner, SB3DQN):
 
     config: DQNConfig
 
-    def __init__(self, config: DQNConfig, env: VecEnv, compute: Compute, seed: int = 0) -> None:
+    def __init__(self, config: DQNConfig, env: AtariVecEnv, compute: Compute, seed: int = 0) -> None:
         SB3DQN.__init__(
             self,
             BackboneQPolicy,
@@ -333,22 +327,38 @@ class DQN(QLearner, SB3DQN):
         self._store_transition(self.replay, actions, new_observations, rewards, dones, infos)  # type: ignore[arg-type]
 
     def train(self, gradient_steps: int, batch_size: int = 32) -> None:
-        """Makes `gradient_steps` updates."""
+        """Makes `gradient_steps` updates. The target network sees the batches of all of them at once."""
+        if gradient_steps == 0:
+            return
         self._set_learning_rate()
-        for _ in range(gradient_steps):
-            self.update(self.replay.sample(batch_size))
+        batch = self.replay.sample(gradient_steps * batch_size)
+        next_q = self.target_q(batch)
+        for k in range(gradient_steps):
+            rows = slice(k * batch_size, (k + 1) * batch_size)
+            self.update(
+                ReplayBufferSamples(*(part[rows] for part in batch if part is not None)), next_q[rows]
+            )
 
-    def update(self, batch: ReplayBufferSamples) -> None:
-        """One update on one batch (Mnih et al. 2015, algorithm 1; the Huber loss is its error clipping)."""
-        with self.compute.autocast():  # one context for all passes: the weights are converted once
+    def target_q(self, batch: ReplayBufferSamples) -> Tensor:
+        """The target network's Q-values of the next observations, float32 (batch, n_actions)."""
+        with torch.no_grad():
+            return self.policy.q_net_target(batch.next_observations)
+
+    def update(self, batch: ReplayBufferSamples, next_q: Tensor) -> None:
+        """One update on one batch (Mnih et al. 2015, algorithm 1; the Huber loss is its error clipping).
+
+        Args:
+            batch: as `FrameReplay.sample` returns it.
+            next_q: as `target_q` returns it.
+        """
+        with self.compute.autocast():  # one context for both passes: the weights are converted once
             q = self.policy.q_net(batch.observations).gather(1, batch.actions)
-            with torch.no_grad():
-                next_q = self.policy.q_net_target(batch.next_observations)
-                if self.config.double:
+            if self.config.double:
+                with torch.no_grad():
                     choice = self.policy.q_net(batch.next_observations).argmax(1, keepdim=True)
-                    next_value = next_q.gather(1, choice)
-                else:
-                    next_value = next_q.amax(1, keepdim=True)
+                next_value = next_q.gather(1, choice)
+            else:
+                next_value = next_q.amax(1, keepdim=True)
         target = batch.rewards + (1 - batch.dones) * batch.discounts * next_value  # type: ignore[operator]
         loss = F.smooth_l1_loss(q, target)
         self.descend(loss)

@@ -3,7 +3,7 @@
 Imports nothing heavy: a mistake in a config is reported before torch is loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -278,8 +278,12 @@ def algorithms() -> list[str]:
     return sorted(_RUNS)
 
 
-def run_config_class(values: Mapping[str, Any], source: str) -> type[RunConfig]:
+def run_config_class(values: Mapping[str, Any], source_of: Callable[[str], str]) -> type[RunConfig]:
     """The config class for these values, which `agent.algorithm` decides (dqn if it is left out).
+
+    Args:
+        values: the raw config.
+        source_of: where a dotted key was set, for errors.
 
     Raises:
         LabError: no such algorithm.
@@ -288,7 +292,7 @@ def run_config_class(values: Mapping[str, Any], source: str) -> type[RunConfig]:
     algorithm = agent.get("algorithm", "dqn") if isinstance(agent, Mapping) else "dqn"
     if not isinstance(algorithm, str) or algorithm not in _RUNS:
         raise LabError(
-            f"{source}: agent.algorithm = {algorithm!r}: no such algorithm."
+            f"{source_of('agent.algorithm')}: agent.algorithm = {algorithm!r}: no such algorithm."
             f"{did_you_mean(str(algorithm), _RUNS)} Known: {', '.join(algorithms())}."
         )
     return _RUNS[algorithm]

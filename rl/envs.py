@@ -20,11 +20,14 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from rl import games
 
 STACK = 4
+
+# observations, rewards, dones, infos
+Step = tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]
 
 
 class AtariVecEnv(VecEnv):
@@ -90,8 +93,10 @@ class AtariVecEnv(VecEnv):
         )
         self.render_mode = None
         observation_space = self._atari.single_observation_space
+        action_space = self._atari.single_action_space
         assert isinstance(observation_space, spaces.Box)
-        super().__init__(n_envs, observation_space, spaces.Discrete(int(self._atari.single_action_space.n)))
+        assert isinstance(action_space, spaces.Discrete)
+        super().__init__(n_envs, observation_space, action_space)
         self.life_loss, self.clip_rewards, self.frame_skip = life_loss, clip_rewards, frame_skip
         self._base_seed = seed
         self._actions: list[np.ndarray] = []
@@ -126,7 +131,11 @@ class AtariVecEnv(VecEnv):
         self._actions.append(actions.astype(np.uint8))
         self._atari.send(actions)
 
-    def step_wait(self) -> VecEnvStepReturn:
+    def step(self, actions: np.ndarray) -> Step:
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_wait(self) -> Step:
         observation, raw, terminated, truncated, info = self._atari.recv()
         raw = raw.astype(np.float32)
         rewards = np.sign(raw) if self.clip_rewards else raw
@@ -198,7 +207,7 @@ class AtariVecEnv(VecEnv):
         return [wrapper_class is Monitor] * len(list(self._get_indices(indices)))
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        return [frames[-1] for frames in self._observation]
+        return list(self._observation[:, -1])
 
     def _get_indices(self, indices: VecEnvIndices) -> Iterable[int]:
         if indices is None:

@@ -11,7 +11,6 @@ from stable_baselines3.dqn.policies import QNetwork
 
 from lab import checkpoint, config
 from lab.device import Compute, resolve
-from lab.errors import LabError
 from lab.run import Run
 from rl import games
 from rl.config import EnvConfig, EvalConfig, RunConfig, run_config_class
@@ -121,7 +120,7 @@ def run_config(run: Run) -> RunConfig:
     """The typed config of a run on disk."""
     values = run.info["config"]
     source = str(run.folder / "run.json")
-    return config.build(run_config_class(values, source), values, {}, source)
+    return config.build(run_config_class(values, lambda _: source), values, {}, source)
 
 
 def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
@@ -130,7 +129,7 @@ def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
     Raises:
         LabError: there is none, or it is damaged.
     """
-    path = find_checkpoint(run, which)
+    path = run.find_checkpoint(which)
     saved = checkpoint.load(path)
     settings = run_config(run)
     compute = resolve(settings.device)
@@ -149,19 +148,6 @@ def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
     policy.set_precision(compute.precision)
     policy.set_training_mode(False)
     return Player(policy.q_net, settings.env), path, compute
-
-
-def find_checkpoint(run: Run, which: str) -> Path:
-    """The folder of a run's checkpoint; "best" falls back to "latest" while no evaluation was made."""
-    root = run.checkpoints
-    path = checkpoint.find(root, which)
-    if path is None and which == "best":
-        path = checkpoint.find(root, "latest")
-    if path is None:
-        names = [p.name for p in checkpoint.steps(root)]
-        there = f"It has {', '.join(names)}." if names else "It has none yet: let it train further."
-        raise LabError(f"{run.folder}: no checkpoint {which!r}. {there}")
-    return path
 
 
 def score_table(evaluation: Evaluation) -> list[tuple[str, float]]:

@@ -3,13 +3,13 @@
 import json
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lab import checkpoint, config, tracking
-from lab.device import quiet_threads
+from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors
 from lab.run import Run, folder_name
@@ -24,8 +24,8 @@ MAY_CHANGE = ("total_steps", "tracking.", "checkpoint.keep", "film.", "name")
 class RLPipeline:
     """Deep Q-learning on Atari."""
 
-    def config_class(self, values: Mapping[str, Any], source: str) -> type:
-        return run_config_class(values, source)
+    def config_class(self, values: Mapping[str, Any], source_of: Callable[[str], str]) -> type:
+        return run_config_class(values, source_of)
 
     def train(self, config_: RunConfig, folder: Path | None, resume: bool) -> None:
         """Everything that can be wrong is found before torch is loaded or anything is written."""
@@ -46,11 +46,8 @@ class RLPipeline:
             saved = checkpoint.load(latest) if latest is not None else None
         else:
             run, saved = None, None
-            if (folder / "run.json").exists():
-                raise LabError(
-                    f"{folder}: already holds a run. Continue it with --resume, or choose another folder "
-                    "with --out."
-                )
+            Run.check_new(folder)
+        check_without_torch(settings.device)
         mode, why = tracking.choose_mode(settings.tracking.wandb)
 
         quiet_threads()
@@ -60,7 +57,7 @@ class RLPipeline:
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
         run = Run.open(folder)
-        _check_checkpoint(run, options.checkpoint)
+        checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
         quiet_threads()
         from rl.evaluate import evaluate_run, run_config
 
@@ -95,7 +92,7 @@ class RLPipeline:
 
     def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
         run = Run.open(folder)
-        _check_checkpoint(run, options.checkpoint)
+        checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
         path = options.out or run.media / "play.mp4"
         if path.suffix != ".mp4":
             raise LabError(f"--out {path}: a film is an .mp4 file. Name it so.")
@@ -110,23 +107,11 @@ class RLPipeline:
 
     def export(self, folder: Path, options: Namespace) -> Path:
         run = Run.open(folder)
-        _check_checkpoint(run, options.checkpoint)
+        checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
         quiet_threads()
         from rl.export import export_sb3
 
         return export_sb3(run, options.checkpoint, options.out or folder / "agent_sb3.zip")
-
-
-def _check_checkpoint(run: Run, which: str) -> None:
-    """Finds a missing or damaged checkpoint before torch is loaded."""
-    root = run.checkpoints
-    path = checkpoint.find(root, which) or (checkpoint.find(root) if which == "best" else None)
-    if path is not None:
-        checkpoint.load(path)
-        return
-    names = [p.name for p in checkpoint.steps(root)]
-    there = f"It has {', '.join(names)}." if names else "It has none yet: let it train further."
-    raise LabError(f"{run.folder}: no checkpoint {which!r}. {there}")
 
 
 def _refuse_other_config(run: Run, values: Mapping[str, Any]) -> None:

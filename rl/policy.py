@@ -64,13 +64,9 @@ class BackboneQNetwork(QNetwork):
     def forward(self, obs: PyTorchObs) -> Tensor:
         """Q-values: uint8 (batch, chans, height, width) -> float32 (batch, n_actions)."""
         assert isinstance(obs, Tensor)
-        if self.precision == "bf16":
-            # Two passes over contiguous memory are twice as fast as one that converts and reorders.
-            images = obs.to(torch.bfloat16).mul_(1 / 255)
-        else:
-            images = obs.to(torch.float32).mul_(1 / 255)
-        # channels_last lets the convolutions run on the matrix units without reordering.
-        images = images.contiguous(memory_format=torch.channels_last)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        # channels_last lets the convolutions run on the matrix units; reordering bytes is the cheapest way.
+        images = obs.contiguous(memory_format=torch.channels_last).to(dtype).mul_(1 / 255)
         with autocast(images.device.type, self.precision):
             features = self.features_extractor(images)
         with autocast(images.device.type, "fp32"):
@@ -110,7 +106,7 @@ class BackboneQPolicy(DQNPolicy):
     def make_q_net(self) -> BackboneQNetwork:
         net_args = self._update_features_extractor(self.net_args, features_extractor=None)
         net = BackboneQNetwork(**net_args, dueling=self._dueling)
-        return net.to(self.device, memory_format=torch.channels_last)
+        return net.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +13,7 @@ from lab.device import Compute
 from lab.seeding import derive_seed
 from rl.agent import QLearner, Tensors, policy_kwargs
 from rl.config import PQNConfig
+from rl.envs import AtariVecEnv
 from rl.policy import BackboneQPolicy
 
 
@@ -25,7 +25,7 @@ class PQN(QLearner):
 
     config: PQNConfig
 
-    def __init__(self, config: PQNConfig, env: VecEnv, compute: Compute, seed: int = 0) -> None:
+    def __init__(self, config: PQNConfig, env: AtariVecEnv, compute: Compute, seed: int = 0) -> None:
         BaseAlgorithm.__init__(
             self,
             BackboneQPolicy,

@@ -9,6 +9,7 @@ a game that is over (written so that a cut-off game can be bootstrapped from).
 At 84x84 a slot takes 7,062 bytes where SB3's memory takes 56,457 a transition.
 """
 
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,7 +240,7 @@ class FrameReplay(ReplayBuffer):
         last = self._written.copy()
         tensors: dict[str, np.ndarray] = {"first": first, "last": last}
         with ThreadPoolExecutor(2) as pool:
-            packed = pool.map(lambda i: self._pack(i, first[i], last[i]), range(self.n_envs))
+            packed = pool.map(lambda i: self._pack(i, int(first[i]), int(last[i])), range(self.n_envs))
             for i, streams in enumerate(packed):
                 tensors |= {f"{name}_{i}": data for name, data in streams.items()}
         path = folder / f"replay_{int(last.sum()):014d}.safetensors"
@@ -252,8 +253,6 @@ class FrameReplay(ReplayBuffer):
                 except Exception as error:  # safetensors wraps the system's error in its own class
                     raise OSError(0, str(error)) from error
                 with aside.open("rb") as file:
-                    import os
-
                     os.fsync(file.fileno())
                 aside.replace(path)
             except BaseException:

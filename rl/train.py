@@ -108,16 +108,13 @@ class _Session:
                 stride, step = new_step - step, new_step
                 last = step >= s.total_steps
 
-                def due(every: int, stride: int = stride, step: int = step) -> bool:
-                    return every > 0 and crossings(step, stride, every) > 0
-
-                if due(s.log_every_steps) or last:
+                if last or crossings(step, stride, s.log_every_steps):
                     self._log(progress)
-                if due(s.eval.every_steps) or last:
+                if last or crossings(step, stride, s.eval.every_steps):
                     self._evaluate(progress)
-                if due(s.film.every_steps) or last:
+                if last or (s.film.every_steps and crossings(step, stride, s.film.every_steps)):
                     self._film(progress)
-                if due(s.checkpoint.every_steps) or last:
+                if last or crossings(step, stride, s.checkpoint.every_steps):
                     # Emulators cannot be saved, so every checkpoint begins fresh games, seeded by its
                     # step: a run that goes on and one that is resumed here are the same run.
                     agent.begin_games(_games_seed(s, step))

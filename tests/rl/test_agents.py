@@ -58,7 +58,8 @@ def one_update(agent: QLearner) -> None:
     shape = agent.observation_space.shape
     assert shape is not None
     if isinstance(agent, DQN):
-        agent.update(ReplayBufferSamples(*(x.to(device) for x in fake_batch(agent) if x is not None)))
+        batch = ReplayBufferSamples(*(x.to(device) for x in fake_batch(agent) if x is not None))
+        agent.update(batch, agent.target_q(batch))
     else:
         assert isinstance(agent, PQN)
         observations = torch.zeros((16, *shape), dtype=torch.uint8, device=device)
@@ -95,7 +96,7 @@ def test_dqn_descends_the_huber_loss_to_the_bootstrapped_target(
     loss = torch.where(error < 1, 0.5 * error**2, error - 0.5).mean()
     loss.backward()
 
-    agent.update(batch)
+    agent.update(batch, agent.target_q(batch))
     assert agent.metrics()["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     for mine, expected in zip(agent.policy.q_net.parameters(), online.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-3, atol=1e-6)
@@ -115,14 +116,14 @@ def test_updates_and_target_copies_per_agent_step_do_not_depend_on_n_envs(
 ) -> None:
     for n_envs in (1, 4, 8):
         agent = make_dqn(n_envs=n_envs, train_freq=4, learning_starts=40)
-        copies = []
+        copies: list[int] = []
         load = agent.policy.q_net_target.load_state_dict
-        agent.policy.q_net_target.load_state_dict = (  # type: ignore[method-assign]
-            lambda state, agent=agent, load=load, copies=copies: (
-                copies.append(agent.num_timesteps),
-                load(state),
-            )
-        )
+
+        def counted(state: Any, agent: DQN = agent, load: Any = load, copies: list[int] = copies) -> None:
+            copies.append(agent.num_timesteps)
+            load(state)
+
+        agent.policy.q_net_target.load_state_dict = counted  # type: ignore[method-assign]
         for _ in agent.iterate(40 + 400):
             pass
         assert agent._n_updates == pytest.approx(100, abs=2)
@@ -239,9 +240,7 @@ def test_pqn_bootstraps_a_cut_off_game_from_its_last_observation(make_pqn: Calla
     def recording() -> Any:
         nonlocal calls
         result = step_wait()
-        seen.extend(
-            (calls, int(i), result[3][i]["terminal_observation"]) for i in np.flatnonzero(result[2])
-        )
+        seen.extend((calls, int(i), result[3][i]["terminal_observation"]) for i in np.flatnonzero(result[2]))
         calls += 1
         return result
 
