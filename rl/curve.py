@@ -34,22 +34,16 @@ def draw_curve(metrics: Path, game: str, title: str, path: Path) -> None:
     if evals:
         steps, means, stds = zip(*evals, strict=True)
         axes.errorbar(steps, means, stds, fmt="o", color=_ORANGE, capsize=3, label="evaluation, mean and std")
-    table = games.NATURE_SCORES.get(game)
-    if table is not None:
-        for name, score in (
-            ("random", table.random),
-            ("human", table.human),
-            ("Nature DQN", table.nature_dqn),
-        ):
-            axes.axhline(score, color=_GREY, linewidth=0.9, linestyle="--", zorder=0)
-            axes.annotate(
-                f"{name} {score:g}",
-                (1.005, score),
-                xycoords=("axes fraction", "data"),
-                color=_GREY,
-                fontsize=8,
-                va="center",
-            )
+    for name, score in games.landmarks(game):
+        axes.axhline(score, color=_GREY, linewidth=0.9, linestyle="--", zorder=0)
+        axes.annotate(
+            f"{name} {score:g}",
+            (1.005, score),
+            xycoords=("axes fraction", "data"),
+            color=_GREY,
+            fontsize=8,
+            va="center",
+        )
     axes.set(title=title, xlabel="agent steps (4 frames each)", ylabel="return of whole games, unclipped")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
     axes.grid(alpha=0.25)

@@ -52,7 +52,7 @@ class Evaluation:
 
     @property
     def human_normalized(self) -> float | None:
-        """1.0 is the human of `games.NATURE_TABLE`, 0 random play; None where the table lacks the game."""
+        """1.0 is the human of the table `games.published` names, 0 random play; None without one."""
         return games.human_normalized(self.game, self.mean)
 
     def metrics(self) -> dict[str, float]:
@@ -151,12 +151,9 @@ def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
 
 
 def score_table(evaluation: Evaluation) -> list[tuple[str, float]]:
-    """(who, mean return) rows: random, this agent, human, Nature DQN; only the agent if not published."""
-    table = games.NATURE_SCORES.get(evaluation.game)
-    agent = ("this agent", evaluation.mean)
-    if table is None:
-        return [agent]
-    return [("random", table.random), agent, ("human", table.human), ("Nature DQN", table.nature_dqn)]
+    """(who, mean return) rows, from low to high: this agent and whoever has a published score."""
+    rows = [*games.landmarks(evaluation.game), ("this agent", evaluation.mean)]
+    return sorted(rows, key=lambda row: row[1])
 
 
 def evaluate_run(run: Run, which: str, override: EvalConfig | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -178,7 +175,7 @@ def evaluate_run(run: Run, which: str, override: EvalConfig | None = None, **kwa
         "returns": result.returns,
         "lengths": result.lengths,
         "human_normalized": result.human_normalized,
-        "human_table": games.NATURE_TABLE,
+        "human_table": table.table if (table := games.published(result.game)) else None,
         "scores": dict(score_table(result)),
         "compute": compute.describe(),
     }

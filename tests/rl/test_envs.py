@@ -232,9 +232,20 @@ def test_an_unknown_game_names_the_nearest() -> None:
 @given(score=st.floats(-1e5, 1e5))
 @settings(max_examples=20)
 def test_human_normalised_score_is_linear(score: float) -> None:
-    table = games.NATURE_SCORES["pong"]
+    table = games.published("pong")
+    assert table is not None
+    assert table.table == games.NATURE_TABLE
     assert games.human_normalized("pong", table.random) == 0
     assert games.human_normalized("pong", table.human) == pytest.approx(1)
     expected = (score + 20.7) / 30.0
     assert games.human_normalized("pong", score) == pytest.approx(expected, abs=1e-9)
-    assert games.human_normalized("alien", score) is None
+
+
+def test_the_table_of_a_human_score_is_named_and_games_without_one_say_so() -> None:
+    alien = games.published("alien")
+    assert alien is not None
+    assert (alien.random, alien.human, alien.nature_dqn) == (227.8, 7127.7, None)
+    assert alien.table == games.LATER_TABLE
+    assert games.human_normalized("tetris", 1.0) is None
+    assert games.landmarks("tetris") == []
+    assert sum(games.published(name) is not None for name in games.names()) == 57
