@@ -131,9 +131,8 @@ def build(root: type[T], file_values: Mapping[str, Any], overrides: Mapping[str,
 
 
 def _parse(root: type[T], values: dict[str, Any], source: str, overrides: Mapping[str, Any]) -> T:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(root)
     try:

@@ -52,7 +52,7 @@ def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) 
     names = env.action_meanings
     aside = path.with_name(f".{path.stem}.tmp.mp4")
     total, steps, ended = 0.0, 0, False
-    low, high = np.inf, -np.inf
+    spread = 1e-6
     writer = imageio_ffmpeg.write_frames(
         str(aside),
         _SIZE,
@@ -68,8 +68,8 @@ def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) 
         while steps < max_steps and not ended:
             q = q_values(player.q_net, observations)[0].cpu().numpy()
             actions = player.actions(observations, epsilon, rng)
-            low, high = min(low, float(q.min())), max(high, float(q.max()))
-            frame = _compose(picture[0, -1], q, int(actions[0]), names, (low, high), total, steps)
+            spread = max(spread, float(q.max() - q.min()))
+            frame = _compose(picture[0, -1], q, int(actions[0]), names, spread, total, steps)
             writer.send(np.ascontiguousarray(frame))
             observations, rewards, dones, _ = env.step(actions)
             picture, *_ = screen.step(actions)
@@ -95,11 +95,12 @@ def _compose(
     q: np.ndarray,
     chosen: int,
     names: list[str],
-    span: tuple[float, float],
+    spread: float,
     total: float,
     steps: int,
 ) -> np.ndarray:
-    """One frame, uint8 (height, width, 3). Bars share one scale, the span of all Q-values so far."""
+    """One frame, uint8 (height, width, 3). A bar is full for the best action and shorter by what another
+    gives away, measured by the widest spread of Q-values so far: short bars mean the choice matters."""
     image = Image.new("RGB", _SIZE, _GROUND)
     image.paste(Image.fromarray(screen).resize(_SCREEN, Image.Resampling.NEAREST), (0, 6))
     draw = ImageDraw.Draw(image)
@@ -109,11 +110,10 @@ def _compose(
     draw.text((left, 40), f"agent step {steps}   state value {q.max():+.2f}", fill=_DIM, font=font)
     top, row = 72, min(28, (_SIZE[1] - 84) // len(q))
     room = _PANEL - 14 - 118 - 62
-    low, high = span
     for i, (name, value) in enumerate(zip(names, q, strict=True)):
         y = top + i * row
         color = _CHOSEN if i == chosen else _BAR
-        share = (value - low) / (high - low) if high > low else 0.5
+        share = 1 - (q.max() - value) / spread
         draw.text((left, y), name.lower(), fill=_INK if i == chosen else _DIM, font=font)
         draw.rectangle((left + 118, y + 2, left + 118 + max(2, share * room), y + row - 9), fill=color)
         draw.text((left + 122 + room, y), f"{value:+.2f}", fill=_INK if i == chosen else _DIM, font=font)
