@@ -3,8 +3,11 @@
 import contextlib
 import importlib.metadata
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from lab.config import require
 from lab.errors import LabError
@@ -25,7 +28,7 @@ class DeviceConfig:
     precision: str = "auto"
     """auto computes in bf16 where the hardware multiplies it natively, else in fp32."""
     threads: int = 0
-    """CPU threads for torch; 0 takes all cores, at most 4. CPU results are exact per thread count."""
+    """CPU threads for torch; 0 takes the idle cores, at most 4. CPU results are exact per thread count."""
 
     def __post_init__(self) -> None:
         base = self.device.partition(":")[0]
@@ -90,14 +93,22 @@ def check_without_torch(config: DeviceConfig) -> None:
         )
 
 
-def resolve(config: DeviceConfig) -> Compute:
+def resolve(config: DeviceConfig, before: Mapping[str, Any] | None = None) -> Compute:
     """Chooses device, number format and thread count, and sets torch's thread count.
+
+    Args:
+        config: what is wanted.
+        before: `Compute.describe()` of the run being continued: what was left to choose is chosen as then,
+            so that it goes on bit for bit.
 
     Raises:
         LabError: a device was named that this machine or this torch does not have.
     """
     import torch
 
+    if before is not None:
+        precision = before["precision"] if config.precision == "auto" else config.precision
+        config = replace(config, precision=precision)
     wanted = config.device
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
@@ -119,14 +130,29 @@ def resolve(config: DeviceConfig) -> Compute:
     precision = ("bf16" if native else "fp32") if config.precision == "auto" else config.precision
     if config.precision == "auto":
         reason += f"; {precision}, because this {device.type} {'has' if native else 'lacks'} native bf16"
-    threads = config.threads or min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1), 4
-    )
+    threads, why = _choose_threads(config, before)
+    reason += f"; {threads} thread{'s' * (threads > 1)}, {why}"
     torch.set_num_threads(threads)
     # Adam's running squares of small gradients are denormal numbers, which the CPU handles in microcode:
     # with them, a step of the optimiser took six times as long.
     torch.set_flush_denormal(True)
     return Compute(device, precision, threads, reason)
+
+
+def _choose_threads(config: DeviceConfig, before: Mapping[str, Any] | None) -> tuple[int, str]:
+    """How many CPU threads, and why so many."""
+    if config.threads:
+        return config.threads, "named in the config"
+    if before is not None:
+        return before["threads"], "as in the run so far"
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    if named.isdigit() and int(named) > 0:
+        return int(named), "by OMP_NUM_THREADS"
+    # A thread whose core is taken holds up all others at every barrier: with one of two cores taken, two
+    # threads were ten times slower than one. So look for half a second how busy the machine is.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    busy = psutil.cpu_percent(interval=0.5) / 100
+    return max(1, min(int(cores * (1 - busy) + 0.3), 4)), f"at most 4 of the idle ones of {cores} cores"
 
 
 def _multiplies_bf16(device_type: str) -> bool:

@@ -132,7 +132,7 @@ def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
     path = run.find_checkpoint(which)
     saved = checkpoint.load(path)
     settings = run_config(run)
-    compute = resolve(settings.device)
+    compute = resolve(settings.device, run.info["compute"])
     env = make_env(settings.env, 1, 0, training=False)
     agent = settings.agent
     policy = BackboneQPolicy(

@@ -50,7 +50,7 @@ def train(
     Raises:
         LabError: anything the user can mend; the run is then marked `failed` and can be resumed.
     """
-    compute = resolve(settings.device)
+    compute = resolve(settings.device, run.info["compute"] if run is not None else None)
     agent = make_agent(settings, compute)
     values = config.to_dict(settings)
     if run is None:

@@ -1,0 +1,63 @@
+"""Which device, number format and threads, and why."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lab.device import DeviceConfig, autocast, resolve
+from lab.errors import LabError
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_auto_says_what_it_took_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    compute = resolve(DeviceConfig())
+    assert compute.device.type == ("cuda" if torch.cuda.is_available() else compute.device.type)
+    assert compute.reason.startswith(f"auto: {compute.device.type}")
+    assert compute.precision in compute.reason
+    assert 1 <= compute.threads <= 4
+    assert torch.get_num_threads() == compute.threads
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_device_is_an_error_and_no_downgrade() -> None:
+    with pytest.raises(LabError, match="'cuda': not available here"):
+        resolve(DeviceConfig(device="cuda"))
+
+
+def test_named_values_win_over_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    compute = resolve(DeviceConfig(device="cpu", precision="fp32", threads=2))
+    assert (compute.device.type, compute.precision, compute.threads) == ("cpu", "fp32", 2)
+    assert resolve(DeviceConfig(device="cpu")).threads == 1
+
+
+def test_a_resumed_run_computes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = resolve(DeviceConfig(device="cpu", precision="fp32", threads=3)).describe()
+    compute = resolve(DeviceConfig(device="cpu"), before)
+    assert (compute.precision, compute.threads) == ("fp32", 3)
+    assert "as in the run so far" in compute.reason
+
+
+def test_autocast_is_off_for_fp32_even_inside_another() -> None:
+    a = torch.ones(2, 2)
+    with autocast("cpu", "bf16"):
+        assert (a @ a).dtype == torch.bfloat16
+        with autocast("cpu", "fp32"):
+            assert (a @ a).dtype == torch.float32
+    with autocast("meta", "bf16"):  # meta has none, and must not raise
+        pass
+
+
+def test_denormal_numbers_are_flushed_on_the_cpu() -> None:
+    resolve(DeviceConfig(device="cpu", threads=1))
+    tiny = torch.tensor([1e-38])
+    assert float(tiny * 1e-3) == 0, "they make Adam six times slower"
