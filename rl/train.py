@@ -4,16 +4,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lab import checkpoint, config
 from lab.checkpoint import Checkpoint
 from lab.device import Compute, resolve
+from lab.errors import LabError
 from lab.interrupt import StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import derive_seed, seed_everything
 from lab.tracking import Tracker
 from rl.agent import DQN, QLearner, crossings
-from rl.config import DQNConfig, PQNConfig, RunConfig
+from rl.config import DQNConfig, EnvConfig, PQNConfig, RunConfig
 from rl.curve import draw_curve
 from rl.evaluate import Evaluation, Player, evaluate, make_env
 from rl.film import film
@@ -27,12 +30,30 @@ _TENSOR_FILES = {
 
 def make_agent(settings: RunConfig, compute: Compute) -> QLearner:
     """The agent of a config on its training environments, all seeded."""
+    if isinstance(settings.agent, DQNConfig):
+        _check_replay(settings.agent, settings.env, compute)
     seed_everything(settings.seed)
     env = make_env(settings.env, settings.env.n_envs, _games_seed(settings, 0), training=True)
     if isinstance(settings.agent, DQNConfig):
         return DQN(settings.agent, env, compute, settings.seed)
     assert isinstance(settings.agent, PQNConfig)
     return PQN(settings.agent, env, compute, settings.seed)
+
+
+def _check_replay(agent: DQNConfig, env: EnvConfig, compute: Compute) -> None:
+    """Refuses a replay memory that cannot be where the config wants it, or can never fill."""
+    if agent.replay_device not in ("cpu", compute.device.type):
+        raise LabError(
+            f"agent.replay_device = {agent.replay_device!r}: the run computes on {compute.device}. "
+            "Use --agent.replay_device=cpu."
+        )
+    needed, there = agent.buffer_size * env.image_size**2, psutil.virtual_memory().total
+    if agent.replay_device == "cpu" and needed > there:
+        fits = there // 2 // env.image_size**2
+        raise LabError(
+            f"agent.buffer_size = {agent.buffer_size}: takes {needed / 1e9:.1f} GB once it is full, this "
+            f"machine has {there / 1e9:.1f} GB. Use --agent.buffer_size={fits} or less."
+        )
 
 
 def train(

@@ -49,10 +49,13 @@ CONFIG_MISTAKES = {
     "broken YAML": (["--env=[1"], ["command line, --env, line 1: not valid YAML"]),
     "no value": (["--seed"], ["--seed has no value. Write --seed=VALUE."]),
     "out of range": (["--agent.gamma=2"], ["command line: agent.gamma: 2.0 must be above 0"]),
-    "combination": (["--env.n_envs=3"], ["agent.minibatch_size: 128 does not divide"]),
+    "combination": (["--env.n_envs=3"], ["agent.minibatch_size: 64 does not divide"]),
     "game": (["--env.game=pomg"], ["env.game = 'pomg': no such game. Did you mean 'pong'?"]),
     "backbone": (["--agent.backbone=nature_cn"], ["no such backbone. Did you mean 'nature_cnn'?"]),
-    "algorithm": (["--agent.algorithm=pqm"], ["agent.algorithm = 'pqm': no such algorithm.", "'pqn'?"]),
+    "algorithm": (
+        ["--agent.algorithm=pqm"],
+        ["command line: agent.algorithm = 'pqm': no such algorithm.", "'pqn'?"],
+    ),
     "pipeline": (
         ["--pipeline=rll"],
         ["command line: pipeline = 'rll': no such pipeline. Did you mean 'rl'?"],
@@ -70,6 +73,22 @@ def test_a_mistake_in_the_config_is_one_line_and_nothing_is_written(
 ) -> None:
     arguments, words = CONFIG_MISTAKES[case]
     refuse(lab_command("train", PONG, "--out", "run", *arguments, cwd=tmp_path), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--agent.buffer_size=1_000_000_000", "takes 1936.0 GB once it is full"),
+        ("--agent.replay_device=cuda", "agent.replay_device = 'cuda': the run computes on"),
+        ("--env.max_episode_frames=1", "1 is less than one agent step"),
+    ],
+)
+def test_a_replay_memory_or_game_that_cannot_be_is_refused(
+    lab_command: LabCommand, tmp_path: Path, argument: str, words: str
+) -> None:
+    config = PONG.with_name("pong_dqn_cpu.yaml")
+    refuse(lab_command("train", config, "--out", "run", "--device.device=cpu", argument, cwd=tmp_path), words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,6 +144,7 @@ def test_a_mistake_on_the_command_line_is_one_line(
         (["train", str(PONG), "--seed=abc"], 2),
         (["train", str(PONG), "--env.game=pomg"], 2),
         (["train", str(PONG), "--agent.backbone=nature_cn"], 2),
+        (["train", str(PONG), "--out", __file__], 2),
         (["evaluate", "."], 2),
     ],
 )
