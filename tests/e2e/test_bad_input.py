@@ -54,7 +54,7 @@ CONFIG_MISTAKES = {
     "backbone": (["--agent.backbone=nature_cn"], ["no such backbone. Did you mean 'nature_cnn'?"]),
     "algorithm": (
         ["--agent.algorithm=pqm"],
-        ["command line: agent.algorithm = 'pqm': no such algorithm.", "'pqn'?"],
+        ["command line: agent.algorithm = 'pqm'", "Did you mean 'pqn'?"],
     ),
     "pipeline": (
         ["--pipeline=rll"],
