@@ -181,6 +181,8 @@ class EvalConfig:
     """Probability of a random action: 0.001, or 0.05 as in Mnih et al. 2015."""
     seed: int = 10_000
     """First seed of the evaluation games; game i has seed + i."""
+    stop_at: float | None = None
+    """Finish the run once an evaluation's mean return reaches this; null trains to total_steps."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "eval.every_steps", "must be at least 1")

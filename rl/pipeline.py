@@ -18,7 +18,7 @@ from rl.config import RunConfig, run_config_class
 from supervised import backbones
 
 # What may change between the sessions of one run: none of it alters what was computed so far.
-MAY_CHANGE = ("total_steps", "tracking.", "checkpoint.keep", "film.", "name")
+MAY_CHANGE = ("total_steps", "eval.stop_at", "tracking.", "checkpoint.keep", "film.", "name")
 
 
 class RLPipeline:

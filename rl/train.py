@@ -125,7 +125,7 @@ class _Session:
         start = step = agent.num_timesteps
         with StopRequest() as stop, Progress(s.total_steps, start) as progress:
             progress.say(self._headline())
-            for new_step in agent.iterate(s.total_steps):
+            for new_step in () if self._solved() else agent.iterate(s.total_steps):
                 stride, step = new_step - step, new_step
                 last = step >= s.total_steps
 
@@ -133,6 +133,7 @@ class _Session:
                     self._log(progress)
                 if last or crossings(step, stride, s.eval.every_steps):
                     self._evaluate(progress)
+                    last = last or self._solved()
                 if last or (s.film.every_steps and crossings(step, stride, s.film.every_steps)):
                     self._film(progress)
                 if last or crossings(step, stride, s.checkpoint.every_steps):
@@ -148,7 +149,14 @@ class _Session:
                     self._interrupted(stop, progress)
                     return
                 progress.update(step)
+                if last:
+                    break
             self._finished(progress)
+
+    def _solved(self) -> bool:
+        """An evaluation reached `eval.stop_at`."""
+        goal = self.settings.eval.stop_at
+        return goal is not None and self.best is not None and self.best >= goal
 
     def _headline(self) -> str:
         s, c = self.settings, self.compute

@@ -43,6 +43,7 @@ TINY = {
 COMMON = [
     "--env.max_episode_frames=600",
     "--eval.episodes=1",
+    "--eval.stop_at=null",
     "--film.max_steps=0",
     "--device.threads=1",
     "--env.num_threads=1",
@@ -169,6 +170,15 @@ def test_more_steps_can_be_added_to_a_finished_run(unstopped: Callable[[str], Pa
     output = finish(start(folder, "pqn", "--resume", "--total_steps=3584"))
     assert "resuming at agent step 3,072" in output
     assert rows(folder)[-1]["global_step"] == 3584
+
+
+def test_a_run_ends_once_it_plays_well_enough_and_stays_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finish(start(folder, "pqn", "--eval.stop_at=-21"))  # nobody plays worse
+    assert rows(folder)[-1]["global_step"] == 1024
+    assert json.loads((folder / "run.json").read_text())["state"] == "finished"
+    finish(start(folder, "pqn", "--eval.stop_at=-21", "--resume"))
+    assert rows(folder)[-1]["global_step"] == 1024
 
 
 def test_another_config_is_not_the_same_run(unstopped: Callable[[str], Path]) -> None:
