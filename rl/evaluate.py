@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from stable_baselines3.dqn.policies import QNetwork
 
 from lab import checkpoint, config
@@ -160,7 +159,6 @@ def evaluate_run(run: Run, which: str, override: EvalConfig | None = None, **kwa
     """Evaluates a run's checkpoint and returns what `lab evaluate --json` prints."""
     player, path, compute = load_player(run, which)
     settings = override or run_config(run).eval
-    torch.manual_seed(settings.seed)
     result = evaluate(player, settings.episodes, settings.epsilon, settings.seed, **kwargs)
     return {
         "run": str(run.folder),
