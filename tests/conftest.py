@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
@@ -31,6 +31,14 @@ TINY = (
 """Overrides that make of pong_cpu.yaml a run of seconds, with four checkpoints."""
 
 LabCommand = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _ordinary_floats() -> Iterator[None]:
+    """`lab.device.resolve` makes this process flush denormal numbers, which hypothesis will not have."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path: Path) -> Non
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(LabError, match="is not empty and no run"):
         create(tmp_path)
-    with pytest.raises(LabError, match="is not empty and no run"):
+    with pytest.raises(LabError, match="is a file"):
         create(tmp_path / "notes.txt")
     with pytest.raises(LabError, match="cannot be written"):
         create(tmp_path / "notes.txt" / "below")

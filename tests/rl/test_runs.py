@@ -1,5 +1,6 @@
 """Whole runs by the command: killed and resumed they equal one never stopped; and what they leave."""
 
+import gc
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,9 +267,13 @@ def test_a_film_shows_the_game_and_the_q_values(unstopped: Callable[[str], Path]
     path = tmp_path / "film.mp4"
     out = lab("play", str(unstopped("pqn")), "--out", str(path), "--max_steps", "30")
     assert "30 agent steps" in out
-    reader = imageio_ffmpeg.read_frames(str(path))
-    size = next(reader)["size"]
-    frames = [np.frombuffer(frame, np.uint8).reshape(size[1], size[0], 3) for frame in reader]  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # imageio-ffmpeg leaves its pipes to the collector
+        reader = imageio_ffmpeg.read_frames(str(path))
+        size = next(reader)["size"]  # type: ignore[index]
+        frames = [np.frombuffer(frame, np.uint8).reshape(size[1], size[0], 3) for frame in reader]  # type: ignore[arg-type]
+        del reader
+        gc.collect()
     assert len(frames) == 30
     screen, panel = frames[20][:, :320], frames[20][:, 320:]
     assert screen.std() > 10, "the game's picture"
