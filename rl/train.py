@@ -114,7 +114,6 @@ class _Session:
         self.run, self.tracker = run, tracker
         self.player = Player(agent.policy.q_net, settings.env)
         self.best: float | None = None
-        self.last_evaluation: dict[str, Any] = {}
         self.seconds_before = 0.0
         self.began = time.monotonic()
 
@@ -189,7 +188,6 @@ class _Session:
         step = self.agent.num_timesteps
         self.tracker.log(step, result.metrics())
         better = self.best is None or result.mean > self.best
-        self.last_evaluation = {"step": step, "mean": result.mean, "std": result.std}
         if better:
             self.best = result.mean
             model = dict(self.agent.policy.q_net.state_dict())
@@ -237,7 +235,6 @@ class _Session:
             "agent": state,
             "metrics_bytes": self.tracker.sync(),
             "best": self.best,
-            "last_evaluation": self.last_evaluation,
             "elapsed_seconds": self._elapsed(),
         }
         name = checkpoint.step_name(agent.num_timesteps)
@@ -254,7 +251,7 @@ class _Session:
             agent.replay.restore(self.run.checkpoints / "shared", state["agent"]["replay"]["segments"])
         files = _TENSOR_FILES[self.settings.agent.algorithm]
         agent.restore({name: saved.tensors(name) for name in files}, state["agent"])
-        self.best, self.last_evaluation = state["best"], state["last_evaluation"]
+        self.best = state["best"]
         self.seconds_before = state["elapsed_seconds"]
 
     # ---- ends ----
