@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from lab.device import usable_cores
 from lab.run import git_state, package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ def describe(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpu_features": _cpu_features(),
         "cores_physical": psutil.cpu_count(logical=False),
-        "cores_usable": _usable_cores(),
+        "cores_usable": usable_cores(),
         "ram_bytes": psutil.virtual_memory().total,
         # Other work on the machine shows here: near 0 when it was quiet.
         "load_average_1_minute": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -33,10 +34,6 @@ def describe(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "git": git_state(":!benchmarks/results"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def _cpu_model() -> str:

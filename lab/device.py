@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,20 @@ def quiet_threads() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def spare_core(compute: Compute) -> ThreadPoolExecutor | None:
+    """A thread for work beside the main one on the CPU, or None where no core is left for it."""
+    import torch
+
+    if compute.device.type != "cpu" or usable_cores() < 2 * compute.threads:
+        return None
+    return ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,))
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def check_without_torch(config: DeviceConfig) -> None:
     """Refuses a device that the installed torch cannot have, without the second it takes to import it."""
     if config.device.startswith("cuda") and importlib.metadata.version("torch").endswith("+cpu"):
@@ -150,7 +165,7 @@ def _choose_threads(config: DeviceConfig, before: Mapping[str, Any] | None) -> t
         return int(named), "by OMP_NUM_THREADS"
     # A thread whose core is taken holds up all others at every barrier: with one of two cores taken, two
     # threads were ten times slower than one. So look for half a second how busy the machine is.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = usable_cores()
     busy = psutil.cpu_percent(interval=0.5) / 100
     return max(1, min(int(cores * (1 - busy) + 0.3), 4)), f"at most 4 of the idle ones of {cores} cores"
 

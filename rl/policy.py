@@ -19,13 +19,14 @@ from supervised.backbones import build
 
 
 class BackboneExtractor(BaseFeaturesExtractor):
-    """A backbone as SB3's features extractor: float images (batch, chans, height, width) -> features."""
+    """A backbone as SB3's features extractor: images (batch, chans, height, width) -> features."""
 
     def __init__(self, observation_space: spaces.Box, backbone: str, spec: dict[str, Any]) -> None:
         channels, height, width = observation_space.shape
         net = build(backbone, in_chans=channels, img_size=(height, width), **spec)
         super().__init__(observation_space, net.num_features)
         self.backbone = net
+        self.takes_bytes = getattr(net, "takes_bytes", False)
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.backbone(observations)
@@ -64,13 +65,16 @@ class BackboneQNetwork(QNetwork):
     def forward(self, obs: PyTorchObs) -> Tensor:
         """Q-values: uint8 (batch, chans, height, width) -> float32 (batch, n_actions)."""
         assert isinstance(obs, Tensor)
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        # channels_last lets the convolutions run on the matrix units; reordering bytes is the cheapest way.
-        images = obs.contiguous(memory_format=torch.channels_last).to(dtype).mul_(1 / 255)
+        images = obs if self.features_extractor.takes_bytes else self._scale(obs)  # type: ignore[union-attr]
         with autocast(images.device.type, self.precision):
             features = self.features_extractor(images)
         with autocast(images.device.type, "fp32"):
             return self.q_net(features.float())
+
+    def _scale(self, obs: Tensor) -> Tensor:
+        """Pixels of 0..1, channels_last for the matrix units; reordering bytes is the cheapest way there."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return obs.contiguous(memory_format=torch.channels_last).to(dtype).mul_(1 / 255)
 
 
 class BackboneQPolicy(DQNPolicy):

@@ -66,7 +66,7 @@ def test_spec_rebuilds_the_backbone(name: str, spec: dict) -> None:
 
 
 def test_backbones_satisfy_the_interface() -> None:
-    for name in backbones.names():
+    for name in ("mlp", "nature_cnn", "impala_cnn"):
         assert isinstance(backbones.build(name, in_chans=1, img_size=10), backbones.Backbone)
 
 
@@ -85,3 +85,27 @@ def test_backbones_satisfy_the_interface() -> None:
 def test_mistakes_say_what_to_do(name: str, spec: dict, said: str) -> None:
     with pytest.raises(LabError, match=said):
         backbones.build(name, **spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"img_size": 84},  # as blocks of four
+        {"img_size": (84, 83)},  # not divisible
+        {"img_size": 20},  # padded
+        {"img_size": 44, "kernels": (5, 4, 3), "strides": (2, 2, 2), "paddings": (2, 1, 1), "norm": "layer"},
+    ],
+)
+def test_nature_cnn_reads_bytes_as_255ths(spec: dict) -> None:
+    """Features, gradients and what reaches the input must be those of the same image as floats."""
+    body = backbones.build("nature_cnn", in_chans=4, **spec).double()  # so that no sign of a ReLU's flips
+    height, width = (spec["img_size"],) * 2 if isinstance(spec["img_size"], int) else spec["img_size"]
+    pixels = torch.randint(0, 256, (3, 4, height, width), dtype=torch.uint8)
+    gradients = []
+    for images in (pixels, pixels.double() / 255):
+        body.zero_grad()
+        features = body(images)
+        features.square().sum().backward()
+        gradients.append([features, *(parameter.grad.clone() for parameter in body.parameters())])
+    for from_bytes, from_floats in zip(*gradients, strict=True):
+        torch.testing.assert_close(from_bytes, from_floats)
