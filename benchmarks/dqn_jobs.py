@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -48,7 +49,7 @@ class Job:
     """What one process measures."""
 
     measure: str
-    """speed, profile or replay."""
+    """speed, profile, replay or checkpoint."""
     side: str = "ours"
     """sb3 or ours."""
     precision: str = "auto"
@@ -379,7 +380,41 @@ def measure_replay(job: Job) -> dict[str, Any]:
     }
 
 
-MEASURES = {"speed": measure_speed, "profile": profile, "replay": measure_replay}
+def measure_checkpoint(job: Job) -> dict[str, Any]:
+    """How long a checkpoint holds up training when the memory is full, by transitions since the last one."""
+    from lab import checkpoint
+
+    agent, _ = make_ours(job)
+    play = record_play(agent.env, RECORDED_TRANSITIONS)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+
+        def save(n_new: int) -> float:
+            fill(agent.replay, play, n_new)
+            agent._last_obs = agent.env.reset()  # type: ignore[assignment]
+            began = time.perf_counter()
+            segments = agent.replay.save_new(root / "shared")
+            tensors, state = agent.capture()
+            checkpoint.save(root, checkpoint.step_name(0), tensors, state, segments)
+            return time.perf_counter() - began
+
+        parts = 8  # a memory fills in many checkpoints, not in one
+        for _ in range(parts):
+            save(job.buffer_size // parts)
+        for n_new in (job.buffer_size // 10, job.buffer_size // 4):
+            seconds = save(n_new)
+            on_disk = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+            rows.append({"new_transitions": n_new, "seconds": seconds, "bytes_on_disk": on_disk})
+    return {"transitions": agent.replay.size(), "rows": rows}
+
+
+MEASURES = {
+    "speed": measure_speed,
+    "profile": profile,
+    "replay": measure_replay,
+    "checkpoint": measure_checkpoint,
+}
 
 
 def main() -> None:

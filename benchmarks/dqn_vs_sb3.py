@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about_machine = machine.describe()
     rows = measure_speed(base, options.envs, options.precisions, options.rounds)
     rows += measure_replay(base)
+    rows += measure_checkpoints(base, 10_000 if options.quick else dqn_jobs.NATURE_BUFFER_SIZE)
     profiles = measure_profiles(base, max(options.envs))
     results = {
         "machine": about_machine,
@@ -116,6 +117,15 @@ def measure_replay(base: Job) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_checkpoints(base: Job, buffer_size: int) -> list[dict[str, Any]]:
+    """Seconds a checkpoint of ours takes with a full memory."""
+    result = run(replace(base, measure="checkpoint", n_envs=8, buffer_size=buffer_size))
+    return [
+        {"measure": "checkpoint", "side": "ours", "transitions": result["transitions"]} | row
+        for row in result["rows"]
+    ]
+
+
 def measure_profiles(base: Job, n_envs: int) -> dict[str, Any]:
     """The loop by parts, ours in the precision `auto` takes, and SB3's to read it against."""
     job = replace(base, measure="profile", n_envs=n_envs)
@@ -166,6 +176,11 @@ def table(results: dict[str, Any]) -> str:
         elif row["measure"] == "sampling":
             ratio = f"  ({row['time_ratio_to_sb3']:.2f} of SB3's)" if "time_ratio_to_sb3" in row else ""
             lines.append(f"{row['side']:28}{row['milliseconds_per_batch']:>10.3f} ms to sample 32{ratio}")
+        elif row["measure"] == "checkpoint":
+            lines.append(
+                f"{row['side']:28}{row['seconds']:>10.2f} s for a checkpoint at {row['transitions']:,} "
+                f"transitions, {row['new_transitions']:,} of them new"
+            )
     for side, profile in results["profile"].items():
         lines += [
             "",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import LabError
-from lab.files import explain_write_errors, read_json, sha256_file, sync_folder
+from lab.files import explain_write_errors, read_json, safetensors_errors, sha256_file, sync_folder
 
 if TYPE_CHECKING:
     import torch
@@ -77,10 +77,8 @@ def save(
             aside.mkdir(parents=True)
             for stem, group in tensors.items():
                 flat = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-                try:
+                with safetensors_errors():
                     save_file(flat, aside / f"{stem}.safetensors")
-                except Exception as error:  # safetensors wraps the system's error in its own class
-                    raise OSError(0, str(error)) from error
             (aside / "state.json").write_text(json.dumps(state, allow_nan=False))
             files = {file.name: _fingerprint(file) for file in sorted(aside.iterdir())}
             files |= {os.path.relpath(file, root / name): _fingerprint(file) for file in shared}

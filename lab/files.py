@@ -31,19 +31,39 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes aside, syncs, renames: readers see the old file or the new one, whole."""
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields a file to write beside `path`, then syncs and renames it: readers see the old or the new one.
+
+    An exception within leaves `path` as it was, and nothing else.
+    """
+    aside = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield aside
+        with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def safetensors_errors() -> Iterator[None]:
+    """Turns what safetensors raises while writing, a class of its own, into the `OSError` it stands for."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(0, str(error)) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file `written_aside`."""
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:

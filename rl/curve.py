@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lab.files import explain_write_errors
+from lab.files import explain_write_errors, written_aside
 from lab.tracking import read_metrics
 from rl import games
 
@@ -51,10 +51,5 @@ def draw_curve(metrics: Path, game: str, title: str, path: Path) -> None:
         axes.legend(loc="best", fontsize=8, framealpha=0.9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    aside = path.with_name(f".{path.name}.tmp")
-    with explain_write_errors(str(path), "Free some space and try again."):
-        try:
-            figure.savefig(aside, format="png")
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+    with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
+        figure.savefig(aside, format="png")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from stable_baselines3 import DQN as SB3DQN
 
-from lab.files import explain_write_errors
+from lab.files import explain_write_errors, written_aside
 from lab.run import Run
 from rl.agent import policy_kwargs
 from rl.evaluate import load_player, make_env, run_config
@@ -38,12 +38,7 @@ def export_sb3(run: Run, which: str, path: Path) -> Path:
     model.q_net.load_state_dict(weights)
     model.q_net_target.load_state_dict(weights)
     model.exploration_rate = settings.eval.epsilon
-    aside = path.with_name(f".{path.stem}.tmp.zip")
-    with explain_write_errors(str(path), "Free some space and try again."):
-        try:
-            model.save(aside, exclude=["replay_buffer"])
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+    with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
+        model.save(aside, exclude=["replay_buffer"])
     env.close()
     return path

@@ -9,7 +9,6 @@ a game that is over (written so that a cut-off game can be bootstrapped from).
 At 84x84 a slot takes 7,062 bytes where SB3's memory takes 56,468 a transition.
 """
 
-import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from lab.errors import LabError
-from lab.files import explain_write_errors, sync_folder
+from lab.files import explain_write_errors, safetensors_errors, written_aside
 
 # Slots beyond `buffer_size`, for those that are no transition. A game needs four: 2% serve games of 200
 # agent steps; shorter ones cost a few transitions of capacity, never memory.
@@ -244,21 +243,10 @@ class FrameReplay(ReplayBuffer):
             for i, streams in enumerate(packed):
                 tensors |= {f"{name}_{i}": data for name, data in streams.items()}
         path = folder / f"replay_{int(last.sum()):014d}.safetensors"
-        aside = folder / f".{path.name}.tmp"
         with explain_write_errors(str(path), "Free some space, then continue with --resume."):
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                try:
-                    save_file(tensors, aside)
-                except Exception as error:  # safetensors wraps the system's error in its own class
-                    raise OSError(0, str(error)) from error
-                with aside.open("rb") as file:
-                    os.fsync(file.fileno())
-                aside.replace(path)
-            except BaseException:
-                aside.unlink(missing_ok=True)
-                raise
-            sync_folder(folder)
+            with written_aside(path) as aside, safetensors_errors():
+                save_file(tensors, aside)
         self._saved = last
         if path.name not in self._segments:
             self._segments.append(path.name)

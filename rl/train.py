@@ -30,14 +30,15 @@ _TENSOR_FILES = {
 
 def make_agent(settings: RunConfig, compute: Compute) -> QLearner:
     """The agent of a config on its training environments, all seeded."""
-    if isinstance(settings.agent, DQNConfig):
-        _check_replay(settings.agent, settings.env, compute)
+    agent = settings.agent
+    if isinstance(agent, DQNConfig):
+        _check_replay(agent, settings.env, compute)
     seed_everything(settings.seed)
     env = make_env(settings.env, settings.env.n_envs, _games_seed(settings, 0), training=True)
-    if isinstance(settings.agent, DQNConfig):
-        return DQN(settings.agent, env, compute, settings.seed)
-    assert isinstance(settings.agent, PQNConfig)
-    return PQN(settings.agent, env, compute, settings.seed)
+    if isinstance(agent, DQNConfig):
+        return DQN(agent, env, compute, settings.seed)
+    assert isinstance(agent, PQNConfig)
+    return PQN(agent, env, compute, settings.seed)
 
 
 def _check_replay(agent: DQNConfig, env: EnvConfig, compute: Compute) -> None:
