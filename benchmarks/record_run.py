@@ -2,7 +2,8 @@
 
 Plays whole games that neither training nor the choice of the best checkpoint has seen, and writes
 benchmarks/results/NAME.json (config, numbers, machine), NAME.png (the learning curve) and NAME_film.png
-(one frame of a film of the best agent).
+(one frame of a film of the best agent). NAME is that of the config, or CONFIG__ANYTHING for a further run
+of it, e.g. of another seed, which leaves the JSON only.
 """
 
 import argparse
@@ -49,8 +50,10 @@ def record(folder: Path, name: str, episodes: int, results: Path = RESULTS) -> d
         for row in rows
         if "eval/mean_reward" in row
     ]
+    of_config, further, _ = name.partition("__")
+    seed = run.info["seed"]
     result = {
-        "command": f"lab train configs/rl/{name}.yaml",
+        "command": f"lab train configs/rl/{of_config}.yaml" + (f" --seed={seed}" if seed else ""),
         "recorded_by": f"python -m benchmarks.record_run {folder} {name}",
         "evaluation_on_unseen_games": {key: unseen[key] for key in unseen if key not in ("run", "compute")},
         "training_seconds": run.info["summary"]["time/elapsed_seconds"],
@@ -63,6 +66,8 @@ def record(folder: Path, name: str, episodes: int, results: Path = RESULTS) -> d
     }
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / f"{name}.json", result)
+    if further:
+        return result
     shutil.copyfile(run.media / "learning_curve.png", results / f"{name}.png")
     _save_film_frame(run, results / f"{name}_film.png")
     return result
