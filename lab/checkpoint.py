@@ -11,10 +11,11 @@ manifest holds the size and SHA-256 of every file it needs, its own and the shar
 before anything is loaded. Tensors are safetensors, all else is JSON: loading one runs no code.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,27 +48,21 @@ def step_name(step: int) -> str:
     return f"step_{step:012d}"
 
 
-def save(
-    root: Path,
-    name: str,
-    tensors: Mapping[str, Mapping[str, "torch.Tensor"]],
-    state: Mapping[str, Any],
-    shared: Sequence[Path] = (),
-) -> Path:
-    """Writes the checkpoint `name` under `root` and returns its folder; replaces one of that name.
+@contextlib.contextmanager
+def written(root: Path, name: str, shared: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yields an empty folder; what is put into it becomes the checkpoint `name` when the block ends.
 
     Args:
         root: the run's `checkpoints/` folder.
-        name: folder name, e.g. `step_name(step)` or "best".
-        tensors: file stem -> tensor name -> tensor.
-        state: JSON values.
+        name: folder name, e.g. `step_name(step)` or "best"; replaces one of that name.
         shared: files under `root` that this checkpoint also needs, already written and synced.
 
-    Raises:
-        LabError: it cannot be written (disk full, no permission). Earlier checkpoints stay as they were.
-    """
-    from safetensors.torch import save_file
+    The block must leave a state.json. If it raises, there is no new checkpoint and the old ones are as
+    they were.
 
+    Raises:
+        LabError: it cannot be written (disk full, no permission).
+    """
     aside = root / f".writing-{name}"
     with explain_write_errors(
         str(root / name), f"{_kept(root)} Free some space, then continue with --resume."
@@ -75,18 +70,18 @@ def save(
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            for stem, group in tensors.items():
-                flat = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-                with safetensors_errors():
-                    save_file(flat, aside / f"{stem}.safetensors")
-            (aside / "state.json").write_text(json.dumps(state, allow_nan=False))
-            files = {file.name: _fingerprint(file) for file in sorted(aside.iterdir())}
+            with safetensors_errors():
+                yield aside
+            inside = sorted(path for path in aside.rglob("*") if path.is_file())
+            files = {path.relative_to(aside).as_posix(): _fingerprint(path) for path in inside}
             files |= {os.path.relpath(file, root / name): _fingerprint(file) for file in shared}
-            (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
-            for file in aside.iterdir():
-                with file.open("rb") as handle:
+            manifest = aside / "manifest.json"
+            manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
+            for path in (*inside, manifest):
+                with path.open("rb") as handle:
                     os.fsync(handle.fileno())
-            sync_folder(aside)
+            for folder in {path.parent for path in (*inside, manifest)}:
+                sync_folder(folder)
             if (root / name).exists():
                 old = root / f".replaced-{name}"
                 shutil.rmtree(old, ignore_errors=True)
@@ -99,6 +94,29 @@ def save(
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+
+def save(
+    root: Path,
+    name: str,
+    tensors: Mapping[str, Mapping[str, "torch.Tensor"]],
+    state: Mapping[str, Any],
+    shared: Sequence[Path] = (),
+) -> Path:
+    """Writes the checkpoint `name` under `root` (see `written`) and returns its folder.
+
+    Args:
+        root, name, shared: as of `written`.
+        tensors: file stem -> tensor name -> tensor.
+        state: JSON values.
+    """
+    from safetensors.torch import save_file
+
+    with written(root, name, shared) as folder:
+        for stem, group in tensors.items():
+            flat = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+            save_file(flat, folder / f"{stem}.safetensors")
+        (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
     return root / name
 
 
@@ -168,8 +186,8 @@ def load(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise LabError(f"{path}: no such checkpoint. {remedy}")
     listed = _manifest(path, remedy)["files"]
-    for file in sorted(path.glob("*.safetensors")):
-        if file.name not in listed:
+    for file in sorted(path.rglob("*.safetensors")):
+        if file.relative_to(path).as_posix() not in listed:
             raise LabError(f"{file}: altered: manifest.json does not list it. {remedy}")
     for file, expected in listed.items():
         target = path / file

@@ -5,6 +5,7 @@ Imports here are light: help and every error come within a second, torch is load
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 from lab.errors import LabError
 
-KINDS = ("algorithms", "backbones", "configs", "games")
+KINDS = ("algorithms", "backbones", "configs", "games", "labelers")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +48,7 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and options.command != "train":
+    if overrides and not options.takes_overrides:
         raise LabError(
             f"command line: unknown argument {overrides[0]!r}. See `lab {options.command} --help`."
         )
@@ -65,7 +66,7 @@ def _build_parser() -> _Parser:
 
     def command(name: str, do: Any, text: str, **kwargs: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **kwargs)
-        sub.set_defaults(do=do)
+        sub.set_defaults(do=do, takes_overrides=False)
         return sub
 
     def run_argument(sub: argparse.ArgumentParser) -> None:
@@ -82,18 +83,28 @@ def _build_parser() -> _Parser:
         epilog="Any key of the config can be overridden: lab train configs/rl/pong.yaml --agent.n_step=3 "
         "--seed=1. `lab train CONFIG --print_config` shows them all.",
     )
+    train.set_defaults(takes_overrides=True)
     train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, or a run folder to resume")
     train.add_argument("--out", type=Path, metavar="DIR", help="the run folder; default runs/<name>")
     train.add_argument("--resume", action="store_true", help="continue the run in the run folder")
     train.add_argument("--print_config", action="store_true", help="show the resolved config and stop")
 
-    evaluate = command("evaluate", _evaluate, "Play whole games with a trained agent and report raw scores.")
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "Evaluate a run: whole games of an agent and raw scores; of a language model the win rate against "
+        "what it started from, and its cost.",
+    )
     run_argument(evaluate)
     evaluate.add_argument("--episodes", type=_count, help="games to play; default as in the run's config")
+    evaluate.add_argument("--prompts", type=_count, help="unseen prompts; default as in the run's config")
+    evaluate.add_argument("--samples", type=_count, help="answers per prompt; default as in the run's config")
     evaluate.add_argument(
         "--epsilon", type=_probability, help="probability of a random action, e.g. 0.05 as Mnih et al. 2015"
     )
-    evaluate.add_argument("--seed", type=int, help="seed of the first game; game i has seed + i")
+    evaluate.add_argument(
+        "--seed", type=int, help="seed of the first game (game i has seed + i) or of sampling"
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     play = command("play", _play, "Film a trained agent, its Q-values drawn beside the screen.")
@@ -109,6 +120,9 @@ def _build_parser() -> _Parser:
         "--format", choices=["sb3"], default="sb3", help="sb3: a zip for stable_baselines3.DQN.load"
     )
     export.add_argument("--out", type=Path, help="the file; default <run>/agent_sb3.zip")
+
+    for point in importlib.metadata.entry_points(group="lab.commands"):
+        point.load()(command)
 
     listing = command("list", _list, "Show the configs, backbones, games and algorithms there are.")
     listing.add_argument(
@@ -133,14 +147,7 @@ def _train(options: argparse.Namespace) -> int:
     else:
         source = str(options.config)
         values = config.read_yaml(options.config)
-    overrides = config.split_overrides(options.overrides)
-    merged = config.merge(values, config.nest(overrides))
-
-    def source_of(key: str) -> str:
-        return "command line" if key in overrides else source
-
-    chosen = pipeline.find(merged.get("pipeline", "rl"), source_of("pipeline"))
-    resolved = config.build(chosen.config_class(merged, source_of), values, overrides, source)
+    chosen, resolved = pipeline.configured(values, config.split_overrides(options.overrides), source)
     if options.print_config:
         print(config.to_yaml(resolved), end="")
         return 0
@@ -152,7 +159,9 @@ def _pipeline_of(folder: Path) -> Any:
     from lab import pipeline
     from lab.run import Run
 
-    return pipeline.find(Run.open(folder).info["pipeline"], str(folder / "run.json"))
+    stages = sorted(folder.glob("*/run.json"))  # a recipe's folder holds one run a stage
+    place = folder if (folder / "run.json").exists() or not stages else stages[0].parent
+    return pipeline.find(Run.open(place).info["pipeline"], str(place / "run.json"))
 
 
 def _evaluate(options: argparse.Namespace) -> int:

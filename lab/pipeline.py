@@ -6,10 +6,11 @@ imports none of the rooms above it.
 
 import importlib.metadata
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lab import config
 from lab.errors import LabError, did_you_mean
 
 
@@ -41,6 +42,13 @@ class Pipeline(Protocol):
         ...
 
 
+def refuse_options(options: Namespace, names: Sequence[str], why: str) -> None:
+    """Raises a `LabError` if an option was given that means nothing here."""
+    for name in names:
+        if getattr(options, name, None) is not None:
+            raise LabError(f"command line: --{name} {why}. Leave it out.")
+
+
 def find(name: Any, source: str) -> Pipeline:
     """The pipeline called `name`, the value of the config's `pipeline` key.
 
@@ -54,6 +62,23 @@ def find(name: Any, source: str) -> Pipeline:
             f"Known: {', '.join(sorted(points))}."
         )
     return points[name].load()
+
+
+def configured(values: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> tuple[Pipeline, Any]:
+    """The pipeline a config is for, and the config resolved.
+
+    Args:
+        values: what the file says.
+        overrides: dotted keys, as `config.split_overrides` returns them.
+        source: the file's name, for errors.
+    """
+    merged = config.merge(values, config.nest(overrides))
+
+    def source_of(key: str) -> str:
+        return "command line" if key in overrides else source
+
+    chosen = find(merged.get("pipeline", "rl"), source_of("pipeline"))
+    return chosen, config.build(chosen.config_class(merged, source_of), values, overrides, source)
 
 
 def catalogue(kind: str) -> list[str]:

@@ -15,9 +15,11 @@ class Progress:
         total: the step at which the run ends.
         start: the step at which this session begins (a resumed run begins late).
         unit: what a step is, e.g. "steps".
+        bar: False: plain lines only, where a person types answers in between.
     """
 
-    def __init__(self, total: int, start: int = 0, unit: str = "steps") -> None:
+    def __init__(self, total: int, start: int = 0, unit: str = "steps", bar: bool = True) -> None:
+        self._wants_bar = bar
         self._total, self._start, self._step, self._unit = total, start, start, unit
         self._began = self._last_line = time.monotonic()
         self._bar: Any = None
@@ -25,7 +27,7 @@ class Progress:
         self._note = ""
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if self._wants_bar and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
@@ -52,6 +54,13 @@ class Progress:
     def speed(self) -> float:
         """Steps per second in this session."""
         return (self._step - self._start) / max(time.monotonic() - self._began, 1e-9)
+
+    def begin(self, start: int, total: int) -> None:
+        """Says anew where this session begins and the run ends, once that is known."""
+        self._total, self._start, self._step = total, start, start
+        self._began = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, completed=start)
 
     def update(self, step: int, note: str | None = None) -> None:
         """Reports the current step; `note` replaces the text behind the bar."""

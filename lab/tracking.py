@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -219,6 +219,18 @@ class Tracker:
         except Exception as error:
             self._lose_wandb(error)
 
+    def log_table(self, step: int, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Mirrors a table that already lies in the run folder."""
+        if self._wandb is None:
+            return
+        try:
+            import wandb
+
+            table = wandb.Table(columns=list(columns), data=[[_cell(value) for value in row] for row in rows])
+            self._mirror({"global_step": int(step), key: table})
+        except Exception as error:
+            self._lose_wandb(error)
+
     def sync(self) -> int:
         """Forces the rows to disk and returns the length of metrics.jsonl in bytes."""
         with explain_write_errors(str(self._path), "Free some space, then continue with --resume."):
@@ -286,6 +298,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
+
+
+def _cell(value: Any) -> Any:
+    """A table's value: numbers and texts as they are, conversations as text."""
+    return value if isinstance(value, int | float | str) or value is None else json.dumps(value)
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from lab import checkpoint, config, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors
+from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
 from rl import games
 from rl.config import RunConfig, run_config_class
@@ -56,6 +57,7 @@ class RLPipeline:
         train(settings, folder, run, saved, mode, why)
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
+        refuse_options(options, ("prompts", "samples"), "is for language models; this run plays games")
         run = Run.open(folder)
         checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
         quiet_threads()

@@ -2,7 +2,8 @@
 
 A backbone knows nothing of tasks, environments or trainers. It maps its input to `num_features` features
 a sample, and its `spec` (JSON) together with its `name` rebuilds it. It never normalises pixels: images
-come in as floats, channels first.
+come in as floats, channels first. One that also takes them as bytes, where 255 means 1.0, says so by an
+attribute `takes_bytes`.
 """
 
 import importlib
@@ -16,6 +17,7 @@ _REGISTRY = {
     "mlp": ("supervised.backbones.mlp", "MLP"),
     "nature_cnn": ("supervised.backbones.cnn", "NatureCNN"),
     "impala_cnn": ("supervised.backbones.cnn", "ImpalaCNN"),
+    "gpt": ("supervised.backbones.transformer", "LabGPT"),
 }
 
 

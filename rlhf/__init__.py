@@ -1,0 +1,1 @@
+"""RLHF on TRL: supervised fine-tuning, reward model and PPO over one transformer."""

@@ -1,0 +1,168 @@
+"""Opening and saving the models of the recipe: LabGPT, any model of the Hub, and what a stage left."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab.errors import LabError
+from rlhf import labgpt, reviews
+from rlhf.config import ModelConfig
+
+# Vocabulary of a tokenizer made of the data.
+BPE_SIZE = 2048
+
+
+def start(config: ModelConfig, demonstrations: Any, source: str, seed: int) -> tuple[Any, Any]:
+    """The language model the recipe starts from, in fp32, and its tokenizer.
+
+    Args:
+        config: which.
+        demonstrations: the data set, from whose words LabGPT gets a tokenizer if the config names none.
+        source: where they are from.
+        seed: of LabGPT's random weights.
+
+    Raises:
+        LabError: neither a folder nor on the Hub, or the Hub cannot be reached.
+    """
+    if config.path != "labgpt":
+        tokenizer = _open_tokenizer(config.tokenizer or config.path)
+        return _open_causal_lm(config.path, tokenizer), tokenizer
+    tokenizer = (
+        _open_tokenizer(config.tokenizer)
+        if config.tokenizer
+        else reviews.tokenizer()
+        if source == "reviews"
+        else tokenizer_of(_texts(demonstrations))
+    )
+    torch.manual_seed(seed)
+    tokens: Any = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")
+    }
+    try:
+        settings = labgpt.LabGPTConfig(vocab_size=len(tokenizer), **tokens, **config.labgpt)
+        return labgpt.LabGPTForCausalLM(settings), tokenizer
+    except (TypeError, ValueError) as error:
+        raise LabError(f"model.labgpt = {config.labgpt}: {error}") from None
+
+
+def open_policy(folder: Path) -> tuple[Any, Any]:
+    """A language model that a stage left (or any transformers folder) and its tokenizer."""
+    tokenizer = _open_tokenizer(str(folder))
+    return _open_causal_lm(str(folder), tokenizer), tokenizer
+
+
+def open_reward(folder: Path) -> tuple[Any, Any]:
+    """A reward model's folder, or a language model's with a fresh `score` layer on it, and its tokenizer.
+
+    Raises:
+        LabError: no such folder, or no model in it.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = _open_tokenizer(str(folder))
+    if _is_labgpt(folder):
+        return labgpt.load(folder, head="reward"), tokenizer
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
+        )
+    except (OSError, ValueError) as error:
+        raise LabError(f"{folder}: no model that can be opened: {_first_line(error)}") from None
+    return model, tokenizer
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a plain transformers folder; adapters are merged into the weights, and kept in adapter/ too."""
+    if hasattr(model, "merge_and_unload"):
+        model.save_pretrained(folder / "adapter", selected_adapters=["default"])
+        model = model.merge_and_unload(adapter_names=["default"])
+    if isinstance(model, labgpt.LabGPTForCausalLM | labgpt.LabGPTForSequenceClassification):
+        labgpt.save_stock(model, folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def tokenizer_of(texts: Iterable[str]) -> Any:
+    """A byte-level BPE tokenizer of `BPE_SIZE` tokens made from texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE_SIZE,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
+
+
+def check_chat_template(tokenizer: Any, dataset: Any, source: str) -> None:
+    """Raises a `LabError` if the data are conversations and the tokenizer cannot render one."""
+    first = next(iter(dataset[0].values()))
+    if isinstance(first, list) and isinstance(first[0], dict) and not tokenizer.chat_template:
+        raise LabError(
+            f"{source}: holds conversations, but the model's tokenizer has no chat template. "
+            "Use a chat model's tokenizer (model.tokenizer), or data in plain text."
+        )
+
+
+def _open_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    except Exception as error:  # whatever the Hub's client, json or tokenizers raise
+        raise LabError(
+            f"{name}: no tokenizer found: {_first_line(error)} Name a transformers folder, or a model of the "
+            "Hub (which must be reachable)."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise LabError(f"{name}: its tokenizer has no eos_token, so no answer could end. Set one.")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # Padding must differ from the end token: stock reward models find an answer's end by it.
+        spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+        if not spare:
+            raise LabError(
+                f"{name}: its tokenizer has no pad_token and no special token to spare for one. Set one."
+            )
+        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token in spare else spare[0]
+    return tokenizer
+
+
+def _open_causal_lm(name: str, tokenizer: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if _is_labgpt(Path(name)):
+        return labgpt.load(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:
+        raise LabError(f"{name}: no language model that can be opened: {_first_line(error)}") from None
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _is_labgpt(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and '"lab_gpt"' in config.read_text(encoding="utf-8")
+
+
+def _texts(demonstrations: Any) -> Iterable[str]:
+    for row in demonstrations:
+        for value in row.values():
+            if isinstance(value, str):
+                yield value
+            else:
+                yield from (message["content"] for message in value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,209 @@
+"""Stage 3: the policy against the reward model, by `rlhf.ppo`."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lab.device import Compute
+from lab.errors import LabError
+from lab.files import write_atomic
+from rlhf import models
+from rlhf.config import RLHFRun
+from rlhf.labeler import Answer, Scorer
+from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.roles import AdapterClassifier
+from rlhf.scoring import RewardScorer, tokenize, tokenize_prompt
+from rlhf.sft import lora
+from rlhf.stage import Stage, StageTrainer, train, training_arguments
+
+# Tables of samples: so many answers, about so many tables a run.
+SAMPLES, TABLES = 8, 20
+
+
+class RewardOfIds:
+    """The reward model as the trainer calls it: on the very token ids, end token included."""
+
+    __name__ = "reward_model"
+
+    def __init__(self, scorer: RewardScorer, batch_size: int) -> None:
+        self.scorer, self.batch_size = scorer, batch_size
+
+    def score_ids(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Any:
+        """Scores, float32 (answers,)."""
+        return self.scorer.score_ids(prompt_ids, completion_ids, self.batch_size)
+
+    def __call__(self, **_: Any) -> list[float]:
+        raise LabError("the reward model scores token ids, not text")
+
+
+class _Trainer(StageTrainer, PPOTrainer):
+    """PPOTrainer with the lab's checkpoints, tables of samples, and the labeler's opinion beside."""
+
+    gold: Scorer | None = None
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            episodes = self.state.global_step // self.stage.window + 1
+            self._note("train", {"episode": episodes * self.args.generation_batch_size})
+            if self.gold is not None:
+                # The reward model never sees these: where they part from its scores, it is being gamed.
+                texts = [c if isinstance(c, str) else c[-1]["content"] for c in self.rollout["completions"]]
+                ended = self.rollout["ended"]
+                answers = [Answer(text, end) for text, end in zip(texts, ended, strict=True)]
+                scores = self.gold.scores(self.rollout["prompts"], answers)
+                self.rollout["gold"] = scores
+                self._note("train", {"objective/gold_scores": sum(scores) / len(scores)})
+            every = max(1, self.state.max_steps // self.stage.window // TABLES)
+            if (episodes - 1) % every == 0:
+                write_samples(self.stage, self.state.global_step, self.rollout)
+        return output
+
+
+def write_samples(stage: Stage, step: int, rollout: dict[str, Any]) -> None:
+    """A table of answers: in media/ as JSON lines, and in W&B."""
+    columns = [name for name in ("prompts", "completions", "scores", "gold", "kl") if name in rollout]
+    rows = list(itertools.islice(zip(*(rollout[name] for name in columns), strict=True), SAMPLES))
+    lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+    write_atomic(stage.run.media / f"samples_{step:08d}.jsonl", ("\n".join(lines) + "\n").encode())
+    stage.tracker.log_table(step, "media/samples", columns, rows)
+
+
+def train_policy(
+    settings: RLHFRun,
+    stage: Stage,
+    compute: Compute,
+    prompts: Any,
+    demonstrations: Any,
+    policy: Path,
+    reward: Path,
+    gold: Scorer | None,
+) -> tuple[Any, Any] | None:
+    """Trains the policy of stage 1 by PPO for the scores of stage 2's reward model.
+
+    Args:
+        prompts: data set with a `prompt` column.
+        demonstrations: for `ppo.ptx_coef`.
+        policy, reward: folders of the models of stages 1 and 2.
+        gold: a labeler that scores; only watched, never trained on.
+
+    Returns:
+        The model and its tokenizer; None if training was interrupted.
+    """
+    config = settings.ppo
+    model, tokenizer = models.open_policy(policy)
+    models.check_chat_template(tokenizer, prompts, settings.data.prompts or settings.data.demonstrations)
+    reward_model, reward_tokenizer = models.open_reward(reward)
+    if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise LabError(
+            f"{reward}: the reward model has another tokenizer than the policy {policy}, so it cannot score "
+            "the policy's tokens. Train both stages from one model."
+        )
+    reward_model.to(compute.device).requires_grad_(False)
+    scorer = RewardScorer(reward_model, tokenizer)
+    _check_end_token(scorer, prompts, tokenizer)
+    reward_of_ids = RewardOfIds(scorer, config.micro)
+
+    def shared_critic(owner: Any) -> nn.Module:
+        """The critic as an adapter of the policy; and so the reward model, whose own weights can go."""
+        judge = AdapterClassifier(owner, "reward", reward).to(compute.device)
+        judge.set_trainable(False)
+        reward_of_ids.scorer = RewardScorer(judge, tokenizer)
+        critic = AdapterClassifier(owner, "critic", reward).to(compute.device)
+        critic.set_trainable(True)
+        return in_reward_units(critic)
+
+    if settings.model.lora_rank:
+        critic: Any = shared_critic
+    else:
+        critic = in_reward_units(models.open_reward(reward)[0])
+    del scorer, reward_model
+    trainer = _Trainer(
+        model=model,
+        reward_funcs=reward_of_ids,
+        args=ppo_arguments(settings, compute, stage.run.folder),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+        peft_config=lora(settings.model, "CAUSAL_LM"),
+        critic=critic,
+        ptx_dataset=_ptx(demonstrations, tokenizer, settings) if config.ptx_coef else None,
+    )
+    trainer.gold = gold
+    done = train(
+        trainer,
+        stage,
+        lambda row: (
+            f"score {row['objective/scores']:.2f}  KL {row['objective/kl']:.2f}"
+            if "objective/kl" in row
+            else ""
+        ),
+    )
+    return (trainer.accelerator.unwrap_model(trainer.model), tokenizer) if done else None
+
+
+def in_reward_units(critic: Any) -> Any:
+    """Scales a critic made of a reward model to the scores that PPO sees; it learns the shift at once."""
+    with torch.no_grad():
+        critic.score.weight.mul_(getattr(critic.config, "reward_scale", 1.0))
+    return critic
+
+
+def ppo_arguments(settings: RLHFRun, compute: Compute, folder: Path) -> PPOConfig:
+    """The trainer's settings of a config."""
+    config = settings.ppo
+    arguments = training_arguments(config, compute, folder, settings.seed)
+    arguments.pop("num_train_epochs")
+    return PPOConfig(
+        **arguments,
+        num_rollouts=config.rollouts,
+        num_ppo_epochs=int(config.epochs),
+        num_mini_batches=config.rollout_size // config.batch_size,
+        critic_learning_rate=config.critic_learning_rate,
+        max_completion_length=settings.data.max_new_tokens,
+        temperature=config.temperature,
+        top_k=0,
+        kl_coef=config.kl_coef,
+        kl_target=config.kl_target,
+        kl_horizon=config.kl_horizon,
+        cliprange=config.clip,
+        cliprange_value=config.clip_value,
+        vf_coef=config.value_coef,
+        gamma=config.gamma,
+        lam=config.gae_lambda,
+        missing_eos_penalty=config.missing_eos_penalty,
+        whiten_rewards=config.whiten_rewards,
+        whiten_advantages=config.whiten_advantages,
+        score_clip=config.score_clip,
+        ptx_coef=config.ptx_coef,
+        disable_dropout=True,
+    )
+
+
+def _check_end_token(scorer: RewardScorer, prompts: Any, tokenizer: Any) -> None:
+    """A reward model that ignores the end token cannot teach the policy to stop."""
+    prompt = tokenize_prompt(prompts[0]["prompt"], tokenizer)
+    some = prompt[-1:] * 3
+    with_end, without = scorer.score_ids([prompt] * 2, [[*some, tokenizer.eos_token_id], some]).tolist()
+    if with_end == without:
+        raise LabError(
+            "reward: scores an answer the same with and without its end token. It was trained on other "
+            "tokens than it is asked about: train it again with --from reward."
+        )
+
+
+def _ptx(demonstrations: Any, tokenizer: Any, settings: RLHFRun) -> list[dict[str, Any]]:
+    """Demonstrations as token ids for the language-model loss beside PPO's."""
+    rows = []
+    for row in demonstrations:
+        if "completion" not in row:
+            raise LabError("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
+        whole = tokenize(row["prompt"], row["completion"], True, tokenizer)[: settings.data.max_length]
+        prompt = len(tokenize_prompt(row["prompt"], tokenizer))
+        if prompt < len(whole):
+            rows.append({"input_ids": whole, "completion_mask": [0] * prompt + [1] * (len(whole) - prompt)})
+    return rows

@@ -1,0 +1,99 @@
+"""Stage 2: a reward model from ranked comparisons."""
+
+from pathlib import Path
+from typing import Any
+
+from trl.trainer.reward_config import RewardConfig
+
+from lab.device import Compute
+from lab.errors import LabError
+from rlhf import data, models
+from rlhf.config import RLHFRun
+from rlhf.ranking import RankingTrainer, center, init_head
+from rlhf.scoring import RewardScorer, calibration_plot, held_out_report, sequence_classifier
+from rlhf.sft import lora
+from rlhf.stage import Stage, StageTrainer, train, training_arguments
+
+# Demonstrations the scores are centred on, and held-out comparisons they are scaled by, at most.
+AT_MOST = 512
+
+
+class _Trainer(StageTrainer, RankingTrainer):
+    """RankingTrainer with the lab's checkpoints."""
+
+
+def train_reward(
+    settings: RLHFRun,
+    stage: Stage,
+    compute: Compute,
+    comparisons: Any,
+    demonstrations: Any,
+    policy: Path,
+) -> tuple[Any, Any] | None:
+    """Trains a reward model, started from the policy of stage 1, to rank answers as the labeler did.
+
+    Demonstrations score 0 on average, and held-out answers have variance 1, so that `ppo.kl_coef` means the
+    same whatever the reward model.
+
+    Args:
+        comparisons: as `data.comparisons` returns them.
+        demonstrations: as `data.demonstrations` does.
+        policy: the folder of stage 1's model.
+
+    Returns:
+        The model and its tokenizer; None if training was interrupted.
+    """
+    config = settings.reward
+    training, held_out = data.hold_out(comparisons, config.held_out, settings.seed)
+    model, tokenizer = models.open_reward(policy)
+    init_head(model, settings.seed)
+    trainer = _Trainer(
+        model=model,
+        args=RewardConfig(
+            **training_arguments(config, compute, stage.run.folder, settings.seed),
+            max_length=settings.data.max_length,
+            center_rewards_coefficient=config.center_coef or None,
+        ),
+        train_dataset=training,
+        eval_dataset=held_out,
+        loss=config.loss,  # type: ignore[arg-type]
+        processing_class=tokenizer,
+        peft_config=lora(settings.model, "SEQ_CLS"),
+    )
+    done = train(
+        trainer, stage, lambda row: f"accuracy {row['train/accuracy']:.2f}" if "train/accuracy" in row else ""
+    )
+    if not done:
+        return None
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if demonstrations is not None and "completion" in demonstrations.column_names:
+        center(
+            trained,
+            tokenizer,
+            demonstrations.shuffle(seed=settings.seed).select(range(min(AT_MOST, len(demonstrations)))),
+        )
+    _scale(trained, tokenizer, held_out)
+    report = held_out_report(RewardScorer(trained, tokenizer), held_out.to_list())
+    stage.tracker.log(trainer.state.global_step, {"eval/accuracy": report["accuracy"]})
+    stage.run.summarize(**{"eval/accuracy": report["accuracy"], "held_out": report})
+    plot = stage.run.media / "calibration.png"
+    calibration_plot(report, plot)
+    stage.tracker.log_media(trainer.state.global_step, "media/calibration", plot)
+    return trained, tokenizer
+
+
+def _scale(model: Any, tokenizer: Any, held_out: Any) -> None:
+    """Puts into the model's config what gives held-out answers scores of variance 1."""
+    rows = held_out.select(range(min(AT_MOST, len(held_out)))).to_list()
+    scores = RewardScorer(model, tokenizer, shift=0.0, scale=1.0).score_texts(
+        [row["prompt"] for row in rows for _ in row["completions"]],
+        [completion for row in rows for completion in row["completions"]],
+        [finished for row in rows for finished in row["finished"]],
+    )
+    spread = float(scores.std())
+    if not spread > 0:
+        raise LabError(
+            "reward: the model gives all held-out answers one score. Train it longer, or look at the "
+            "comparisons."
+        )
+    sequence_classifier(model).config.reward_scale = 1 / spread

@@ -1,0 +1,423 @@
+"""From an answer to its reward: one way to its token ids, one way to its score; and how good the scores are.
+
+Reward models are spoiled between training and use: an end token there and none here, padding taken for the
+end of an answer, a score read one token early. So training (`rlhf.ranking`) and all that scores later share
+`tokenize` and `last_token_scores`. Nothing in here imports TRL, which takes seconds.
+"""
+
+import contextlib
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lab.errors import LabError
+from lab.files import explain_write_errors, written_aside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Text = str | list[dict[str, Any]]
+"""Plain text, or the messages of a conversation: [{"role": ..., "content": ...}, ...]."""
+
+_BLUE, _GREY = "#2a6fbb", "#666666"
+
+
+class TooLong(LabError):
+    """A prompt and an answer to it have more tokens than allowed."""
+
+
+def tokenize(
+    prompt: Text,
+    completion: Text,
+    finished: bool,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None = None,
+    truncate_prompt: bool = False,
+) -> list[int]:
+    """Token ids of a prompt and an answer to it, without padding.
+
+    The prompt is tokenised by itself, so that its ids are those a policy answers to. A finished answer ends
+    with exactly one end token, `tokenizer.eos_token_id`; one that was cut off has none. Nothing follows the
+    end token, even if the chat template would add a line break, because nothing does where a policy wrote it.
+
+    Args:
+        prompt: text, or messages for the tokenizer's chat template.
+        completion: the answer, in the same form.
+        finished: whether the answer came to its end, rather than to a limit of length.
+        max_length: tokens allowed in all; None: any number.
+        truncate_prompt: cut off the prompt's beginning where there are more.
+
+    Raises:
+        TooLong: more than `max_length` tokens, even so.
+        LabError: text and messages mixed, no end token, or a chat template that cannot render this.
+    """
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise LabError("of prompt and completion one is text and the other messages. Make them the same.")
+    eos: Any = tokenizer.eos_token_id
+    if finished and eos is None:
+        raise LabError("the tokenizer has no eos_token, with which a finished answer ends. Set it.")
+
+    prompt_ids = tokenize_prompt(prompt, tokenizer)
+    text = completion if isinstance(completion, str) else _rendered_answer(prompt, completion, tokenizer)
+    completion_ids = _ids(tokenizer, text, add_special_tokens=False)
+    while completion_ids and completion_ids[-1] == eos:  # spelled out in the text
+        completion_ids.pop()
+    if finished:
+        completion_ids.append(eos)
+
+    excess = 0 if max_length is None else max(0, len(prompt_ids) + len(completion_ids) - max_length)
+    if excess > (len(prompt_ids) if truncate_prompt else 0):
+        raise TooLong(
+            f"a prompt of {len(prompt_ids)} tokens and an answer of {len(completion_ids)} are more than "
+            f"max_length = {max_length}. Raise it, leave such answers out, or truncate the prompts."
+        )
+    return prompt_ids[excess:] + completion_ids
+
+
+def tokenize_prompt(prompt: Text, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token ids that an answer to the prompt is generated from, as TRL's online trainers make them."""
+    if isinstance(prompt, str):
+        return _ids(tokenizer, prompt)
+    return _ids(tokenizer, _rendered_prompt(prompt, tokenizer), add_special_tokens=False)
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> list[int]:
+    return list(tokenizer(text, **options)["input_ids"])  # type: ignore[arg-type]
+
+
+def _rendered_prompt(prompt: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
+    return _render(tokenizer, prompt, add_generation_prompt=True)
+
+
+def _rendered_answer(prompt: Text, completion: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What the chat template puts between the prompt and the end token of the last message."""
+    before = _rendered_prompt(prompt, tokenizer)
+    whole = _render(tokenizer, [*prompt, *completion], continue_final_message=True)
+    if not whole.startswith(before):
+        raise LabError(
+            "the chat template renders the prompt in another way once there is an answer, so no policy could "
+            "have written it. Use a template that does not."
+        )
+    return whole[len(before) :]
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: Any, **options: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)  # type: ignore[return-value]
+    except Exception as error:  # whatever a template raises
+        raise LabError(f"the chat template cannot render this conversation: {error}") from error
+
+
+def ordered_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Indices (better, worse) of all pairs of answers whose ranks differ; the smaller rank is the better."""
+    return [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
+
+
+def pad_right(rows: Sequence[Sequence[int]], multiple_of: int = 1) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask (1 token, 0 padding), both (rows, longest row, rounded up to `multiple_of`).
+
+    The mask alone says what is padding. Its id is 0, whatever the tokenizer's, and no one should look for it:
+    where padding and end of sequence are one token, ids do not tell.
+    """
+    longest = max(map(len, rows))
+    input_ids = torch.zeros(len(rows), -(-longest // multiple_of) * multiple_of, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+    return input_ids, attention_mask
+
+
+def sequence_classifier(model: nn.Module) -> Any:
+    """The model with the `score` layer, out of PEFT's wrapper if it is in one.
+
+    Raises:
+        LabError: there is no such layer.
+    """
+    classifier: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not hasattr(classifier, "score"):
+        raise LabError(
+            f"{type(classifier).__name__} is no reward model, it has no `score` layer. "
+            "Load it with AutoModelForSequenceClassification."
+        )
+    return classifier
+
+
+def last_token_scores(classifier: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What a sequence classifier's `score` layer says of each row's last token.
+
+    transformers' own forward takes the last id that is not `pad_token_id` for the last token. Where padding
+    and end of sequence are one token, that is the one before the end: the end would never be scored.
+
+    Args:
+        classifier: a causal model, from `sequence_classifier`.
+        input_ids: (rows, time), padded on either side.
+        attention_mask: (rows, time), 1 for tokens and 0 for padding.
+
+    Returns:
+        (rows, num_labels)
+    """
+    hidden = classifier.base_model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        # From the mask, so that padding on the left shifts no learned position.
+        position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
+        use_cache=False,
+    ).last_hidden_state
+    rows, columns = (torch.arange(size, device=hidden.device) for size in input_ids.shape)
+    return classifier.score(hidden[rows, (attention_mask * columns).argmax(1)])
+
+
+class RewardScorer:
+    """Scores answers: (output of the reward model - shift) * scale.
+
+    An answer's score does not depend on what is scored beside it.
+
+    Args:
+        model: a causal sequence classifier with one label, with or without PEFT.
+        tokenizer: the one it was trained with; only `score_texts` needs it.
+        shift: None: `reward_shift` of the model's config.json, where `rlhf.ranking.center` puts it, or 0.
+        scale: None: `reward_scale` of the model's config.json, or 1.
+
+    Raises:
+        LabError: the model has no `score` layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: "PreTrainedTokenizerBase",
+        shift: float | None = None,
+        scale: float | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._classifier = sequence_classifier(model)
+        config = self._classifier.config
+        self.shift: float = getattr(config, "reward_shift", 0.0) if shift is None else shift
+        self.scale: float = getattr(config, "reward_scale", 1.0) if scale is None else scale
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def score_ids(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Scores answers as they were generated, with their end token if they have one.
+
+        Args:
+            prompt_ids: token ids of n prompts, without padding.
+            completion_ids: token ids of n answers, without padding.
+            batch_size: answers per forward pass.
+
+        Returns:
+            (n,) float32, on the CPU.
+
+        Raises:
+            LabError: an answer and its prompt are empty, or more than the model has positions for.
+        """
+        return self._score([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)], batch_size)
+
+    def score_texts(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        finished: Sequence[bool],
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Scores answers in text or messages, (n,) float32; see `tokenize` and `score_ids`."""
+        answers = zip(prompts, completions, finished, strict=True)
+        return self._score([tokenize(*answer, self.tokenizer) for answer in answers], batch_size)
+
+    def _score(self, rows: list[list[int]], batch_size: int) -> Tensor:
+        for i, row in enumerate(rows):
+            if not row:
+                raise LabError(f"answer {i}: it and its prompt are empty. Leave it out.")
+            if self._positions is not None and len(row) > self._positions:
+                raise LabError(
+                    f"answer {i}: it and its prompt have {len(row)} tokens, the reward model has "
+                    f"{self._positions} positions. Shorten prompts or answers."
+                )
+        # Rows of like length need little padding; the longest come first, so that memory runs out at once.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        device = self._classifier.score.weight.device
+        scores = torch.empty(len(rows), device=device)
+        with _evaluating(self.model), torch.no_grad():
+            for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+                input_ids, mask = (tensor.to(device) for tensor in pad_right([rows[i] for i in batch]))
+                scores[batch] = last_token_scores(self._classifier, input_ids, mask)[:, 0].float()
+        return (scores.cpu() - self.shift) * self.scale
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def held_out_report(
+    scorer: RewardScorer, dataset: Iterable[Any], n_bins: int = 10, batch_size: int = 32
+) -> dict[str, Any]:
+    """How well a reward model orders answers it has not seen, and how well it knows how well.
+
+    By its loss, a reward model says that the answer with the higher reward is preferred with probability
+    sigmoid(difference): its confidence, between 0.5 and 1. It is calibrated if pairs of confidence p are in
+    the right order p of the time. Calibration error and Brier score measure that.
+
+    Args:
+        dataset: rows of `prompt`, `completions`, `ranks`, `finished` and `source`.
+        n_bins: bins of equal width between 0.5 and 1.
+
+    Returns:
+        For JSON; each pair counts once:
+        accuracy, pairs, mean_margin;
+        brier: mean squared error of the probability, 0.25 if it is always 0.5 (Brier 1950);
+        expected_calibration_error: mean distance between a bin's confidence and accuracy, weighted by pairs
+            (Guo et al. 2017, arXiv 1706.04599, eq. 3);
+        by_source: {source: {accuracy, pairs}};
+        by_confidence: [{low, high, confidence, accuracy, pairs}], without empty bins.
+
+    Raises:
+        LabError: no two answers of different rank, or see `tokenize` and `RewardScorer.score_ids`.
+    """
+    rows = list(dataset)
+    sources = [row["source"] for row in rows for _ in ordered_pairs(row["ranks"])]
+    if not sources:
+        raise LabError("held-out comparisons: no prompt has two answers of different rank.")
+    rewards = scorer.score_texts(
+        [row["prompt"] for row in rows for _ in row["completions"]],
+        [completion for row in rows for completion in row["completions"]],
+        [finished for row in rows for finished in row["finished"]],
+        batch_size,
+    ).split([len(row["completions"]) for row in rows])
+    margins = [
+        (scores[better] - scores[worse]).item() / scorer.scale  # probabilities are those of the loss
+        for row, scores in zip(rows, rewards, strict=True)
+        for better, worse in ordered_pairs(row["ranks"])
+    ]
+
+    margin = torch.tensor(margins, dtype=torch.float64)
+    right = (margin > 0).double()
+    confidence = margin.abs().sigmoid()
+    bins = ((confidence - 0.5) * 2 * n_bins).long().clamp(max=n_bins - 1).tolist()
+    by_source, by_bin = _group(sources), _group(bins)
+    by_confidence = [
+        {
+            "low": 0.5 + 0.5 * b / n_bins,
+            "high": 0.5 + 0.5 * (b + 1) / n_bins,
+            "confidence": confidence[by_bin[b]].mean().item(),
+            "accuracy": right[by_bin[b]].mean().item(),
+            "pairs": len(by_bin[b]),
+        }
+        for b in sorted(by_bin)
+    ]
+    return {
+        "accuracy": right.mean().item(),
+        "pairs": len(margins),
+        "mean_margin": margin.mean().item(),
+        "brier": (1 - margin.sigmoid()).square().mean().item(),
+        "expected_calibration_error": sum(
+            abs(b["confidence"] - b["accuracy"]) * b["pairs"] for b in by_confidence
+        )
+        / len(margins),
+        "by_source": {
+            source: {"accuracy": right[indices].mean().item(), "pairs": len(indices)}
+            for source, indices in sorted(by_source.items())
+        },
+        "by_confidence": by_confidence,
+    }
+
+
+def _group(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """Key -> the indices at which it stands."""
+    groups = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    return groups
+
+
+def _wilson_error(fraction: float, n: int) -> tuple[float, float]:
+    """How far the Wilson score interval of one standard error reaches below and above an observed fraction.
+
+    It is not empty where the fraction is 0 or 1 and does not leave [0, 1] (Wilson 1927).
+    """
+    centre = (fraction + 0.5 / n) / (1 + 1 / n)
+    half = (fraction * (1 - fraction) / n + 0.25 / n**2) ** 0.5 / (1 + 1 / n)
+    return max(0.0, fraction - (centre - half)), max(0.0, centre + half - fraction)
+
+
+def calibration_plot(report: Mapping[str, Any], path: Path) -> None:
+    """Draws a `held_out_report` to `path`, a PNG: probability predicted and observed, and how many pairs.
+
+    Raises:
+        LabError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    bins = report["by_confidence"]
+    confidence = [b["confidence"] for b in bins]
+    accuracy = [b["accuracy"] for b in bins]
+    pairs = [b["pairs"] for b in bins]
+    error = [_wilson_error(a, n) for a, n in zip(accuracy, pairs, strict=True)]
+
+    figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
+    upper.plot([0.5, 1], [0.5, 1], color=_GREY, linewidth=0.9, linestyle="--", label="calibrated")
+    upper.errorbar(
+        confidence,
+        accuracy,
+        [*zip(*error, strict=True)],
+        fmt="o",
+        color=_BLUE,
+        capsize=3,
+        label="reward model, with standard error",
+    )
+    upper.set(
+        title=f"{report['accuracy']:.1%} of {report['pairs']:,} held-out pairs in the right order",
+        ylabel="observed: in the right order",
+        xlim=(0.49, 1.01),
+        ylim=(None, 1.03),
+    )
+    upper.legend(
+        loc="best",
+        fontsize=8,
+        title=f"Brier score {report['brier']:.3f}\n"
+        f"expected calibration error {report['expected_calibration_error']:.3f}",
+        title_fontsize=8,
+        alignment="left",
+    )
+    bars = lower.bar(
+        [b["low"] for b in bins],
+        pairs,
+        [b["high"] - b["low"] for b in bins],
+        align="edge",
+        color=_BLUE,
+        alpha=0.5,
+        edgecolor="white",
+    )
+    lower.bar_label(bars, [f"{n:,}" for n in pairs], fontsize=7, color=_GREY)
+    lower.margins(y=0.25)
+    lower.set_yticks([])  # the numbers are on the bars
+    lower.set(xlabel="predicted: sigmoid of the difference of rewards", ylabel="pairs")
+    for axes in (upper, lower):
+        axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    upper.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
+        figure.savefig(aside, format="png")

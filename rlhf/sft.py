@@ -1,0 +1,91 @@
+"""Stage 1: supervised fine-tuning on demonstrations, by TRL's SFTTrainer."""
+
+from typing import Any
+
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from lab.device import Compute
+from lab.errors import LabError
+from rlhf import models
+from rlhf.config import ModelConfig, RLHFRun
+from rlhf.stage import Stage, StageTrainer, train, training_arguments
+
+
+class _Trainer(StageTrainer, SFTTrainer):
+    """SFTTrainer with the lab's checkpoints."""
+
+    args: SFTConfig
+    model: Any
+
+
+def train_sft(
+    settings: RLHFRun, stage: Stage, compute: Compute, demonstrations: Any, held_out: Any
+) -> tuple[Any, Any] | None:
+    """Trains the policy to imitate demonstrations; the loss is on the answers only.
+
+    Args:
+        demonstrations, held_out: data sets in TRL's formats.
+
+    Returns:
+        The model and its tokenizer; None if training was interrupted.
+    """
+    config, source = settings.sft, settings.data.demonstrations
+    model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed)
+    models.check_chat_template(tokenizer, demonstrations, source)
+    trainer = _Trainer(
+        model=model,
+        args=SFTConfig(
+            **training_arguments(config, compute, stage.run.folder, settings.seed),
+            max_length=settings.data.max_length,
+            packing=config.packing,
+            # Prompts and answers as such have a mask of their own; of whole conversations, assistants'
+            # turns are marked by the template, if it can.
+            assistant_only_loss="messages" in demonstrations.column_names,
+        ),
+        train_dataset=demonstrations,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=lora(settings.model, "CAUSAL_LM"),
+    )
+    _check_first_batch(trainer, tokenizer, source)
+    done = train(trainer, stage, lambda row: f"loss {row['train/loss']:.3f}" if "train/loss" in row else "")
+    if not done:
+        return None
+    metrics = trainer.evaluate()
+    stage.run.summarize(**{"eval/loss": metrics["eval_loss"]})
+    return trainer.accelerator.unwrap_model(trainer.model), tokenizer
+
+
+def lora(model: ModelConfig, task: str) -> Any:
+    """PEFT's configuration of the adapters, or None."""
+    if not model.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=model.lora_targets,
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+
+
+def _check_first_batch(trainer: _Trainer, tokenizer: Any, source: str) -> None:
+    """Stops a doomed run before its first step: nothing to train, to learn from, or no end to learn."""
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise LabError("sft: no parameter is trainable. Check model.lora_targets.")
+    example = next(iter(trainer.get_train_dataloader()))
+    learned = example["labels"] != -100
+    if not learned.any():
+        raise LabError(
+            f"{source}: no token of the first batch is an answer's within data.max_length "
+            f"{trainer.args.max_length}. Raise it, or shorten the prompts."
+        )
+    if not (example["labels"][learned] == tokenizer.eos_token_id).any():
+        raise LabError(
+            f"{source}: no answer of the first batch ends with {tokenizer.eos_token!r} within "
+            f"data.max_length {trainer.args.max_length}, so the policy would never learn to stop. Raise it."
+        )

@@ -1,0 +1,299 @@
+"""What each stage does; imports torch, so `rlhf.pipeline` imports this only when a stage begins."""
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lab import checkpoint, config
+from lab.device import Compute, resolve
+from lab.errors import LabError
+from lab.files import write_json
+from lab.interrupt import StopRequest
+from lab.progress import Progress, duration
+from lab.run import Run
+from lab.seeding import seed_everything
+from rlhf import data, labeler
+from rlhf.config import RLHFRun
+from rlhf.pipeline import JOB_TYPES, RESULTS, Recipe, fingerprint, read_settings
+
+
+def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
+    """Runs or resumes one stage; returns whether it was finished, and not interrupted."""
+    settings, folder = recipe.settings, recipe.of(stage)
+    begun = bool(recipe.state(stage))
+    run = Run.resume(folder) if begun else None
+    compute = resolve(settings.device, before=run.info["compute"] if run else None)
+    seed_everything(settings.seed)
+    if run is None:
+        values = config.to_dict(settings)
+        run = Run.create(
+            folder,
+            config=values,
+            pipeline="rlhf",
+            job_type=JOB_TYPES[stage],
+            name=f"{settings.run_name}__{stage}",
+            group=settings.run_name,
+            x_axis="optimizer_steps",
+            compute=compute.describe(),
+            parents=_parents(recipe, stage),
+        )
+        run.update(stage=stage, stage_config=recipe.relevant(stage))
+    else:
+        latest = checkpoint.find(run.checkpoints)
+        saved = checkpoint.load(latest).state if latest else {"metrics_bytes": 0}
+        run.continue_from(saved["metrics_bytes"])
+    from rlhf.stage import Stage, quiet_transformers
+
+    t, began = settings.tracking, time.monotonic()
+    with run.recording_its_end():
+        tracker = run.tracker(mode, why, t.project, t.entity, t.tags)
+        exit_code = 1
+        try:
+            with StopRequest() as stop, quiet_transformers():
+                total, window, every = _length(recipe, stage)
+                asks = stage == "collect" and gold_labeler(settings).interactive
+                with Progress(total, bar=not asks) as progress:
+                    progress.say(
+                        f"{stage:8} {'resuming' if begun else 'starting'} in {folder}\n"
+                        f"         {compute.device}, {compute.precision}, {compute.threads} threads; "
+                        f"W&B {tracker.mode} ({run.info['wandb']['why']})"
+                    )
+                    handle = Stage(run, tracker, progress, stop, settings.keep_checkpoints, every, window)
+                    done = _STAGES[stage](recipe, handle, compute)
+                    took = duration(time.monotonic() - began)
+                    if done:
+                        _record(run, folder / RESULTS.get(stage, "model"))
+                        run.end("finished")
+                        progress.say(f"{stage:8} finished in {took}: {folder}")
+                        exit_code = 0
+                    else:
+                        run.end("interrupted", reason=stop.signal_name or "stopped")
+                        progress.say(
+                            f"{stage:8} interrupted after {took}, saved. The same command continues it."
+                        )
+                        exit_code = 255
+        finally:
+            tracker.finish(exit_code, run.info["summary"])
+    return done
+
+
+def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
+    """What a stage starts from: other stages' results and data, each by its hash."""
+    parents = []
+    for name in recipe.parents(stage):
+        info = Run.open(recipe.of(name)).info
+        parents.append({"stage": name, "run_id": info["id"], **info["summary"]["result"]})
+    d = recipe.settings.data
+    sources = {"sft": [d.demonstrations], "reward": [d.comparisons], "ppo": [d.prompts or d.demonstrations]}
+    for source in sources.get(stage, []):
+        if source != "collect":
+            mark = data.fingerprint(source)
+            parents.append({"data": source, "path": source, "sha256": mark["sha256"]})
+    return parents
+
+
+def _record(run: Run, result: Path) -> None:
+    run.summarize(result={"path": str(result), "sha256": fingerprint(result)})
+
+
+def _length(recipe: Recipe, stage: str) -> tuple[int, int, int]:
+    """Steps of a stage, how many belong together, and steps between checkpoints; 0 where not known yet."""
+    s = recipe.settings
+    if stage == "ppo":
+        window = int(s.ppo.epochs) * (s.ppo.rollout_size // s.ppo.batch_size)
+        return s.ppo.rollouts * window, window, s.ppo.save_every_steps
+    every = {"sft": s.sft.save_every_steps, "reward": s.reward.save_every_steps}.get(stage, 1)
+    return 0, 1, every
+
+
+def _demonstrations(settings: RLHFRun) -> tuple[Any, Any]:
+    """Training and held-out demonstrations."""
+    source = settings.data.demonstrations
+    rows = data.demonstrations(source)
+    if data.has_eval(source):
+        return rows, data.demonstrations(source, "eval")
+    return data.hold_out(rows, 0.1, settings.seed)
+
+
+def prompts(settings: RLHFRun) -> tuple[Any, Any]:
+    """Training and unseen prompts: no demonstration, comparison or rollout is about an unseen one."""
+    d = settings.data
+    source = d.prompts or d.demonstrations
+    rows = data.prompts(source)
+    if d.eval_prompts:
+        return rows, data.prompts(d.eval_prompts)
+    if data.has_eval(source):
+        return rows, data.prompts(source, "eval")
+    return data.hold_out(rows, 0.1, settings.seed)
+
+
+def gold_labeler(settings: RLHFRun) -> labeler.Labeler:
+    """The labeler of the config."""
+    return labeler.make(settings.collect.labeler, "collect.labeler")
+
+
+# ---- the stages ----
+
+
+def _sft(recipe: Recipe, stage: Any, compute: Compute) -> bool:
+    from rlhf.sft import train_sft
+
+    rows, held_out = _demonstrations(recipe.settings)
+    return _keep(recipe.of("sft"), train_sft(recipe.settings, stage, compute, rows, held_out))
+
+
+def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
+    from rlhf import models
+    from rlhf.collect import collect
+    from rlhf.evaluate import draw_samples
+
+    settings, c = recipe.settings, recipe.settings.collect
+    model, tokenizer = models.open_policy(recipe.result("sft"))
+    model.to(compute.device).eval()
+    asked = prompts(settings)[0]["prompt"]
+    asked = [prompt for prompt in asked[: c.max_prompts] for _ in range(c.rounds)]
+
+    def sample(batch: list[Any], k: int, seeds: list[int]) -> list[list[labeler.Answer]]:
+        drawn = draw_samples(
+            model, tokenizer, batch, k, settings.data.max_new_tokens, seeds[0], c.temperature
+        )
+        return [drawn.answers[i : i + k] for i in range(0, len(drawn.answers), k)]
+
+    summary = collect(
+        stage.run.folder,
+        asked,
+        sample,
+        gold_labeler(settings),
+        k=c.answers,
+        seed=settings.seed,
+        batch_size=16,
+        progress=stage.progress,
+    )
+    stage.run.summarize(prompts=summary.prompts, pairs=summary.pairs, ties=summary.ties)
+    stage.tracker.log(summary.prompts, {"collect/prompts": summary.prompts, "collect/pairs": summary.pairs})
+    stage.progress.say(
+        f"         {summary.pairs} pairs from {summary.prompts} prompts, {summary.ties} ties, "
+        f"{summary.skipped} skipped"
+    )
+    return not summary.stopped
+
+
+def _reward(recipe: Recipe, stage: Any, compute: Compute) -> bool:
+    from rlhf.reward import train_reward
+
+    settings = recipe.settings
+    collected = settings.data.comparisons == "collect"
+    source = str(recipe.result("collect")) if collected else settings.data.comparisons
+    comparisons = data.comparisons(source)
+    rows, _ = _demonstrations(settings)
+    policy = recipe.result("sft")
+    return _keep(recipe.of("reward"), train_reward(settings, stage, compute, comparisons, rows, policy))
+
+
+def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
+    from rlhf.evaluate import overoptimization_plot
+    from rlhf.policy_optimization import train_policy
+
+    settings = recipe.settings
+    gold = gold_labeler(settings) if settings.data.comparisons == "collect" else None
+    gold = gold if isinstance(gold, labeler.Scorer) else None
+    rows, _ = _demonstrations(settings)
+    asked, _ = prompts(settings)
+    policy, reward = recipe.result("sft"), recipe.result("reward")
+    trained = train_policy(settings, stage, compute, asked, rows, policy, reward, gold)
+    plot = stage.run.media / "overoptimization.png"
+    if overoptimization_plot(stage.run.metrics, plot):
+        stage.tracker.log_media(0, "media/overoptimization", plot)
+    return _keep(recipe.of("ppo"), trained)
+
+
+def _eval(recipe: Recipe, stage: Any, compute: Compute) -> bool:
+    result = evaluate_recipe(recipe, compute, {}, stage.run.media / "samples.jsonl")
+    write_json(stage.run.folder / "evaluation.json", result)
+    numbers = {
+        "eval/win_rate": result["policy"]["win_rate"]["mean"],
+        "eval/kl_nats": result["policy"]["kl_nats"],
+        "eval/length_ratio": result["policy"]["length_ratio"],
+    }
+    stage.tracker.log(0, numbers)
+    stage.run.summarize(**numbers)
+    from rlhf.evaluate import describe_for_people
+
+    stage.progress.say("\n" + describe_for_people(result) + "\n")
+    return True
+
+
+def _keep(folder: Path, trained: tuple[Any, Any] | None) -> bool:
+    """Writes a trained model and its tokenizer to model/, whole or not at all; whether there is one."""
+    if trained is None:
+        return False
+    from rlhf import models
+
+    with checkpoint.written(folder, "model") as aside:
+        models.save(*trained, aside)
+        (aside / "state.json").write_text(json.dumps({"stage": folder.name}))
+    return True
+
+
+_STAGES = {"sft": _sft, "collect": _collect, "reward": _reward, "ppo": _ppo, "eval": _eval}
+
+
+def evaluate_recipe(
+    recipe: Recipe,
+    compute: Compute,
+    chosen: dict[str, Any],
+    samples: Path | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """The PPO policy against the SFT policy, on unseen prompts.
+
+    Args:
+        recipe: whose policies; its seed decides which prompts are unseen.
+        compute: on what.
+        chosen: replaces keys of the eval config.
+        samples: where a table of answers goes.
+        seed: of the sampling; None takes the recipe's.
+    """
+    from rlhf import models
+    from rlhf.evaluate import compare, write_rows
+    from rlhf.scoring import RewardScorer
+
+    settings = recipe.settings
+    e = replace(settings.eval, **chosen)
+    _, unseen = prompts(settings)
+    policy, tokenizer = models.open_policy(recipe.result("ppo"))
+    baseline, _ = models.open_policy(recipe.result("sft"))
+    reward_model, _ = models.open_reward(recipe.result("reward"))
+    for model in (policy, baseline, reward_model):
+        model.to(compute.device)
+    result, rows = compare(
+        policy,
+        baseline,
+        tokenizer,
+        unseen["prompt"][: e.prompts],
+        gold_labeler(settings),
+        RewardScorer(reward_model, tokenizer),
+        n=e.samples,
+        best_of=e.best_of,
+        max_new_tokens=settings.data.max_new_tokens,
+        seed=settings.seed if seed is None else seed,
+    )
+    if samples is not None:
+        write_rows(samples, rows)
+    return result
+
+
+def evaluate_run(folder: Path, options: Namespace) -> dict[str, Any]:
+    """`lab evaluate` of a recipe's folder, or of one of its stages'."""
+    root = folder if (folder / "sft").is_dir() else folder.parent
+    if not (root / "ppo" / "run.json").exists():
+        raise LabError(f"{folder}: its recipe has no PPO stage yet. Run it: lab rlhf CONFIG --stage ppo.")
+    settings = read_settings(root)
+    compute = resolve(settings.device)
+    chosen = {
+        key: getattr(options, key) for key in ("prompts", "samples") if getattr(options, key) is not None
+    }
+    return evaluate_recipe(Recipe(settings, root), compute, chosen, seed=options.seed)
