@@ -250,7 +250,7 @@ def test_an_altered_or_missing_parent_is_refused(lab_command: LabCommand, copied
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ppo.kl_coef=0.5"], ["ppo.kl_coef = 0.12", "now it is 0.5", "--from ppo"]),
+        (["--ppo.kl_coef=0.5"], ["ppo.kl_coef = 0.1", "now it is 0.5", "--from ppo"]),
         (["--stage", "pppo"], ["no stage 'pppo'", "'ppo'?"]),
         (["--stage", "ppo", "--from", "sft"], ["contradict each other"]),
     ],
