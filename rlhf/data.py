@@ -1,7 +1,8 @@
 """Data for the three stages of the ChatGPT recipe: demonstrations, comparisons and prompts.
 
 A source is a .jsonl, .json or .parquet file, a folder of these, `hub:OWNER/NAME` (one split and configuration
-of it: `hub:OWNER/NAME@SPLIT#CONFIG`), or the built-in task `reviews`. Its rows have one of these forms:
+of it: `hub:OWNER/NAME@SPLIT#CONFIG`), or a built-in task, `reviews` or `everyday`. Its rows have one of these
+forms:
 
     prompt, completion            a demonstration
     messages                      a demonstration that is a whole conversation
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lab.errors import LabError, did_you_mean
 from lab.files import sha256_file
-from rlhf import reviews
+from rlhf import everyday, reviews
 from rlhf.reviews import Split
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ Text: TypeAlias = str | list[Message]
 Row: TypeAlias = dict[str, Any]
 
 ROLES = ("system", "user", "assistant")
+BUILT_IN: Mapping[str, Any] = {"reviews": reviews, "everyday": everyday}
 SUFFIXES = (".jsonl", ".json", ".parquet")
-KNOWN_SOURCES = "a .jsonl, .json or .parquet file, a folder of these, hub:OWNER/NAME, or reviews"
+KNOWN_SOURCES = "a .jsonl, .json or .parquet file, a folder of these, hub:OWNER/NAME, reviews or everyday"
 
 
 @dataclass
@@ -107,10 +109,10 @@ def comparisons(
     Raises:
         LabError: the source cannot be read or, where strict, one of its rows not be used.
     """
-    if source == "reviews":
+    if source in BUILT_IN:
         raise LabError(
-            "reviews: has no comparisons. Let a labeler rank what a fine-tuned model answers to its prompts, "
-            "or name a file of comparisons."
+            f"{source}: has no comparisons. Let a labeler rank what a fine-tuned model answers to its "
+            "prompts, or name a file of comparisons."
         )
     rows, left_out = _load(source, split, _COMPARISONS, strict)
     untied = [row for row in rows if len(set(row["ranks"])) > 1]
@@ -302,8 +304,8 @@ def _choose(split: Split, names: Iterable[str]) -> str | None:
 
 
 def _splits(source: str) -> _Splits:
-    if source == "reviews":
-        return {split: [partial(_read_reviews, split)] for split in _SPLIT_NAMES}
+    if source in BUILT_IN:
+        return {split: [partial(_read_built_in, source, split)] for split in _SPLIT_NAMES}
     if source.startswith("hub:"):
         return _hub_splits(source)
     try:
@@ -312,8 +314,8 @@ def _splits(source: str) -> _Splits:
         raise LabError(f"{source}: cannot be read: {_line(error)}. Name another source.") from error
 
 
-def _read_reviews(split: Split) -> _Part:
-    return _Part("reviews", "reviews", reviews.demonstrations(split=split))
+def _read_built_in(source: str, split: Split) -> _Part:
+    return _Part(source, source, BUILT_IN[source].demonstrations(split=split))
 
 
 def _hub_splits(source: str) -> _Splits:
@@ -351,7 +353,7 @@ def _local_splits(source: str) -> _Splits:
         return splits
     if not path.is_file():
         nearby = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, [*nearby, "reviews"])
+        hint = did_you_mean(path.name, [*nearby, *BUILT_IN])
         raise LabError(f"{source!r}: no such file or folder.{hint} A source is {KNOWN_SOURCES}.")
     if path.suffix not in SUFFIXES:
         raise LabError(f"{source}: not a kind of file that is known. A source is {KNOWN_SOURCES}.")
