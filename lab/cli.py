@@ -59,7 +59,7 @@ def _run(arguments: list[str]) -> int:
 def _build_parser() -> _Parser:
     parser = _Parser(
         prog="lab",
-        description="Train and evaluate deep-RL agents and language models. Every run is a folder below runs/.",
+        description="Train and evaluate agents and language models. Every run is a folder below runs/.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)

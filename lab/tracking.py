@@ -231,6 +231,38 @@ class Tracker:
         except Exception as error:
             self._lose_wandb(error)
 
+    def log_artifact(self, name: str, kind: str, path: Path, sha256: str) -> None:
+        """Uploads a result that already lies in the run folder, a file or a folder; only when online.
+
+        Args:
+            name: of the artifact, the same for every version of it.
+            kind: its W&B type, e.g. "model".
+            path: what to upload.
+            sha256: goes into its metadata.
+        """
+        if self._wandb is None or self.mode != "online":
+            return  # offline, W&B would only copy it
+        try:
+            import wandb
+
+            artifact = wandb.Artifact(artifact_name(name), kind, metadata={"sha256": sha256})
+            if path.is_dir():
+                artifact.add_dir(str(path), policy="immutable", skip_cache=True)
+            else:
+                artifact.add_file(str(path), policy="immutable", skip_cache=True)
+            self._wandb.log_artifact(artifact)
+        except Exception as error:
+            self._warn(f"W&B did not take {name} ({_brief(error)}); it stays in {path}")
+
+    def use_artifact(self, name: str) -> None:
+        """Tells W&B that this run starts from the newest version of an artifact; only when online."""
+        if self._wandb is None or self.mode != "online":
+            return
+        try:
+            self._wandb.use_artifact(f"{artifact_name(name)}:latest")
+        except Exception as error:  # it was made offline, or is still under way: run.json knows it all the same
+            self._warn(f"W&B does not know {name} ({_brief(error)}); run.json names it by its hash")
+
     def sync(self) -> int:
         """Forces the rows to disk and returns the length of metrics.jsonl in bytes."""
         with explain_write_errors(str(self._path), "Free some space, then continue with --resume."):
@@ -298,6 +330,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
+
+
+def artifact_name(name: str) -> str:
+    """`name` with what W&B's artifacts may not be called replaced by dashes."""
+    return re.sub(r"[^\w.-]", "-", name)[:128]
 
 
 def _cell(value: Any) -> Any:

@@ -15,6 +15,7 @@ from lab.interrupt import StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
+from lab.tracking import Tracker
 from rlhf import data, labeler
 from rlhf.config import RLHFRun
 from rlhf.pipeline import JOB_TYPES, RESULTS, Recipe, fingerprint, read_settings
@@ -61,11 +62,13 @@ def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
                         f"         {compute.device}, {compute.precision}, {compute.threads} threads; "
                         f"W&B {tracker.mode} ({run.info['wandb']['why']})"
                     )
+                    for parent in recipe.parents(stage):
+                        tracker.use_artifact(f"{settings.run_name}-{parent}")
                     handle = Stage(run, tracker, progress, stop, settings.keep_checkpoints, every, window)
                     done = _STAGES[stage](recipe, handle, compute)
                     took = duration(time.monotonic() - began)
                     if done:
-                        _record(run, folder / RESULTS.get(stage, "model"))
+                        _record(run, tracker, folder / RESULTS.get(stage, "model"))
                         run.end("finished")
                         progress.say(f"{stage:8} finished in {took}: {folder}")
                         exit_code = 0
@@ -95,8 +98,11 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
     return parents
 
 
-def _record(run: Run, result: Path) -> None:
-    run.summarize(result={"path": str(result), "sha256": fingerprint(result)})
+def _record(run: Run, tracker: Tracker, result: Path) -> None:
+    sha256 = fingerprint(result)
+    run.summarize(result={"path": str(result), "sha256": sha256})
+    kind = "model" if result.is_dir() else "dataset"
+    tracker.log_artifact(f"{run.info['group']}-{result.parent.name}", kind, result, str(sha256))
 
 
 def _length(recipe: Recipe, stage: str) -> tuple[int, int, int]:

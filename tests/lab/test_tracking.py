@@ -287,6 +287,45 @@ def test_an_online_run_reaches_the_server_with_every_row(
     assert capfd.readouterr().err == ""
 
 
+def test_results_become_artifacts_online_and_their_failure_stops_nothing(
+    server: WandbStandIn, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_bytes(b"1234")
+    (folder / "rankings.jsonl").write_text("{}\n")
+    track = tracker(folder, "online")
+    track.use_artifact("recipe s0-sft")  # the stand-in cannot say which there are
+    track.log(1, {"x": 1})
+    track.log_artifact("recipe s0-reward", "model", folder / "model", "abc")
+    track.log_artifact("recipe s0-collect", "dataset", folder / "rankings.jsonl", "def")
+    track.log_artifact("missing", "model", folder / "missing", "0")
+    track.log(2, {"x": 2})
+    track.finish(0)
+    sent = [
+        (a["artifactCollectionName"], a["artifactTypeName"], json.loads(a["metadata"])["sha256"], a["runName"])
+        for a in server.artifacts
+    ]
+    assert sorted(sent) == [
+        ("recipe-s0-collect", "dataset", "def", IDENTITY["id"]),
+        ("recipe-s0-reward", "model", "abc", IDENTITY["id"]),
+    ]
+    assert server.runs[IDENTITY["id"]].column("x") == [1, 2]
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("lab: W&B does not know recipe s0-sft (")
+    assert second.startswith("lab: W&B did not take missing (")
+    assert not [path for path in folder.rglob("*") if path.name == "weights" and "wandb" in path.parts]
+
+
+def test_an_offline_run_copies_no_result_for_an_upload(folder: Path) -> None:
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_bytes(b"1234")
+    track = tracker(folder, "offline")
+    track.use_artifact("sft")
+    track.log_artifact("reward", "model", folder / "model", "abc")
+    track.finish(0)
+    assert [path.parent.name for path in folder.rglob("weights")] == ["model"]
+
+
 def test_a_resumed_online_run_continues_the_same_run(server: WandbStandIn, folder: Path) -> None:
     for steps in ((1, 2), (3, 4)):
         track = tracker(folder, "online")

@@ -45,6 +45,8 @@ class WandbStandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.runs: dict[str, ReceivedRun] = {}
+        self.artifacts: list[dict[str, Any]] = []
+        """What was said of each: artifactCollectionName, artifactTypeName, metadata, runName, ..."""
         self.keys: set[str] = set()
         self.lock = threading.Lock()
         self._connections: list[socket.socket] = []
@@ -118,6 +120,19 @@ class WandbStandIn(ThreadingHTTPServer):
         name = variables["run"]
         files = [{"name": f, "uploadUrl": f"{self.url}/upload/{name}/{f}"} for f in variables["files"]]
         return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
+
+    def _answer_Viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
+        person = {"id": "user", "username": "tester", "entity": "tester", "name": "T", "email": "t@e.st"}
+        nobody = {"edges": []}
+        rest = {"admin": False, "deletedAt": None, "flags": "{}", "teams": nobody, "apiKeys": nobody}
+        return {"viewer": {"__typename": "User", **person, **rest}}
+
+    def _answer_CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """Says that its files are here already: how they are uploaded is W&B's affair."""
+        self.artifacts.append(variables["input"])
+        sequence = {"id": "sequence", "latestArtifact": None}
+        artifact = {"id": "artifact", "state": "COMMITTED", "artifactSequence": sequence}
+        return {"createArtifact": {"artifact": artifact}}
 
     # ---- the stream of rows ----
 
