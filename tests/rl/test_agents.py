@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,31 +12,14 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rl.agent import DQN, QLearner, crossings
 from rl.optim import CenteredRMSprop, RectifiedAdam, rectification
 from rl.policy import DuelingHead
 from rl.pqn import PQN, lambda_returns
+from tests.host_reads import HostReads
 
 ALGORITHMS = ["dqn", "pqn"]
-HOST_READS = ("_local_scalar_dense", "nonzero", "_unique2", "is_nonzero")
-
-
-class HostReads(TorchDispatchMode):
-    """Counts operations that make the host wait for a number from the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        masks = args[1] if name == "aten.index.Tensor" else ()
-        by_mask = any(mask is not None and mask.dtype == torch.bool for mask in masks)
-        if by_mask or any(read in name for read in HOST_READS):
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def fake_batch(agent: DQN, n: int = 8) -> ReplayBufferSamples:

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -46,6 +45,7 @@ from rlhf.labgpt import (
 )
 from supervised import backbones
 from supervised.backbones.transformer import GPT2_OPTIONS, INIT_STD, PRESETS, Attention, LabGPT
+from tests.host_reads import HostReads
 
 PAD, EOS, VOCAB = 0, 1, 50
 SMALL = {
@@ -412,22 +412,6 @@ def test_reward_is_the_last_tokens_on_whichever_side_the_padding_is(options: dic
 
 
 # --- ready for a GPU
-
-
-class HostReads(TorchDispatchMode):
-    """Counts operations that make the host wait for a number from the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        masks = args[1] if name == "aten.index.Tensor" else ()
-        by_mask = any(mask is not None and mask.dtype == torch.bool for mask in masks)
-        if by_mask or any(read in name for read in ("_local_scalar_dense", "nonzero", "_unique2")):
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def training_batches(device: str) -> list[dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
@@ -34,27 +32,10 @@ from rlhf.ranking import (
     ranking_loss,
 )
 from rlhf.scoring import RewardScorer, held_out_report, sequence_classifier, tokenize
+from tests.host_reads import HostReads
 from tests.rlhf.test_scoring import EOS, PAD, VOCAB, gpt2, ids, labgpt, llama, word_tokenizer
 
 datasets.disable_progress_bars()
-
-HOST_READS = ("_local_scalar_dense", "nonzero", "_unique2", "is_nonzero")
-
-
-class HostReads(TorchDispatchMode):
-    """Counts operations that make the host wait for a number from the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        masks = args[1] if name == "aten.index.Tensor" else ()
-        by_mask = any(mask is not None and mask.dtype == torch.bool for mask in masks)
-        if by_mask or any(read in name for read in HOST_READS):
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def arguments(folder: Path, **changes: Any) -> RewardConfig:
