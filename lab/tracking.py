@@ -4,6 +4,7 @@ Every row goes to `metrics.jsonl` before W&B hears of it; whatever happens to W&
 service process dead), training goes on and no number is lost. There is never a prompt.
 """
 
+import configparser
 import contextlib
 import json
 import math
@@ -91,12 +92,12 @@ def choose_mode(requested: str) -> tuple[str, str]:
     mode = "offline" if mode == "dryrun" else mode  # W&B's older name for it
     if mode in ("offline", "disabled"):
         return mode, "asked for"
-    url = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    url = urllib.parse.urlparse(_server_url())
     problem = ""
     try:
         host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
     except ValueError as error:
-        host, port, problem = "", 0, f"WANDB_BASE_URL {url.geturl()!r} is no address ({error})"
+        host, port, problem = "", 0, f"W&B's base URL {url.geturl()!r} is no address ({error})"
     if problem:
         pass
     elif not _has_key(host):
@@ -114,6 +115,19 @@ def choose_mode(requested: str) -> tuple[str, str]:
             "which goes offline by itself."
         )
     return "offline", problem
+
+
+def _server_url() -> str:
+    """WANDB_BASE_URL, else what `wandb login --host` saved, else W&B's own."""
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb"))
+    saved = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
+        saved.read(folder / "settings", encoding="utf-8")
+    return (
+        os.environ.get("WANDB_BASE_URL")
+        or saved.get("default", "base_url", fallback="")
+        or "https://api.wandb.ai"
+    )
 
 
 def _has_key(host: str) -> bool:
@@ -260,7 +274,9 @@ class Tracker:
             return
         try:
             self._wandb.use_artifact(f"{artifact_name(name)}:latest")
-        except Exception as error:  # it was made offline, or is still under way: run.json knows it all the same
+        except (
+            Exception
+        ) as error:  # it was made offline, or is still under way: run.json knows it all the same
             self._warn(f"W&B does not know {name} ({_brief(error)}); run.json names it by its hash")
 
     def sync(self) -> int:

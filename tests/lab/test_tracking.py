@@ -205,6 +205,19 @@ def test_a_key_in_netrc_counts(server: WandbStandIn, monkeypatch: pytest.MonkeyP
     assert choose_mode("auto")[0] == "offline", "a broken netrc is no key"
 
 
+def test_the_server_that_wandb_login_saved_is_the_one_asked(
+    server: WandbStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings").write_text(f"[default]\nbase_url = {server.url}\n")
+    assert choose_mode("auto")[0] == "online"
+    (tmp_path / "settings").write_text("[default]\nbase_url = http://127.0.0.1:1\n")
+    mode, why = choose_mode("auto")
+    assert mode == "offline" and "127.0.0.1:1" in why
+
+
 def test_a_key_with_a_dead_server_is_offline_at_once(dead_server: str) -> None:
     began = time.monotonic()
     mode, why = choose_mode("auto")
@@ -302,7 +315,12 @@ def test_results_become_artifacts_online_and_their_failure_stops_nothing(
     track.log(2, {"x": 2})
     track.finish(0)
     sent = [
-        (a["artifactCollectionName"], a["artifactTypeName"], json.loads(a["metadata"])["sha256"], a["runName"])
+        (
+            a["artifactCollectionName"],
+            a["artifactTypeName"],
+            json.loads(a["metadata"])["sha256"],
+            a["runName"],
+        )
         for a in server.artifacts
     ]
     assert sorted(sent) == [
