@@ -119,10 +119,11 @@ def choose_mode(requested: str) -> tuple[str, str]:
 
 def _server_url() -> str:
     """WANDB_BASE_URL, else what `wandb login --host` saved, else W&B's own."""
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb"))
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
     saved = configparser.ConfigParser(interpolation=None)
-    with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
-        saved.read(folder / "settings", encoding="utf-8")
+    # RuntimeError: nobody's home
+    with contextlib.suppress(OSError, RuntimeError, configparser.Error, UnicodeDecodeError):
+        saved.read(folder.expanduser() / "settings", encoding="utf-8")
     return (
         os.environ.get("WANDB_BASE_URL")
         or saved.get("default", "base_url", fallback="")
@@ -274,9 +275,7 @@ class Tracker:
             return
         try:
             self._wandb.use_artifact(f"{artifact_name(name)}:latest")
-        except (
-            Exception
-        ) as error:  # it was made offline, or is still under way: run.json knows it all the same
+        except Exception as error:  # made offline, or still on its way
             self._warn(f"W&B does not know {name} ({_brief(error)}); run.json names it by its hash")
 
     def sync(self) -> int:
