@@ -69,14 +69,12 @@ class Progress:
             self._note = note
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=step, speed=f"{self.speed:,.0f} {self._unit}/s", note=self._note
-            )
+            self._bar.update(self._task, completed=step, speed=pace(self.speed, self._unit), note=self._note)
         elif now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
             left = (self._total - step) / max(self.speed, 1e-9)
             self.say(
-                f"{step:>10,} / {self._total:,} {self._unit}  {self.speed:,.0f}/s  "
+                f"{step:>10,} / {self._total:,}  {pace(self.speed, self._unit)}  "
                 f"{duration(left)} left  {self._note}"
             )
 
@@ -86,6 +84,13 @@ class Progress:
             self._bar.console.print(line, highlight=False, markup=False)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def pace(speed: float, unit: str) -> str:
+    """Speed in a form that is never 0: `1,234 steps/s`, `2.5 steps/s`, `8.3 s/step`."""
+    if speed >= 10:
+        return f"{speed:,.0f} {unit}/s"
+    return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / max(speed, 1e-9):.1f} s/{unit.removesuffix('s')}"
 
 
 def duration(seconds: float) -> str:
