@@ -249,6 +249,12 @@ class RLHFRun:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "seed", f"{self.seed} must be between 0 and 2^31 - 1")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", "must be at least 1")
+        require(
+            not (self.model.lora_rank and self.ppo.gradient_checkpointing),
+            "ppo.gradient_checkpointing",
+            "with LoRA, policy and critic share one base, whose activations would be computed again under "
+            "the wrong adapter. Set it to false, or make ppo.micro_batch_size smaller",
+        )
 
     @property
     def run_name(self) -> str:

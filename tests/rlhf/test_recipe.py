@@ -222,6 +222,31 @@ def test_sigterm_finishes_the_rollout_saves_and_says_how_to_go_on(
     assert all(torch.equal(mine[name], tensor) for name, tensor in whole.items())
 
 
+def test_collect_evaluate_and_chat_work_on_a_finished_recipe(lab_command: LabCommand, copied: Path) -> None:
+    def lab(*arguments: str) -> str:
+        result = lab_command(*arguments, cwd=copied, env=SHARED, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    rankings = (copied / "run" / "collect" / "rankings.jsonl").read_bytes()
+    for later in STAGES[1:]:
+        (copied / "run" / later).rename(copied / later)
+    lab("collect", str(CONFIG), "--out", "run", *SMALL)
+    assert (copied / "run" / "collect" / "rankings.jsonl").read_bytes() == rankings
+    assert not (copied / "run" / "reward").exists()
+
+    for later in STAGES[2:]:
+        (copied / later).rename(copied / "run" / later)
+    found = json.loads(lab("evaluate", "run/ppo", "--prompts", "3", "--samples", "2", "--json"))
+    assert found["samples_per_prompt"] == 2
+    assert found["policy"]["win_rate"].keys() >= {"mean", "low", "high"}
+    kept = json.loads((copied / "run" / "eval" / "evaluation.json").read_text())
+    assert kept["samples_per_prompt"] == 3  # what the stage found stays
+
+    answer = lab("chat", "run", "--prompt", "review the pizza :", "--max_new_tokens", "5")
+    assert 1 <= len(answer.split()) <= 5
+
+
 # ---- refused ----
 
 
@@ -268,6 +293,7 @@ def test_another_config_than_before_is_refused(
         (["--collect.labeler.name=vadr"], ["no labeler 'vadr'", "'vader'?"]),
         (["--sft.schedule=cosin"], ["sft.schedule", "'cosin' is none of"]),
         (["--ppo.batch_size=24"], ["ppo.rollout_size"]),
+        (["--model.lora_rank=2", "--ppo.gradient_checkpointing=true"], ["ppo.gradient_checkpointing"]),
         (["--ppo.klcoef=1"], ["unknown key 'ppo.klcoef'", "'ppo.kl_coef'?"]),
     ],
 )
