@@ -12,7 +12,6 @@ where to go on. Nothing depends on how a collection was stopped.
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import random
@@ -28,6 +27,7 @@ from typing import Any, BinaryIO
 from lab.errors import LabError
 from lab.files import explain_write_errors, sync_folder, written_aside
 from lab.progress import Progress
+from rlhf.data import pairs_of
 from rlhf.labeler import Answer, Labeler, Prompt, Quit, Ranking, Scorer, Skip, Undo, completion
 
 RANKINGS = "rankings.jsonl"
@@ -198,24 +198,6 @@ def answers_of(row: Row) -> list[Answer]:
     """The answers in a row of rankings.jsonl."""
     texts = [text if isinstance(text, str) else text[0]["content"] for text in row["completions"]]
     return [Answer(text, finished) for text, finished in zip(texts, row["finished"], strict=True)]
-
-
-def pairs_of(row: Row) -> Iterator[Row]:
-    """The rows of preferences.jsonl that a row of rankings.jsonl yields."""
-    each = zip(row["ranks"], row["completions"], row["finished"], strict=True)
-    for one, other in itertools.combinations(each, 2):
-        if one[0] != other[0]:
-            (_, chosen, chosen_finished), (_, rejected, rejected_finished) = sorted(
-                (one, other), key=lambda a: a[0]
-            )
-            yield {
-                "prompt": row["prompt"],
-                "chosen": chosen,
-                "rejected": rejected,
-                "chosen_finished": chosen_finished,
-                "rejected_finished": rejected_finished,
-                "source": row["source"],
-            }
 
 
 def summary(rows: Sequence[Row], *, answers_per_second: float | None = None, stopped: str = "") -> Summary:

@@ -25,7 +25,7 @@ import re
 import reprlib
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
@@ -151,18 +151,12 @@ def has_eval(source: str) -> bool:
     return _choose("eval", _splits(source)) is not None
 
 
-def pairs(dataset: "Dataset") -> "Dataset":
-    """All pairs of different rank in each ranking, as TRL's preference rows.
-
-    Args:
-        dataset: as `comparisons` returns it.
-
-    Returns:
-        Columns `prompt`, `chosen`, `rejected`, `chosen_finished`, `rejected_finished` and `source`.
-    """
-    return _dataset(
-        [
-            {
+def pairs_of(row: Row) -> Iterator[Row]:
+    """All pairs of different rank in a ranking (a row of `comparisons`), as TRL's preference rows."""
+    ranks = row["ranks"]
+    for better, worse in permutations(range(len(ranks)), 2):
+        if ranks[better] < ranks[worse]:
+            yield {
                 "prompt": row["prompt"],
                 "chosen": row["completions"][better],
                 "rejected": row["completions"][worse],
@@ -170,11 +164,6 @@ def pairs(dataset: "Dataset") -> "Dataset":
                 "rejected_finished": row["finished"][worse],
                 "source": row["source"],
             }
-            for row in dataset.to_list()
-            for better, worse in permutations(range(len(row["ranks"])), 2)
-            if row["ranks"][better] < row["ranks"][worse]
-        ]
-    )
 
 
 def hold_out(dataset: "Dataset", fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:

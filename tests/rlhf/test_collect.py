@@ -19,7 +19,8 @@ import pytest
 
 from lab.errors import LabError
 from lab.progress import Progress
-from rlhf.collect import Row, Summary, answers_of, collect, pairs_of, read_rankings, summary
+from rlhf.collect import Row, Summary, answers_of, collect, read_rankings, summary
+from rlhf.data import pairs_of
 from rlhf.labeler import Answer, Human, Prompt, Quit, Ranking, Skip, Undo, make
 
 WORDS = ("awful", "bad", "fine", "good", "great")
