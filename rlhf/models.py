@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lab.errors import LabError
+from lab.errors import LabError, did_you_mean
 from rlhf import labgpt, reviews
 from rlhf.config import ModelConfig
 
@@ -36,6 +36,10 @@ def start(config: ModelConfig, demonstrations: Any, source: str, seed: int) -> t
         if source == "reviews"
         else tokenizer_of(_texts(demonstrations))
     )
+    known = [*labgpt.LabGPTConfig().options(), *labgpt.LabGPTConfig.attribute_map]
+    for key in config.labgpt:
+        if key not in known:  # transformers would keep it, and do nothing about it
+            raise LabError(f"model.labgpt = {config.labgpt}: no argument {key!r}.{did_you_mean(key, known)}")
     torch.manual_seed(seed)
     tokens: Any = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")
@@ -63,14 +67,13 @@ def open_reward(folder: Path) -> tuple[Any, Any]:
 
     tokenizer = _open_tokenizer(str(folder))
     if _is_labgpt(folder):
-        return labgpt.load(folder, head="reward"), tokenizer
+        return _fitted(labgpt.load(folder, head="reward").float(), tokenizer, str(folder)), tokenizer
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
-        )
-    except (OSError, ValueError) as error:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    except Exception as error:  # whatever transformers or safetensors raise
         raise LabError(f"{folder}: no model that can be opened: {_first_line(error)}") from None
-    return model, tokenizer
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return _fitted(model, tokenizer, str(folder)), tokenizer
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -129,25 +132,37 @@ def _open_tokenizer(name: str) -> Any:
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # Padding must differ from the end token: stock reward models find an answer's end by it.
         spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
-        if not spare:
-            raise LabError(
-                f"{name}: its tokenizer has no pad_token and no special token to spare for one. Set one."
-            )
-        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token in spare else spare[0]
+        if spare:
+            tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token in spare else spare[0]
+        else:  # GPT-2's first, last and unknown token are one; `_fitted` makes room for another
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
+
+
+def _fitted(model: Any, tokenizer: Any, name: str) -> Any:
+    """The model, with an embedding for a padding token that `_open_tokenizer` added."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) == rows + 1 and tokenizer.pad_token_id == rows:
+        model.resize_token_embeddings(len(tokenizer))
+    elif len(tokenizer) > rows:
+        raise LabError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, but the model {rows} embeddings. "
+            "Name the tokenizer the model was trained with."
+        )
+    return model
 
 
 def _open_causal_lm(name: str, tokenizer: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if _is_labgpt(Path(name)):
-        return labgpt.load(name)
+        return _fitted(labgpt.load(name).float(), tokenizer, name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:
         raise LabError(f"{name}: no language model that can be opened: {_first_line(error)}") from None
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return _fitted(model, tokenizer, name)
 
 
 def _is_labgpt(folder: Path) -> bool:

@@ -7,7 +7,7 @@ runs/reviews__ppo__s0/
 
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def run_stages(
                 f"It has {', '.join(recipe.stages)}."
             )
     check_without_torch(settings.device)
-    _check_sources(settings)
+    _check_sources(settings, [only] if only else recipe.stages)
     if restart_from:
         _put_aside(recipe, restart_from)
     _check_config(recipe)
@@ -183,8 +183,8 @@ def run_stages(
             return
 
 
-def _check_sources(settings: RLHFRun) -> None:
-    """Raises for data that is not there, before anything is loaded or written."""
+def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
+    """Raises for data that is not there or cannot be used, before anything is trained or written."""
     d = settings.data
     for source in (d.demonstrations, d.prompts, d.eval_prompts):
         if source:
@@ -195,6 +195,16 @@ def _check_sources(settings: RLHFRun) -> None:
         from rlhf import labeler
 
         labeler.make(settings.collect.labeler, "collect.labeler")
+    # A stage that cannot use its data would say so only when those before it have been trained.
+    unsaid = data.Dropped()
+    if {"sft", "reward", "ppo"} & set(stages):
+        data.demonstrations(d.demonstrations, dropped=unsaid)
+    if {"collect", "ppo", "eval"} & set(stages):
+        for source in (d.prompts or d.demonstrations, d.eval_prompts):
+            if source:
+                data.prompts(source, dropped=unsaid)
+    if "reward" in stages and d.comparisons != "collect":
+        data.comparisons(d.comparisons, dropped=unsaid)
 
 
 def _check_config(recipe: Recipe) -> None:
@@ -212,6 +222,11 @@ def _check_config(recipe: Recipe) -> None:
                 f"another folder with --out, or do this stage again with --from {stage}."
             )
         for parent in info["parents"]:
+            if "data" in parent and data.fingerprint(parent["data"])["sha256"] != parent["sha256"]:
+                raise LabError(
+                    f"{recipe.of(stage)}: was begun with other rows in {parent['data']} than there are now. "
+                    f"Restore them, or do this stage again with --from {stage}."
+                )
             name = parent.get("stage")
             if name and recipe.state(name) == "finished":
                 now = Run.open(recipe.of(name)).info["summary"]["result"]["sha256"]

@@ -98,6 +98,7 @@ def train_policy(
     config = settings.ppo
     model, tokenizer = models.open_policy(policy)
     models.check_chat_template(tokenizer, prompts, settings.data.prompts or settings.data.demonstrations)
+    _check_room(prompts, tokenizer, settings)
     reward_model, reward_tokenizer = models.open_reward(reward)
     if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise LabError(
@@ -182,6 +183,17 @@ def ppo_arguments(settings: RLHFRun, compute: Compute, folder: Path) -> PPOConfi
         ptx_coef=config.ptx_coef,
         disable_dropout=True,
     )
+
+
+def _check_room(prompts: Any, tokenizer: Any, settings: RLHFRun) -> None:
+    """Raises if a prompt and an answer to it may have more tokens than the context."""
+    d = settings.data
+    longest = max(len(tokenize_prompt(prompt, tokenizer)) for prompt in prompts["prompt"])
+    if longest + d.max_new_tokens > d.max_length:
+        raise LabError(
+            f"{d.prompts or d.demonstrations}: a prompt of {longest} tokens and data.max_new_tokens "
+            f"{d.max_new_tokens} are more than data.max_length {d.max_length}. Leave it out, or change these."
+        )
 
 
 def _check_end_token(scorer: RewardScorer, prompts: Any, tokenizer: Any) -> None:

@@ -27,7 +27,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from lab.errors import LabError
 from rlhf.decode import sample
 from rlhf.logprobs import add_logprob_head
-from rlhf.roles import own_parameters
+from rlhf.roles import keeping_what_is_trained, own_parameters
 
 
 @dataclass
@@ -82,6 +82,10 @@ class PPOConfig(GRPOConfig):
         self.scale_rewards, self.loss_type = "none", "bnpo"
         if self.num_rollouts:
             self.max_steps = self.num_rollouts * self.num_ppo_epochs * self.num_mini_batches
+        if self.ddp_find_unused_parameters is None:
+            # There are none; and DDP would take a critic's adapter, which it meets in the backward pass
+            # only, for unused.
+            self.ddp_find_unused_parameters = False
         if self.max_steps <= 0:
             raise ValueError("give num_rollouts (or max_steps): PPO has no epochs over its prompts")
         # GRPO insists on groups of at least two answers; PPO has a critic instead, and takes one.
@@ -507,7 +511,8 @@ class PPOTrainer(GRPOTrainer):
         adapter = "ref" if "ref" in model.peft_config else None
         from trl.trainer.utils import use_adapter
 
-        with use_adapter(model, adapter_name=adapter):
+        # PEFT's switch would leave the critic's adapter untrained.
+        with keeping_what_is_trained(model), use_adapter(model, adapter_name=adapter):
             return self._policy(self.model, packed)
 
     def _values(self, packed: Sequences) -> Tensor:
@@ -634,7 +639,8 @@ class PPOTrainer(GRPOTrainer):
             (folder / "ppo_state.json").write_text(json.dumps({"kl_coef": self.kl_coef}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with keeping_what_is_trained(self.model):  # PEFT's loading switches adapters, too
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         weights = load_file(folder / "critic.safetensors")
         with torch.no_grad():

@@ -46,16 +46,18 @@ class AdapterClassifier(nn.Module):
         head = [key for key in weights if key.endswith("score.weight")]
         if len(head) != 1:
             raise LabError(f"{folder / 'adapter'}: holds no score layer. Train it again.")
-        with _frozen_base(owner):
-            owner.add_adapter(name, settings)
-        fitted = set_peft_model_state_dict(
-            owner, {key: value for key, value in weights.items() if key not in head}, adapter_name=name
-        )
-        if fitted.unexpected_keys:
+        adapter = {key: value for key, value in weights.items() if key not in head}
+        try:
+            with keeping_what_is_trained(owner):
+                owner.add_adapter(name, settings)
+            fitted = set_peft_model_state_dict(owner, adapter, adapter_name=name)
+            if fitted.unexpected_keys:
+                raise ValueError(fitted.unexpected_keys[0])
+        except (RuntimeError, ValueError) as error:  # other shapes, other modules
             raise LabError(
-                f"{folder / 'adapter'}: does not fit the policy: {fitted.unexpected_keys[0]}. "
+                f"{folder / 'adapter'}: does not fit the policy: {str(error).splitlines()[-1].strip()}. "
                 "Train both stages from one model."
-            )
+            ) from None
         from transformers import AutoConfig
 
         self.config = AutoConfig.from_pretrained(folder)
@@ -106,9 +108,11 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen_base(model: Any) -> Iterator[None]:
-    """Keeps which parameters are trained as it is while adapters are added."""
+def keeping_what_is_trained(model: Any) -> Iterator[None]:
+    """Keeps which parameters are trained as it is while PEFT adds, loads or switches adapters."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft.utils.error import NoMatchingPeftModuleError
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -33,21 +34,28 @@ def train_sft(
     config, source = settings.sft, settings.data.demonstrations
     model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed)
     models.check_chat_template(tokenizer, demonstrations, source)
-    trainer = _Trainer(
-        model=model,
-        args=SFTConfig(
-            **training_arguments(config, compute, stage.run.folder, settings.seed),
-            max_length=settings.data.max_length,
-            packing=config.packing,
-            # Prompts and answers as such have a mask of their own; of whole conversations, assistants'
-            # turns are marked by the template, if it can.
-            assistant_only_loss="messages" in demonstrations.column_names,
-        ),
-        train_dataset=demonstrations,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=lora(settings.model, "CAUSAL_LM"),
-    )
+    _check_positions(model, settings.data.max_length)
+    try:
+        trainer = _Trainer(
+            model=model,
+            args=SFTConfig(
+                **training_arguments(config, compute, stage.run.folder, settings.seed),
+                max_length=settings.data.max_length,
+                packing=config.packing,
+                # Prompts and answers as such have a mask of their own; of whole conversations, assistants'
+                # turns are marked by the template, if it can.
+                assistant_only_loss="messages" in demonstrations.column_names,
+            ),
+            train_dataset=demonstrations,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=lora(settings.model, "CAUSAL_LM"),
+        )
+    except NoMatchingPeftModuleError:
+        raise LabError(
+            f"model.lora_targets: the model has no module {settings.model.lora_targets}. Name some it has, "
+            "or all-linear."
+        ) from None
     _check_first_batch(trainer, tokenizer, source)
     done = train(trainer, stage, lambda row: f"loss {row['train/loss']:.3f}" if "train/loss" in row else "")
     if not done:
@@ -55,6 +63,14 @@ def train_sft(
     metrics = trainer.evaluate()
     stage.run.summarize(**{"eval/loss": metrics["eval_loss"]})
     return trainer.accelerator.unwrap_model(trainer.model), tokenizer
+
+
+def _check_positions(model: Any, max_length: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise LabError(
+            f"data.max_length: {max_length} is more than the model's {positions} positions. Lower it."
+        )
 
 
 def lora(model: ModelConfig, task: str) -> Any:
@@ -77,6 +93,16 @@ def _check_first_batch(trainer: _Trainer, tokenizer: Any, source: str) -> None:
     """Stops a doomed run before its first step: nothing to train, to learn from, or no end to learn."""
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise LabError("sft: no parameter is trainable. Check model.lora_targets.")
+    prepared: dict[str, Any] = {
+        "demonstration": trainer.train_dataset,
+        "held-out demonstration": trainer.eval_dataset,
+    }
+    for what, rows in prepared.items():
+        if not len(rows):  # TRL leaves out those of which only the prompt fits
+            raise LabError(
+                f"{source}: no token of any {what} is an answer's within data.max_length "
+                f"{trainer.args.max_length}. Raise it, or shorten the prompts."
+            )
     example = next(iter(trainer.get_train_dataloader()))
     learned = example["labels"] != -100
     if not learned.any():

@@ -1,0 +1,371 @@
+"""What `lab rlhf` refuses: one clear line, exit code 2, and if at all possible before anything is trained.
+
+Runs the command's own `main` in this process: each process of its own would take seconds to import TRL.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lab.cli import main
+
+pytestmark = pytest.mark.filterwarnings(
+    # TRL 1.16 and PEFT 0.21 still use what transformers 5.23 renamed.
+    "ignore:`gradient_checkpointing:FutureWarning",
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",
+)
+
+WORDS = ("pea", "egg", "fig", "ham", "jam", "nut", "oat", "yam")
+DEMONSTRATIONS = [{"prompt": word, "completion": " good"} for word in WORDS]
+COMPARISONS = [{"prompt": word, "completions": [" bad", " good"], "ranks": [2, 1]} for word in WORDS]
+TRAINING = {"batch_size": 4, "learning_rate": 1e-3}
+JUDGE = "def count(prompt, answer):\n    return float(sum(map(ord, answer)))\n"
+
+Lab = Callable[..., str]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    """A recipe of seconds on the files beside it; groups are merged with the changes."""
+    tiny = {"width": 16, "n_layer": 1, "n_head": 2, "mlp_width": 32, "max_positions": 32}
+    base: dict[str, Any] = {
+        "pipeline": "rlhf",
+        "model": {"labgpt": tiny},
+        "data": {
+            "demonstrations": "demonstrations.jsonl",
+            "comparisons": "comparisons.jsonl",
+            "max_length": 32,
+            "max_new_tokens": 8,
+        },
+        "sft": TRAINING,
+        "collect": {"labeler": {"name": "python:judge.py:count"}, "answers": 2},
+        "reward": TRAINING | {"held_out": 0.3},
+        "ppo": TRAINING | {"epochs": 1, "rollouts": 1, "rollout_size": 4},
+        "eval": {"prompts": 1, "samples": 2, "best_of": 0},
+        "device": {"device": "cpu", "precision": "fp32", "threads": 1},
+        "tracking": {"wandb": "disabled"},
+    }
+    return base | {key: base.get(key, {}) | change for key, change in changes.items()}
+
+
+def furnish(folder: Path) -> None:
+    write(folder / "demonstrations.jsonl", DEMONSTRATIONS)
+    write(folder / "comparisons.jsonl", COMPARISONS)
+    (folder / "judge.py").write_text(JUDGE)
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lab:
+    """Runs `lab rlhf` in the test's folder; returns the one line it refuses with."""
+    monkeypatch.chdir(tmp_path)
+    furnish(tmp_path)
+
+    def run(*arguments: str, command: str = "rlhf", **changes: Any) -> str:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(**changes)))
+        capsys.readouterr()
+        code = main([command, "config.yaml", "--out", "run", *arguments])
+        captured = capsys.readouterr()
+        said = [line for line in captured.err.splitlines() if line.startswith("lab: ")]
+        assert code == 2, captured.err
+        assert captured.err.splitlines()[-1] == said[-1], "it is the last that is said"
+        assert len(said) == 1
+        return said[0]
+
+    return run
+
+
+def begun(folder: Path) -> list[str]:
+    """The stages that have a folder."""
+    return sorted(path.name for path in folder.glob("run/*"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished recipe that collected its comparisons."""
+    root = tmp_path_factory.mktemp("finished")
+    furnish(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        (root / "config.yaml").write_text(yaml.safe_dump(values(data={"comparisons": "collect"})))
+        assert main(["rlhf", "config.yaml", "--out", "run"]) == 0
+    return root
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished recipe, where `lab` runs."""
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+COLLECTED = {"data": {"comparisons": "collect"}}
+
+
+# ---- data ----
+
+
+@pytest.mark.parametrize("key", ["demonstrations", "comparisons", "prompts", "eval_prompts"])
+def test_an_empty_data_set_is_found_before_a_stage_begins(lab: Lab, tmp_path: Path, key: str) -> None:
+    write(tmp_path / "empty.jsonl", [])
+    assert "empty.jsonl: is empty. Name data with rows in it." in lab(data={key: "empty.jsonl"})
+    # reveals: each is read by the stage that needs it, so stages before it have been trained by then.
+    assert begun(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "row", "hint"),
+    [
+        ("demonstrations", {"prompt": "a", "completon": "b"}, "Did you mean 'completion'?"),
+        ("comparisons", {"prompt": "a", "choosen": "b", "rejected": "c"}, "Did you mean 'chosen'?"),
+        ("comparisons", {"prompt": "a", "completion": "b"}, "chosen + rejected"),
+        ("prompts", {"promt": "a"}, "Did you mean 'prompt'?"),
+        ("eval_prompts", {"question": "a"}, "prompt"),
+    ],
+)
+def test_wrong_columns_are_found_before_a_stage_begins(
+    lab: Lab, tmp_path: Path, key: str, row: dict[str, str], hint: str
+) -> None:
+    write(tmp_path / "wrong.jsonl", [row])
+    line = lab(data={key: "wrong.jsonl"})
+    assert "wrong.jsonl, line 1: has the columns " in line
+    assert hint in line
+    # reveals: as above.
+    assert begun(tmp_path) == []
+
+
+def test_demonstrations_that_have_no_prompts_are_found_before_a_stage_begins(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Whole texts can be imitated; but PPO would have nothing to ask."""
+    write(tmp_path / "texts.jsonl", [{"text": f"a text about {word}"} for word in WORDS])
+    line = lab(data={"demonstrations": "texts.jsonl"})
+    assert "texts.jsonl" in line
+    assert "prompt" in line
+    # reveals: as above.
+    assert begun(tmp_path) == []
+
+
+def test_one_prompt_cannot_be_held_out(lab: Lab, tmp_path: Path) -> None:
+    write(tmp_path / "one.jsonl", DEMONSTRATIONS[:1] * 4)
+    assert "no two rows have different prompts" in lab(data={"demonstrations": "one.jsonl"})
+
+
+def test_comparisons_that_all_tie_teach_nothing(lab: Lab, tmp_path: Path) -> None:
+    write(tmp_path / "ties.jsonl", [row | {"ranks": [1, 1]} for row in COMPARISONS])
+    line = lab(data={"comparisons": "ties.jsonl"})
+    assert "ties.jsonl: all completions tie in each of its rankings" in line
+
+
+def test_a_labeler_to_whom_all_is_one_teaches_nothing(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("def count(prompt, answer):\n    return 1.0\n")
+    line = lab(**COLLECTED)
+    assert "tie" in line
+    assert "Traceback" not in line
+
+
+def test_conversations_need_a_chat_template(lab: Lab, tmp_path: Path) -> None:
+    talks = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in DEMONSTRATIONS
+    ]
+    write(tmp_path / "talks.jsonl", talks)
+    assert "talks.jsonl: holds conversations, but the model's tokenizer has no chat template" in lab(
+        data={"demonstrations": "talks.jsonl"}
+    )
+
+
+# ---- lengths ----
+
+
+def test_answers_longer_than_the_context_are_refused(lab: Lab, tmp_path: Path) -> None:
+    """Cut off before its end, no answer would teach the policy to stop."""
+    long = [row | {"completion": " good" * 60} for row in DEMONSTRATIONS]
+    write(tmp_path / "long.jsonl", long)
+    line = lab(data={"demonstrations": "long.jsonl"})
+    assert "long.jsonl: no answer of the first batch ends with" in line
+    assert "data.max_length 32" in line
+
+
+def test_prompts_longer_than_the_context_leave_no_answer(lab: Lab, tmp_path: Path) -> None:
+    long = [row | {"prompt": " ".join([row["prompt"]] * 60)} for row in DEMONSTRATIONS]
+    write(tmp_path / "long.jsonl", long)
+    # reveals: TRL leaves all rows out, and the sampler of none of them raises a ValueError.
+    line = lab(data={"demonstrations": "long.jsonl"})
+    assert line.startswith("lab: long.jsonl: ")
+    assert "is an answer's within data.max_length 32" in line
+
+
+def test_held_out_prompts_longer_than_the_context_are_refused(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "split").mkdir()
+    write(tmp_path / "split" / "train.jsonl", DEMONSTRATIONS)
+    long = [row | {"prompt": " ".join([row["prompt"]] * 60)} for row in DEMONSTRATIONS]
+    write(tmp_path / "split" / "test.jsonl", long)
+    # reveals: training goes on to its end, and the model is lost with a KeyError.
+    line = lab(data={"demonstrations": "split"})
+    assert line.startswith("lab: split: ")
+    assert "held-out" in line
+    assert "is an answer's within data.max_length 32" in line
+
+
+def test_compared_answers_longer_than_the_context_are_named(lab: Lab, tmp_path: Path) -> None:
+    long = [row | {"completions": [" bad", " fine" * 60]} for row in COMPARISONS]
+    write(tmp_path / "long.jsonl", long)
+    line = lab(data={"comparisons": "long.jsonl"})
+    assert ", row 0: " in line
+    assert "more than max_length = 32" in line
+
+
+def test_a_context_longer_than_the_models_is_refused(lab: Lab, tmp_path: Path) -> None:
+    """The model has 32 positions. Rows as long as data.max_length allows would fail within training."""
+    long = [row | {"prompt": " ".join([row["prompt"]] * 40)} for row in DEMONSTRATIONS]
+    write(tmp_path / "long.jsonl", long)
+    # reveals: nobody compares the two.
+    line = lab(data={"demonstrations": "long.jsonl", "max_length": 128})
+    assert "data.max_length" in line
+    assert "32" in line
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(lab: Lab, tmp_path: Path) -> None:
+    """A prompt of nearly max_length tokens and an answer of max_new_tokens are more than the context."""
+    write(tmp_path / "long.jsonl", [{"prompt": " ".join([word] * 14)} for word in WORDS])
+    # reveals: PPO answers whatever it is asked, beyond the model's positions.
+    line = lab(data={"prompts": "long.jsonl", "max_new_tokens": 24})
+    assert "long.jsonl" in line
+    assert "max_new_tokens" in line
+
+
+@pytest.mark.parametrize("new", [32, 33])
+def test_answers_as_long_as_the_context_are_refused(lab: Lab, tmp_path: Path, new: int) -> None:
+    line = lab(data={"max_new_tokens": new})
+    assert f"data.max_new_tokens: {new} leaves no room for a prompt in max_length 32" in line
+    assert begun(tmp_path) == []
+
+
+# ---- the model ----
+
+
+def test_a_model_that_is_not_there(lab: Lab) -> None:
+    assert "nowhere: no tokenizer found" in lab(model={"path": "nowhere"})
+
+
+def test_a_misspelt_argument_of_labgpt(lab: Lab) -> None:
+    # reveals: it is taken, and ignored.
+    line = lab("--model.labgpt.widht=16")
+    assert "widht" in line
+    assert "'width'?" in line
+
+
+@pytest.mark.parametrize("targets", ["nothing_like_it", ["nothing_like_it"]])
+def test_adapters_for_modules_that_are_not_there(lab: Lab, targets: Any) -> None:
+    # reveals: PEFT's own error comes through as a traceback.
+    line = lab(model={"lora_rank": 2, "lora_targets": targets})
+    assert "model.lora_targets" in line
+    assert "nothing_like_it" in line
+
+
+def test_adapters_and_recomputed_activations_exclude_each_other(lab: Lab, tmp_path: Path) -> None:
+    line = lab(model={"lora_rank": 2}, ppo={"gradient_checkpointing": True})
+    assert "ppo.gradient_checkpointing" in line
+    assert begun(tmp_path) == []
+
+
+def test_ptx_needs_demonstrations_with_prompts(lab: Lab, tmp_path: Path) -> None:
+    write(tmp_path / "texts.jsonl", [{"text": f"about {word}"} for word in WORDS])
+    write(tmp_path / "prompts.jsonl", [{"prompt": word} for word in WORDS])
+    line = lab(data={"demonstrations": "texts.jsonl", "prompts": "prompts.jsonl"}, ppo={"ptx_coef": 1.0})
+    assert "ppo.ptx_coef needs demonstrations of prompt and completion" in line
+
+
+# ---- order and parents ----
+
+
+@pytest.mark.parametrize(
+    ("stage", "needed"), [("collect", "sft"), ("reward", "sft"), ("ppo", "sft"), ("eval", "sft")]
+)
+def test_a_stage_before_those_it_starts_from(lab: Lab, tmp_path: Path, stage: str, needed: str) -> None:
+    line = lab("--stage", stage, **COLLECTED)
+    assert f"stage {needed} is not begun" in line
+    assert f"--stage {needed}" in line
+    assert begun(tmp_path) == []
+
+
+@pytest.mark.parametrize(("stage", "missing"), [("reward", "collect"), ("ppo", "reward"), ("eval", "ppo")])
+def test_a_stage_whose_second_parent_is_missing(lab: Lab, copied: Path, stage: str, missing: str) -> None:
+    for name in (stage, missing):
+        shutil.rmtree(copied / name)
+    assert f"stage {missing} is not begun" in lab("--stage", stage, **COLLECTED)
+    assert not (copied / stage).exists()
+
+
+def test_a_stage_whose_parent_was_interrupted(lab: Lab, copied: Path) -> None:
+    shutil.rmtree(copied / "ppo")
+    record = json.loads((copied / "reward" / "run.json").read_text())
+    (copied / "reward" / "run.json").write_text(json.dumps(record | {"state": "interrupted"}))
+    assert "stage reward is interrupted" in lab("--stage", "ppo", **COLLECTED)
+
+
+def test_collecting_needs_a_policy(lab: Lab) -> None:
+    assert "stage sft is not begun" in lab(command="collect", **COLLECTED)
+
+
+def test_a_recipe_that_does_not_collect_has_no_such_stage(lab: Lab) -> None:
+    line = lab("--stage", "collect")
+    assert "no stage 'collect' in this config" in line
+    assert "It has sft, reward, ppo, eval" in line
+
+
+@pytest.mark.parametrize(
+    ("result", "stage", "parent"),
+    [
+        ("sft/model/tokenizer.json", "ppo", "sft"),
+        ("sft/model/config.json", "ppo", "sft"),
+        ("collect/rankings.jsonl", "reward", "collect"),
+        ("reward/model/config.json", "ppo", "reward"),  # where the scale of its scores is
+        ("ppo/model/model.safetensors", "eval", "ppo"),
+    ],
+)
+def test_whatever_is_altered_in_a_parent_is_noticed(
+    lab: Lab, copied: Path, result: str, stage: str, parent: str
+) -> None:
+    shutil.rmtree(copied / stage)
+    path = copied / result
+    path.write_bytes(path.read_bytes() + b" ")
+    line = lab("--stage", stage, **COLLECTED)
+    assert "altered since it was written" in line
+    assert f"--from {parent}" in line
+    assert not (copied / stage).exists()
+
+
+def test_results_made_from_a_parent_that_was_made_anew_are_noticed(lab: Lab, copied: Path) -> None:
+    """The folder of one stage was deleted by hand, and the stage done otherwise."""
+    shutil.rmtree(copied / "sft")
+    config = copied.parent / "other.yaml"
+    changes: dict[str, Any] = {**COLLECTED, "sft": {"learning_rate": 2e-3}}
+    config.write_text(yaml.safe_dump(values(**changes)))
+    assert main(["rlhf", "other.yaml", "--out", "run", "--stage", "sft"]) == 0
+    line = lab(**changes)
+    assert "was made from an earlier sft stage" in line
+    assert "--from collect" in line
+
+
+def test_data_that_changed_since_a_stage_was_begun_is_noticed(lab: Lab, copied: Path) -> None:
+    """Its hash is among the stage's parents; other rows are another run."""
+    for stage in ("ppo", "eval"):
+        shutil.rmtree(copied / stage)
+    write(copied.parent / "demonstrations.jsonl", DEMONSTRATIONS[:-1])
+    # reveals: the hash is written down, and compared with nothing.
+    line = lab(**COLLECTED)
+    assert "demonstrations.jsonl" in line
+    assert "--from sft" in line
