@@ -129,11 +129,22 @@ class QLearner(BaseAlgorithm):
         done = min(self.num_timesteps / c.exploration_steps, 1.0) if c.exploration_steps else 1.0
         return c.exploration_initial + done * (c.exploration_final - c.exploration_initial)
 
+    def epsilons(self) -> np.ndarray:
+        """Probability of a random action now in each environment, at least its rung of the ladder.
+
+        Rung i of N is base^(1 + 7 i / (N - 1)): some environments try much, others play what was learned
+        (Ape-X, arXiv 1803.00933, section 4.1).
+        """
+        base, n_envs = self.config.exploration_ladder, self.env.num_envs
+        if base is None:
+            return np.full(n_envs, self.exploration_rate)
+        return np.maximum(self.exploration_rate, base ** (1 + 7 * np.arange(n_envs) / max(n_envs - 1, 1)))
+
     def q_values(self, observations: np.ndarray) -> Tensor:
         """Q-values on the device: uint8 (batch, 4, height, width) -> float32 (batch, n_actions)."""
         return q_values(self.policy.q_net, observations)
 
-    def explore(self, greedy: np.ndarray | None, n: int, epsilon: float) -> np.ndarray:
+    def explore(self, greedy: np.ndarray | None, n: int, epsilon: float | np.ndarray) -> np.ndarray:
         """Replaces each of `n` actions by a random one with probability epsilon, each by its own draw."""
         n_actions = int(self.action_space.n)  # type: ignore[attr-defined]
         random = self.rng.integers(n_actions, size=n)
@@ -318,7 +329,7 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         warming_up = self.num_timesteps < self.config.learning_starts
         self.exploration_rate = 1.0 if warming_up else self.epsilon()
         greedy = None if warming_up else self.q_values(observations).argmax(1).cpu().numpy()
-        actions = self.explore(greedy, n_envs, self.exploration_rate)
+        actions = self.explore(greedy, n_envs, self.epsilons())
 
         self.env.step_async(actions)
         if not warming_up:  # learn while the emulators work

@@ -87,6 +87,8 @@ class AgentConfig:
     exploration_final: float = 0.1
     exploration_steps: int = 1_000_000
     """Agent steps over which it falls linearly from the one to the other."""
+    exploration_ladder: float | None = None
+    """Ape-X (Horgan et al. 2018): environment i of N explores at least ladder^(1 + 7i/(N-1)), there 0.4."""
 
     def __post_init__(self) -> None:
         require(0 < self.gamma <= 1, "agent.gamma", f"{self.gamma} must be above 0 and at most 1")
@@ -107,6 +109,11 @@ class AgentConfig:
         for key in ("exploration_initial", "exploration_final"):
             require(0 <= getattr(self, key) <= 1, f"agent.{key}", f"{getattr(self, key)} is a probability")
         require(self.exploration_steps >= 0, "agent.exploration_steps", "must not be negative")
+        require(
+            self.exploration_ladder is None or 0 < self.exploration_ladder < 1,
+            "agent.exploration_ladder",
+            f"{self.exploration_ladder} must be between 0 and 1, or null",
+        )
         require(
             not {"in_chans", "img_size"} & set(self.backbone_spec),
             "agent.backbone_spec",

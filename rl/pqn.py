@@ -77,7 +77,7 @@ class PQN(QLearner):
             q = self.q_values(observations)
             if t > 0:
                 next_values[t - 1] = q.amax(1)
-            actions = self.explore(q.argmax(1).cpu().numpy(), n_envs, self.exploration_rate)
+            actions = self.explore(q.argmax(1).cpu().numpy(), n_envs, self.epsilons())
             # Before the emulators start: a copy beside them would fight them for the cores.
             self._observations[t].copy_(torch.from_numpy(observations))
             self.env.step_async(actions)

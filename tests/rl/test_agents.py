@@ -127,6 +127,19 @@ def test_epsilon_is_linear_in_agent_steps_and_knows_nothing_of_the_runs_length(
         assert agent.epsilon() == pytest.approx(expected)
 
 
+def test_on_the_ladder_every_environment_has_an_epsilon_of_its_own(make_dqn: Callable[..., DQN]) -> None:
+    """Ape-X, section 4.1: 0.4^(1 + 7i/(N-1)); by hand for N = 8: 0.4, 0.16, 0.064, ..., 0.4^8."""
+    agent = make_dqn(n_envs=8, exploration_ladder=0.4)
+    agent.exploration_rate = 0.01
+    expected = [0.4, 0.16, 0.064, 0.0256, 0.01024, 0.01, 0.01, 0.01]
+    assert agent.epsilons() == pytest.approx(expected)
+    agent.exploration_rate = 1.0
+    assert agent.epsilons() == pytest.approx([1.0] * 8)
+    alike = make_dqn(n_envs=8)
+    alike.exploration_rate = 0.3
+    assert alike.epsilons() == pytest.approx([0.3] * 8)
+
+
 def test_every_environment_explores_by_its_own_draw(make_dqn: Callable[..., DQN]) -> None:
     agent = make_dqn(n_envs=8)
     greedy = np.full(8, 6)  # no random action can be 6
