@@ -1,5 +1,6 @@
 """Stage 1: supervised fine-tuning on demonstrations, by TRL's SFTTrainer."""
 
+from pathlib import Path
 from typing import Any
 
 from peft.utils.error import NoMatchingPeftModuleError
@@ -31,6 +32,23 @@ def train_sft(
     Returns:
         The model and its tokenizer; None if training was interrupted.
     """
+    trainer = make_trainer(settings, compute, stage.run.folder, demonstrations, held_out)
+    done = train(trainer, stage, lambda row: f"loss {row['train/loss']:.3f}" if "train/loss" in row else "")
+    if not done:
+        return None
+    metrics = trainer.evaluate()
+    stage.run.summarize(**{"eval/loss": metrics["eval_loss"]})
+    return trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+
+
+def make_trainer(
+    settings: RLHFRun, compute: Compute, folder: Path, demonstrations: Any, held_out: Any
+) -> _Trainer:
+    """TRL's trainer with model and data, of which the first batch has been looked at.
+
+    Raises:
+        LabError: nothing can be learned from the data, or by the model.
+    """
     config, source = settings.sft, settings.data.demonstrations
     model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed)
     models.check_chat_template(tokenizer, demonstrations, source)
@@ -39,7 +57,7 @@ def train_sft(
         trainer = _Trainer(
             model=model,
             args=SFTConfig(
-                **training_arguments(config, compute, stage.run.folder, settings.seed),
+                **training_arguments(config, compute, folder, settings.seed),
                 max_length=settings.data.max_length,
                 packing=config.packing,
                 # Prompts and answers as such have a mask of their own; of whole conversations, assistants'
@@ -57,12 +75,7 @@ def train_sft(
             "or all-linear."
         ) from None
     _check_first_batch(trainer, tokenizer, source)
-    done = train(trainer, stage, lambda row: f"loss {row['train/loss']:.3f}" if "train/loss" in row else "")
-    if not done:
-        return None
-    metrics = trainer.evaluate()
-    stage.run.summarize(**{"eval/loss": metrics["eval_loss"]})
-    return trainer.accelerator.unwrap_model(trainer.model), tokenizer
+    return trainer
 
 
 def _check_positions(model: Any, max_length: int) -> None:

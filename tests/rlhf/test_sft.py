@@ -1,0 +1,118 @@
+"""What supervised fine-tuning learns from: the answers and their ends, nothing else, packed or not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from lab import config
+from lab.device import DeviceConfig, resolve
+from rlhf import reviews
+from rlhf.config import RLHFRun
+from rlhf.sft import make_trainer
+from tests.rlhf.test_families import FAMILIES, save
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+TINY = {"width": 16, "n_layer": 1, "n_head": 2, "mlp_width": 32, "max_positions": 96}
+CHAT = [
+    ("Name a fruit.", "Apple."),
+    ("And a colour, any you like?", "Blue, or green."),
+    ("Add 2 and 2.", "4"),
+]
+
+
+def trainer_of(folder: Path, rows: list[dict[str, Any]], model: dict[str, Any], **sft: Any) -> Any:
+    values = {
+        "model": model,
+        "data": {"max_length": 96, "max_new_tokens": 8},
+        "sft": {"batch_size": len(rows), **sft},
+        "device": {"device": "cpu", "precision": "fp32", "threads": 1},
+    }
+    settings = config.build(RLHFRun, values, {}, "test")
+    compute = resolve(DeviceConfig(device="cpu", precision="fp32", threads=1))
+    data = Dataset.from_list(rows)
+    trainer = make_trainer(settings, compute, folder, data, data)
+    trainer.model.eval()
+    return trainer
+
+
+def learned(trainer: Any) -> list[str]:
+    """The text of every stretch of tokens that has labels, special tokens shown, in the order of the data."""
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    stretches = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        marked = labels != -100
+        assert torch.equal(labels[marked], ids[marked])
+        begin = [i for i in range(len(ids)) if marked[i] and (i == 0 or not marked[i - 1])]
+        end = [i for i in range(len(ids)) if marked[i] and (i + 1 == len(ids) or not marked[i + 1])]
+        stretches += [
+            trainer.processing_class.decode(ids[a : b + 1]) for a, b in zip(begin, end, strict=True)
+        ]
+    return stretches
+
+
+def test_of_prompt_and_completion_the_completion_and_its_end_are_learned(tmp_path: Path) -> None:
+    rows = reviews.demonstrations(1)[:5]
+    trainer = trainer_of(tmp_path, rows, {"labgpt": TINY})
+    tokenizer = trainer.processing_class
+    expected = [tokenizer.decode(tokenizer(r["completion"])["input_ids"]) + " <eos>" for r in rows]
+    assert learned(trainer) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm2"])
+def test_of_a_chat_the_answer_and_its_end_are_learned(family: str, tmp_path: Path) -> None:
+    """SmolLM2's padding is its end token, too: it must be learned all the same."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": ask}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+        for ask, answer in CHAT[::2]
+    ]
+    trainer = trainer_of(tmp_path, rows, {"path": str(save(FAMILIES[family], tmp_path / "model"))})
+    assert [text.rstrip("\n") for text in learned(trainer)] == ["Apple.<|im_end|>", "4<|im_end|>"]
+
+
+def test_of_a_conversation_all_answers_and_no_question_are_learned(tmp_path: Path) -> None:
+    turns = [
+        {"role": role, "content": text}
+        for ask, answer in CHAT[::2]
+        for role, text in (("user", ask[:6]), ("assistant", answer))
+    ]
+    model = {"path": str(save(FAMILIES["qwen2"], tmp_path / "model"))}
+    trainer = trainer_of(tmp_path, [{"messages": turns}] * 2, model)
+    assert learned(trainer) == ["Apple.<|im_end|>", "4<|im_end|>"] * 2
+
+
+def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:
+    """The packed batch has the loss of the same examples, each in a row of its own."""
+    rows = reviews.demonstrations(1)[:6]
+    plain, packed = (
+        trainer_of(tmp_path, rows, {"labgpt": TINY}, packing=packing) for packing in (False, True)
+    )
+    assert len(packed.train_dataset) < len(plain.train_dataset) == 6
+
+    def loss(trainer: Any) -> tuple[float, int]:
+        data = trainer.train_dataset
+        batch = trainer.data_collator([data[i] for i in range(len(data))])
+        n_tokens = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            return float(trainer.model(**batch).loss), n_tokens
+
+    torch.manual_seed(1)
+    for parameter in plain.model.parameters():  # at its start the model hardly looks back
+        parameter.data.normal_(std=0.5)
+    packed.model.load_state_dict(plain.model.state_dict())
+    (one, n_one), (other, n_other) = loss(plain), loss(packed)
+    assert n_one == n_other
+    assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_with_lora_only_adapters_are_trained(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, reviews.demonstrations(1)[:4], {"labgpt": TINY, "lora_rank": 2})
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
