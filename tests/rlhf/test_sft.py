@@ -82,7 +82,7 @@ def test_of_a_conversation_all_answers_and_no_question_are_learned(tmp_path: Pat
         for ask, answer in CHAT[::2]
         for role, text in (("user", ask[:6]), ("assistant", answer))
     ]
-    model = {"path": str(save(FAMILIES["qwen2"], tmp_path / "model"))}
+    model = {"path": str(save(FAMILIES["smollm2"], tmp_path / "model"))}
     trainer = trainer_of(tmp_path, [{"messages": turns}] * 2, model)
     assert learned(trainer) == ["Apple.<|im_end|>", "4<|im_end|>"] * 2
 
