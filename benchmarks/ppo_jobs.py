@@ -22,10 +22,7 @@ from benchmarks.stopwatch import Stopwatch
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one process trains and measures.
-
-    An answer always has `answer_tokens` tokens, no end token ends it: so both sides do the same work.
-    """
+    """What one process trains and measures."""
 
     side: str = "ours"
     """ours or trl."""
@@ -36,10 +33,17 @@ class Job:
     prompts: list[Any]
     """Texts, or conversations for the tokenizer's chat template."""
     answer_tokens: int
+    """Of an answer at most."""
+    fixed_length: bool = False
+    """No end token ends an answer, so that both sides compute as many tokens. Else TRL's samples and computes
+    on to the limit and ignores what stands behind the end; ours stops there."""
     rollout: int
     """Answers per update."""
     mini_batches: int = 1
-    """Optimiser steps per epoch; a mini-batch is computed at once."""
+    """Optimiser steps per epoch."""
+    micro_batch: int = 0
+    """Answers computed at once, on our side, which sorts them by length; 0: a mini-batch. With fewer than a
+    mini-batch TRL's takes one step an epoch however many mini-batches there are, so it gets all at once."""
     epochs: int
     learning_rate: float
     kl_coef: float
@@ -130,6 +134,7 @@ def settings(job: Job, folder: str) -> dict[str, Any]:
         "lam": 0.95,
         "whiten_rewards": False,
         "temperature": 1.0,
+        "missing_eos_penalty": None if job.fixed_length else 1.0,
         "gradient_checkpointing": False,
         "bf16": job.precision == "bf16",
         "use_cpu": True,
@@ -154,6 +159,7 @@ def ours(job: Job, course: Course, folder: str) -> Any:
     from rlhf.sft import lora
 
     reward, batch = Path(job.reward), job.rollout // job.mini_batches
+    micro = job.micro_batch or batch
     policy, tokenizer = models.open_policy(Path(job.policy))
 
     def scorer(model: Any) -> RewardScorer:
@@ -167,14 +173,14 @@ def ours(job: Job, course: Course, folder: str) -> Any:
         return critic
 
     unknown: Any = None  # until there is a policy to share
-    score = RewardOfIds(unknown if job.lora_rank else scorer(models.open_reward(reward)[0]), batch)
+    score = RewardOfIds(unknown if job.lora_rank else scorer(models.open_reward(reward)[0]), micro)
     trainer = PPOTrainer(
         model=policy,
         reward_funcs=score,
         args=PPOConfig(
-            **settings(job, folder),
+            **settings(job, folder) | {"gradient_accumulation_steps": batch // micro},
             num_rollouts=job.warmup + job.updates,
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=micro,
             max_completion_length=job.answer_tokens,
             top_k=0,
             disable_dropout=True,
@@ -185,7 +191,8 @@ def ours(job: Job, course: Course, folder: str) -> Any:
         peft_config=lora(ModelConfig(lora_rank=job.lora_rank, lora_alpha=job.lora_alpha), "CAUSAL_LM"),
         critic=shared_critic if job.lora_rank else models.open_reward(reward)[0],
     )
-    trainer.eos_token_ids = [-1]  # none
+    if job.fixed_length:
+        trainer.eos_token_ids = [-1]  # none
     course.watch.wrap(trainer, "_generate", "sample")
     for name in ("_calculate_rewards", "_in_parts", "_compute_loss"):
         course.watch.wrap(trainer, name, "forward")
@@ -212,11 +219,11 @@ def trl(job: Job, course: Course, folder: str) -> Any:
         args=PPOConfig(
             **settings(job, folder),
             total_episodes=(job.warmup + job.updates) * job.rollout,
-            # With more than one micro-batch a step, it would step once an epoch however many mini-batches.
             per_device_train_batch_size=job.rollout,
             local_rollout_forward_batch_size=job.rollout,
             response_length=job.answer_tokens,
             num_sample_generations=0,
+            stop_token=None if job.fixed_length else "eos",
         ),
         processing_class=tokenizer,
         model=policy,

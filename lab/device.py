@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+SHORT_TOKENS = 512
+"""Rows up to which attention's tokens x tokens scores may lie in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,21 @@ def autocast(device_type: str, precision: str) -> contextlib.AbstractContextMana
     if device_type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def attention_to_learn(
+    device_type: str, precision: str, n_tokens: int
+) -> contextlib.AbstractContextManager[Any]:
+    """The context of a forward pass of `n_tokens` a row that gradients will go back through.
+
+    On a CPU the backward pass of torch's fused attention in bf16 takes longer than plain products where rows
+    are short. SmolLM2-135M on 8 rows of 53 tokens, forward and backward: 1.66 s with it, 1.43 s without.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device_type == "cpu" and precision == "bf16" and n_tokens <= SHORT_TOKENS:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 def quiet_threads() -> None:

@@ -13,6 +13,7 @@ themselves. Masks come from lengths, never from token ids: the padding token may
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from torch.utils.data import Sampler
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from lab.device import attention_to_learn
 from lab.errors import LabError
 from rlhf.decode import sample
 from rlhf.logprobs import add_logprob_head
@@ -501,7 +503,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _policy(self, model: Any, packed: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the answer tokens and entropies, float32 (batch, width)."""
-        with self.accelerator.autocast():
+        with self._computing(packed):
             return model(input_ids=packed.ids, logprobs_of=packed.answers, logprobs_at=packed.before)
 
     def _reference(self, packed: Sequences) -> tuple[Tensor, Tensor]:
@@ -516,8 +518,16 @@ class PPOTrainer(GRPOTrainer):
             return self._policy(self.model, packed)
 
     def _values(self, packed: Sequences) -> Tensor:
-        with self.accelerator.autocast():
+        with self._computing(packed):
             return self.critic(packed.ids, packed.before)
+
+    @contextmanager
+    def _computing(self, packed: Sequences) -> Iterator[None]:
+        """Number format and attention for a forward pass."""
+        precision = "bf16" if self.args.bf16 and torch.is_grad_enabled() else "fp32"
+        attention = attention_to_learn(packed.ids.device.type, precision, packed.ids.shape[1])
+        with self.accelerator.autocast(), attention:
+            yield
 
     # ---- the losses ----
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from lab import checkpoint
-from lab.device import Compute
+from lab.device import Compute, attention_to_learn
 from lab.interrupt import StopRequest
 from lab.progress import Progress
 from lab.run import Run
@@ -137,6 +138,12 @@ class StageTrainer:
 
     stage: Stage
     _aside: Path | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        a, ids = self.args, inputs.get("input_ids")  # type: ignore[attr-defined]
+        n_tokens = ids.shape[-1] if ids is not None else sys.maxsize
+        with attention_to_learn(a.device.type, "bf16" if a.bf16 else "fp32", n_tokens):
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside else super()._get_output_dir(trial)  # type: ignore[misc]
