@@ -24,6 +24,9 @@ from transformers.cache_utils import DynamicLayer
 Choose = Callable[[Tensor, Tensor], Tensor]
 """`choose(logits, chance)`: a token per row, as `draw`."""
 
+Observe = Callable[[int, Tensor, Tensor, Tensor], None]
+"""`observe(step, rows, logits, tokens)`: what was drawn at a step for the answers still computed."""
+
 DROP_ENDED = 0.25
 """Ended rows are dropped once they are this share of those computed: it copies the cache of the others."""
 
@@ -39,6 +42,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    observe: Observe | None = None,
 ) -> list[list[int]]:
     """Samples one answer a prompt; an answer ends with the first end token, or is cut at the limit.
 
@@ -55,13 +59,14 @@ def sample(
         top_k: 0, or sample among so many tokens.
         top_p: sample among the likeliest tokens that together have this probability.
         generator: of the random numbers; by default torch's own.
+        observe: is told the logits of every step and the tokens drawn from them.
 
     Returns:
         The answers' token ids, their end token included.
     """
     choose = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
     with _weights_converted_once(model):
-        steps = list(_steps(model, prompts, max_new_tokens, eos_ids, pad_id, choose, generator))
+        steps = list(_steps(model, prompts, max_new_tokens, eos_ids, pad_id, choose, generator, observe))
     answers = torch.stack(steps, dim=1)
     stops = torch.isin(answers, _as_ids(eos_ids, answers.device))
     # After the first end token the row is padding; a pad token before it was sampled, and stays.
@@ -102,6 +107,7 @@ def _steps(
     pad_id: int,
     choose: Choose,
     generator: torch.Generator | None,
+    observe: Observe | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every answer (batch,), `pad_id` where it has ended, until all have."""
     device = next(model.parameters()).device
@@ -137,6 +143,8 @@ def _steps(
     for step in range(max_new_tokens):
         chance = torch.rand((len(prompts), 1), device=device, generator=generator)
         token = torch.where(ended, pad_id, choose(logits, chance[rows]))
+        if observe is not None:
+            observe(step, rows, logits, token)
         yield torch.full((len(prompts),), pad_id, device=device).index_copy_(0, rows, token)
         ended |= torch.isin(token, eos)
         left = len(rows) - int(ended.sum())
@@ -178,6 +186,25 @@ def draw(
     # right=True: a token of probability 0 is never drawn, even if the chance is exactly 0.
     token = torch.searchsorted(reached, chance * reached[:, -1:], right=True)
     return token.clamp_(max=logits.shape[-1] - 1)[:, 0]
+
+
+class DrawnLogprobs:
+    """Observes `sample`: log-probabilities of the tokens drawn, and entropies, whatever top_k and top_p are.
+
+    Without autocast they are, to rounding, what a forward pass over prompts and answers would give.
+
+    Attributes:
+        logprobs, entropies: float32 (batch, max_new_tokens); anything behind an answer's end.
+    """
+
+    def __init__(self, batch: int, max_new_tokens: int, temperature: float, device: torch.device) -> None:
+        self.temperature = temperature
+        self.logprobs, self.entropies = torch.zeros((2, batch, max_new_tokens), device=device)
+
+    def __call__(self, step: int, rows: Tensor, logits: Tensor, tokens: Tensor) -> None:
+        normalized = (logits / self.temperature).log_softmax(-1)
+        self.logprobs[rows, step] = normalized.gather(1, tokens[:, None])[:, 0]
+        self.entropies[rows, step] = -(normalized.exp() * normalized).sum(-1)
 
 
 class _RoomyLayer(DynamicLayer):

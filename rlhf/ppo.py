@@ -27,7 +27,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from lab.device import attention_to_learn
 from lab.errors import LabError
-from rlhf.decode import sample
+from rlhf.decode import DrawnLogprobs, sample
 from rlhf.logprobs import add_logprob_head
 from rlhf.roles import keeping_what_is_trained, own_parameters
 
@@ -274,6 +274,7 @@ class PPOTrainer(GRPOTrainer):
         self.rollout: dict[str, Any] = {}
         """What the last rollout was, for tables of samples: prompts, completions, scores, kl."""
         self._prompt_ids: list[list[int]] = []
+        self._drawn: list[DrawnLogprobs | None] = []
         self._critic_in_optimizer = False
         self._updated = False
         for model in (self.model, self.ref_model):
@@ -298,6 +299,7 @@ class PPOTrainer(GRPOTrainer):
     # ---- rollouts ----
 
     def _generate(self, prompts: list[Any]) -> Any:
+        self._drawn = []
         output = super()._generate(prompts)
         self._prompt_ids = output[0]
         return output
@@ -320,10 +322,16 @@ class PPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model_wrapped)
         training = model.training
         model.eval()
+        drawn = None
+        if self.accelerator.mixed_precision == "no":
+            drawn = DrawnLogprobs(
+                len(prompt_ids), self.max_completion_length, self.temperature, self.accelerator.device
+            )
         with self.accelerator.autocast():
             answers = sample(
                 model,
                 prompt_ids,
+                observe=drawn,
                 max_new_tokens=self.max_completion_length,
                 eos_ids=self.eos_token_ids,
                 pad_id=self._tokenizer.pad_token_id,
@@ -332,6 +340,7 @@ class PPOTrainer(GRPOTrainer):
                 top_p=self.top_p,
             )
         model.train(training)
+        self._drawn.append(drawn)
         return answers, None
 
     def _calculate_rewards(
@@ -364,7 +373,11 @@ class PPOTrainer(GRPOTrainer):
         packed = side_by_side(prompt_ids, answer_ids, self._tokenizer.pad_token_id, self.accelerator.device)
         mask = packed.mask
         with torch.no_grad():
-            logps, entropies = self._in_parts(lambda part: self._policy(self.model, part), packed)
+            drawn = self._drawn[0] if len(self._drawn) == 1 else None
+            if drawn is not None:  # sampled in one go in fp32: the sampler has seen them, exactly
+                logps, entropies = (x[:, : packed.width] * mask for x in (drawn.logprobs, drawn.entropies))
+            else:
+                logps, entropies = self._in_parts(lambda part: self._policy(self.model, part), packed)
             reference, _ = self._in_parts(self._reference, packed)
             (values,) = self._in_parts(lambda part: (self._values(part),), packed)
             scores = self._calculate_rewards(inputs, prompts, completions, answer_ids)

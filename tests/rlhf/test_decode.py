@@ -340,3 +340,33 @@ def test_end_tokens_are_the_tokenizers_and_the_models(llama: Any) -> None:
     for declared, expected in ((None, {1}), (2, {1, 2}), ([2, 3], {1, 2, 3})):
         llama.generation_config.eos_token_id = declared
         assert end_tokens(llama, tokenizer) == expected
+
+
+@each_model
+def test_the_sampler_sees_the_log_probabilities_a_forward_pass_gives(model: Any) -> None:
+    """Prompts of three lengths, answers that end early and late, a temperature, and top_k left out of it."""
+    prompts = [[3, 4, 5], [6], [3, 4, 5], [7, 8, 9, 10, 11]]
+    drawn = decode.DrawnLogprobs(4, 12, 0.7, torch.device("cpu"))
+    answers = sample(
+        model,
+        prompts,
+        max_new_tokens=12,
+        eos_ids=range(2, 12),
+        pad_id=PAD,
+        temperature=0.7,
+        top_k=9,
+        generator=seeded(),
+        observe=drawn,
+    )
+    assert len({len(answer) for answer in answers}) > 1
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1)
+        tokens = torch.tensor(answer)[:, None]
+        close = {"atol": 1e-5, "rtol": 0.0}
+        torch.testing.assert_close(
+            drawn.logprobs[row, : len(answer)], expected.gather(1, tokens)[:, 0], **close
+        )
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        torch.testing.assert_close(drawn.entropies[row, : len(answer)], entropy, **close)
