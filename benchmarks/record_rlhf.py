@@ -35,7 +35,6 @@ def record(name: str, folders: list[Path], results: Path = RESULTS) -> dict[str,
         "runs": runs,
         "config": info["config"],
         "compute": info["compute"],
-        "git": info["git"],
         "machine": machine.describe(),
     }
     results.mkdir(parents=True, exist_ok=True)
@@ -52,6 +51,7 @@ def _one(folder: Path) -> dict[str, Any]:
     samples = (folder / "eval" / "media" / "samples.jsonl").read_text().splitlines()
     return {
         "seed": stages["sft"]["seed"],
+        "git": {stage: info["git"] for stage, info in stages.items()},
         "seconds": {stage: _seconds(info) for stage, info in stages.items()},
         "reward_accuracy_on_held_out_pairs": stages["reward"]["summary"]["eval/accuracy"],
         "evaluation": json.loads((folder / "eval" / "evaluation.json").read_text()),

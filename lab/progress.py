@@ -72,7 +72,7 @@ class Progress:
             self._bar.update(self._task, completed=step, speed=pace(self.speed, self._unit), note=self._note)
         elif now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
-            left = (self._total - step) / max(self.speed, 1e-9)
+            left = max(self._total - step, 0) / max(self.speed, 1e-9)
             self.say(
                 f"{step:>10,} / {self._total:,}  {pace(self.speed, self._unit)}  "
                 f"{duration(left)} left  {self._note}"
