@@ -160,6 +160,8 @@ def ours(job: Job, course: Course, folder: str) -> Any:
 
     reward, batch = Path(job.reward), job.rollout // job.mini_batches
     micro = job.micro_batch or batch
+    common = settings(job, folder)
+    common["gradient_accumulation_steps"] = batch // micro
     policy, tokenizer = models.open_policy(Path(job.policy))
 
     def scorer(model: Any) -> RewardScorer:
@@ -178,7 +180,7 @@ def ours(job: Job, course: Course, folder: str) -> Any:
         model=policy,
         reward_funcs=score,
         args=PPOConfig(
-            **settings(job, folder) | {"gradient_accumulation_steps": batch // micro},
+            **common,
             num_rollouts=job.warmup + job.updates,
             per_device_train_batch_size=micro,
             max_completion_length=job.answer_tokens,

@@ -364,7 +364,7 @@ def test_the_sampler_sees_the_log_probabilities_a_forward_pass_gives(model: Any)
             logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1)
         tokens = torch.tensor(answer)[:, None]
-        close = {"atol": 1e-5, "rtol": 0.0}
+        close: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
         torch.testing.assert_close(
             drawn.logprobs[row, : len(answer)], expected.gather(1, tokens)[:, 0], **close
         )

@@ -21,7 +21,8 @@ def test_demonstrations_are_conversations_and_follow_from_the_seed() -> None:
     for row in rows:
         (answer,) = row["completion"]
         assert answer["role"] == "assistant"
-        assert answer["content"].endswith(".") and 3 <= len(answer["content"].split()) <= 16
+        assert answer["content"].endswith(".")
+        assert 3 <= len(answer["content"].split()) <= 16
 
 
 def test_no_question_names_two_things() -> None:
