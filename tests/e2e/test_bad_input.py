@@ -49,7 +49,7 @@ CONFIG_MISTAKES = {
     "broken YAML": (["--env=[1"], ["command line, --env, line 1: not valid YAML"]),
     "no value": (["--seed"], ["--seed has no value. Write --seed=VALUE."]),
     "out of range": (["--agent.gamma=2"], ["command line: agent.gamma: 2.0 must be above 0"]),
-    "combination": (["--env.n_envs=3"], ["agent.minibatch_size: 64 does not divide"]),
+    "combination": (["--agent.minibatch_size=60"], ["agent.minibatch_size: 60 does not divide"]),
     "game": (["--env.game=pomg"], ["env.game = 'pomg': no such game. Did you mean 'pong'?"]),
     "backbone": (["--agent.backbone=nature_cn"], ["no such backbone. Did you mean 'nature_cnn'?"]),
     "algorithm": (
