@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lab.errors import LabError
 from rlhf import models, reviews
+from rlhf.logprobs import add_logprob_head
 from rlhf.ppo import (
+    Critic,
     PPOConfig,
     PPOTrainer,
     PromptStream,
@@ -24,6 +26,7 @@ from rlhf.ppo import (
     token_rewards,
     whiten,
 )
+from tests.host_reads import HostReads
 
 pytestmark = pytest.mark.filterwarnings(
     # TRL 1.16 still sets what transformers 5.23 renamed.
@@ -500,3 +503,38 @@ def test_what_we_override_is_still_there_in_trl() -> None:
 
 def test_masked_mean_of_nothing_is_0() -> None:
     assert masked_mean(torch.ones(2), torch.zeros(2)) == 0
+
+
+# ---- ready for a GPU ----
+
+
+def test_an_update_never_waits_for_the_device(make: Callable[..., PPOTrainer]) -> None:
+    trainer = make("labgpt")  # transformers' own Llama reads a number in every forward without a mask
+    trainer.train()
+    trainer.model.train()
+    rollout = trainer._generate_and_score_completions([{"prompt": p} for p in reviews.prompts()[:8]])
+    batch = trainer._micro_batch(rollout, [0, 1, 2, 3], 20.0)
+    with HostReads() as reads:
+        loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+    assert not reads.seen
+    with HostReads() as reads:  # the detector detects
+        loss.item()
+    assert reads.seen
+
+
+def test_rollout_and_losses_run_on_the_meta_device(save_tiny: Callable[..., Path]) -> None:
+    """A tensor left on the CPU, or a number read back, would be an error there."""
+    policy = models.open_policy(save_tiny("labgpt"))[0].to("meta")
+    critic = Critic(models.open_reward(save_tiny("labgpt", reward=True))[0].to("meta"))
+    add_logprob_head(policy)
+    packed = side_by_side([[5, 6], [7]], [[8], [9, 10, 1]], 0, torch.device("meta"))
+    logps, entropies = policy(input_ids=packed.ids, logprobs_of=packed.answers, logprobs_at=packed.before)
+    values = critic(packed.ids, packed.before)
+    scores = torch.zeros(2, device="meta")
+    rewards = token_rewards(scores, logps.detach(), packed.answer_lengths, 0.1)
+    advantages = whiten(generalized_advantages(rewards, values, packed.mask, 1.0, 0.95), packed.mask)
+    loss = masked_mean(advantages * logps + values.square() + entropies, packed.mask)
+    loss.backward()
+    assert loss.device.type == "meta"
+    assert all(p.grad is not None for p in (*policy.parameters(), *critic.model.score.parameters()))
