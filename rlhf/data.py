@@ -151,19 +151,22 @@ def has_eval(source: str) -> bool:
     return _choose("eval", _splits(source)) is not None
 
 
+def ordered_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Indices (better, worse) of all pairs of answers whose ranks differ; the smaller rank is the better."""
+    return [(i, j) for i, j in permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
+
+
 def pairs_of(row: Row) -> Iterator[Row]:
     """All pairs of different rank in a ranking (a row of `comparisons`), as TRL's preference rows."""
-    ranks = row["ranks"]
-    for better, worse in permutations(range(len(ranks)), 2):
-        if ranks[better] < ranks[worse]:
-            yield {
-                "prompt": row["prompt"],
-                "chosen": row["completions"][better],
-                "rejected": row["completions"][worse],
-                "chosen_finished": row["finished"][better],
-                "rejected_finished": row["finished"][worse],
-                "source": row["source"],
-            }
+    for better, worse in ordered_pairs(row["ranks"]):
+        yield {
+            "prompt": row["prompt"],
+            "chosen": row["completions"][better],
+            "rejected": row["completions"][worse],
+            "chosen_finished": row["finished"][better],
+            "rejected_finished": row["finished"][worse],
+            "source": row["source"],
+        }
 
 
 def hold_out(dataset: "Dataset", fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:

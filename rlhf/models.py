@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lab.errors import LabError, did_you_mean
+from lab.errors import LabError, did_you_mean, first_line
 from rlhf import labgpt, reviews
 from rlhf.config import ModelConfig
 
@@ -71,7 +71,7 @@ def open_reward(folder: Path) -> tuple[Any, Any]:
     try:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     except Exception as error:  # whatever transformers or safetensors raise
-        raise LabError(f"{folder}: no model that can be opened: {_first_line(error)}") from None
+        raise LabError(f"{folder}: no model that can be opened: {first_line(error)}") from None
     model.config.pad_token_id = tokenizer.pad_token_id
     return _fitted(model, tokenizer, str(folder)), tokenizer
 
@@ -124,7 +124,7 @@ def _open_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except Exception as error:  # whatever the Hub's client, json or tokenizers raise
         raise LabError(
-            f"{name}: no tokenizer found: {_first_line(error)} Name a transformers folder, or a model of the "
+            f"{name}: no tokenizer found: {first_line(error)} Name a transformers folder, or a model of the "
             "Hub (which must be reachable)."
         ) from None
     if tokenizer.eos_token_id is None:
@@ -160,7 +160,7 @@ def _open_causal_lm(name: str, tokenizer: Any) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:
-        raise LabError(f"{name}: no language model that can be opened: {_first_line(error)}") from None
+        raise LabError(f"{name}: no language model that can be opened: {first_line(error)}") from None
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return _fitted(model, tokenizer, name)
 
@@ -177,7 +177,3 @@ def _texts(demonstrations: Any) -> Iterable[str]:
                 yield value
             else:
                 yield from (message["content"] for message in value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -26,11 +26,11 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from lab.errors import LabError, did_you_mean
+from rlhf.data import ordered_pairs
 from rlhf.scoring import (
     RewardScorer,
     TooLong,
     last_token_scores,
-    ordered_pairs,
     pad_right,
     sequence_classifier,
     tokenize,

@@ -45,6 +45,12 @@ HELD_OUT = 20
 def prompts(split: Split = "train") -> list[str]:
     """The 76 prompts to train on, or the 20 held out ("eval"); the same in every run."""
     every = [question.format(topic) for topic in TOPICS for question in QUESTIONS]
+    return part_of(every, split)
+
+
+def part_of(every: list[str], split: Split) -> list[str]:
+    """A split of prompts in their order, shuffled the same way in every run."""
+    every = list(every)
     random.Random(0).shuffle(every)
     return {"train": every[HELD_OUT:], "eval": every[:HELD_OUT]}[split]
 

@@ -6,7 +6,6 @@ end of an answer, a score read one token early. So training (`rlhf.ranking`) and
 """
 
 import contextlib
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
+from rlhf.data import ordered_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,11 +111,6 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Any, **options: bool
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)  # type: ignore[return-value]
     except Exception as error:  # whatever a template raises
         raise LabError(f"the chat template cannot render this conversation: {error}") from error
-
-
-def ordered_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """Indices (better, worse) of all pairs of answers whose ranks differ; the smaller rank is the better."""
-    return [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
 
 
 def pad_right(rows: Sequence[Sequence[int]], multiple_of: int = 1) -> tuple[Tensor, Tensor]:
