@@ -190,7 +190,9 @@ def ours(job: Job, course: Course, folder: str) -> Any:
         ),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in job.prompts]),
         processing_class=tokenizer,
-        peft_config=lora(ModelConfig(lora_rank=job.lora_rank, lora_alpha=job.lora_alpha), "CAUSAL_LM"),
+        peft_config=lora(
+            ModelConfig(lora_rank=job.lora_rank, lora_alpha=job.lora_alpha), "CAUSAL_LM", policy
+        ),
         critic=shared_critic if job.lora_rank else models.open_reward(reward)[0],
     )
     if job.fixed_length:

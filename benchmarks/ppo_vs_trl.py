@@ -183,7 +183,7 @@ def make_reward(base: Path, folder: Path) -> None:
     torch.manual_seed(0)
     with quiet_transformers():
         model, tokenizer = models.open_reward(base)
-        adapters: Any = lora(ModelConfig(lora_rank=LORA_RANK), "SEQ_CLS")
+        adapters: Any = lora(ModelConfig(lora_rank=LORA_RANK), "SEQ_CLS", model)
         models.save(peft.get_peft_model(model, adapters), tokenizer, folder)
 
 

@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lab: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("lab: stopped at once. Continue the run with --resume.", file=sys.stderr)
+        advice = {
+            "train": " Continue the run with --resume.",
+            "rlhf": " The same command goes on where it stopped.",
+        }.get(next(iter(arguments), ""), "")
+        print(f"lab: stopped at once.{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `lab list | head`
         with contextlib.suppress(OSError):

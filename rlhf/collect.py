@@ -28,7 +28,8 @@ from lab.errors import LabError
 from lab.files import explain_write_errors, sync_folder, written_aside
 from lab.progress import Progress
 from rlhf.data import pairs_of
-from rlhf.labeler import Answer, Labeler, Prompt, Quit, Ranking, Scorer, Skip, Undo, completion
+from rlhf.forms import Row
+from rlhf.labelers import Answer, Labeler, Prompt, Quit, Ranking, Scorer, Skip, Undo, completion
 
 RANKINGS = "rankings.jsonl"
 PREFERENCES = "preferences.jsonl"
@@ -36,7 +37,6 @@ PREFERENCES = "preferences.jsonl"
 Sampler = Callable[[list[Any], int, list[int]], list[list[Answer]]]
 """`sample(prompts, k, seeds)`: k answers to each prompt, the same whenever all three are the same."""
 
-Row = dict[str, Any]
 _NEEDED = {"prompt", "completions", "ranks", "finished", "source", "seed"}
 _FREE_SPACE = "What was ranked before is kept. Free some space, then start again: it continues."
 

@@ -207,6 +207,12 @@ class PPOStageConfig(TrainingConfig):
         require(float(self.epochs).is_integer(), "ppo.epochs", "are whole passes over a rollout")
         require(self.temperature > 0, "ppo.temperature", "must be positive")
         require(self.kl_target is None or self.kl_target > 0, "ppo.kl_target", "must be positive, or null")
+        for key in ("clip", "clip_value"):
+            require(getattr(self, key) > 0, f"ppo.{key}", "must be positive")
+        for key in ("kl_coef", "value_coef", "ptx_coef"):
+            require(getattr(self, key) >= 0, f"ppo.{key}", "must be 0 or more")
+        for key in ("gamma", "gae_lambda"):
+            require(0 <= getattr(self, key) <= 1, f"ppo.{key}", "must lie between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

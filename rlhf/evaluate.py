@@ -15,7 +15,7 @@ from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
 from lab.tracking import read_metrics
 from rlhf.decode import end_tokens, sample
-from rlhf.labeler import Answer, Labeler, Quit, Scorer, Skip, Undo
+from rlhf.labelers import Answer, Labeler, Quit, Scorer, Skip, Undo
 from rlhf.logprobs import add_logprob_head
 from rlhf.ppo import side_by_side
 from rlhf.scoring import RewardScorer, tokenize_prompt
@@ -78,7 +78,12 @@ def answer_logprobs(model: Any, samples: Samples, pad_id: int) -> Tensor:
     for begin in range(0, len(samples.answer_ids), BATCH_SIZE):
         part = slice(begin, begin + BATCH_SIZE)
         packed = side_by_side(samples.prompt_ids[part], samples.answer_ids[part], pad_id, device)
-        logps, _ = model(input_ids=packed.ids, logprobs_of=packed.answers, logprobs_at=packed.before)
+        logps, _ = model(
+            input_ids=packed.ids,
+            logprobs_of=packed.answers,
+            logprobs_at=packed.before,
+            shared=packed.shared,
+        )
         sums.append((logps.double() * packed.mask).sum(1).cpu())
     return torch.cat(sums)
 
@@ -188,9 +193,9 @@ def _best(samples: Samples, scorer: RewardScorer, k: int) -> Samples:
 def _outcomes(
     labeler: Labeler, ours: Samples, theirs: Samples, golds: Mapping[str, list[float]], who: str
 ) -> np.ndarray:
-    if golds:
-        a, b = np.array(golds[who]), np.array(golds["baseline"])
-        return (a > b) + 0.5 * (a == b)
+    if isinstance(labeler, Scorer):
+        lead = np.array(golds[who]) - np.array(golds["baseline"])
+        return (lead > labeler.tie_margin) + 0.5 * (abs(lead) <= labeler.tie_margin)
     outcomes = []
     for prompt, a, b in zip(ours.prompts, ours.answers, theirs.answers, strict=True):
         try:

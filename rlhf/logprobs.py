@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.prefix import hidden_states
+
 # Logits held at once, in numbers: 64 MB of float32.
 LOGITS_AT_ONCE = 2**24
 
@@ -17,9 +19,10 @@ def add_logprob_head(model: Any, temperature: float = 1.0) -> None:
 
     Then `forward` returns, instead of its output, two float32 tensors of the shape of `logprobs_of`
     (batch, width): the log-probability of each token given what lies at and before its position, and the
-    entropy there (without gradient). Only hidden states at those positions meet the vocabulary, in blocks of
-    at most `LOGITS_AT_ONCE` logits that are computed again in the backward pass. Being the model's own
-    forward, it works below DDP and PEFT wrappers.
+    entropy there (without gradient). Padding is on the right, if at all; `shared=n` says that the rows begin
+    with the same n tokens, before all positions. Only hidden states at those positions meet the vocabulary,
+    in blocks of at most `LOGITS_AT_ONCE` logits that are computed again in the backward pass. Being the
+    model's own forward, it works below DDP and PEFT wrappers.
 
     Args:
         model: a transformers causal LM, wrapped or not.
@@ -34,16 +37,15 @@ def add_logprob_head(model: Any, temperature: float = 1.0) -> None:
         *args: Any,
         logprobs_of: Tensor | None = None,
         logprobs_at: Tensor | None = None,
+        shared: int = 0,
         **kwargs: Any,
     ) -> Any:
-        if logprobs_of is None:
+        if logprobs_of is None or logprobs_at is None:
             return forward(*args, **kwargs)
-        kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        hidden = hidden_states(self.base_model, self.config, kwargs["input_ids"], shared)
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-        return token_logprobs(
-            hidden[rows, logprobs_at], self.get_output_embeddings(), logprobs_of, temperature
-        )
+        wanted = hidden[rows, logprobs_at - shared]
+        return token_logprobs(wanted, self.get_output_embeddings(), logprobs_of, temperature)
 
     inner.forward = types.MethodType(with_logprobs, inner)
 

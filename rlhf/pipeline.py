@@ -17,7 +17,7 @@ from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import data
+from rlhf import data, sources
 from rlhf.config import STAGES, RLHFRun
 
 # What each stage depends on in the config, and which stages' results it starts from.
@@ -188,17 +188,19 @@ def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
     d = settings.data
     for source in (d.demonstrations, d.prompts, d.eval_prompts):
         if source:
-            data.has_eval(source)
+            sources.has_eval(source)
     if d.comparisons != "collect":
-        data.has_eval(d.comparisons)
-    else:
-        from rlhf import labeler
+        sources.has_eval(d.comparisons)
+    if {"collect", "eval"} & set(stages):
+        from rlhf import labelers
 
-        labeler.make(settings.collect.labeler, "collect.labeler")
+        labelers.make(settings.collect.labeler, "collect.labeler")
     # A stage that cannot use its data would say so only when those before it have been trained.
     unsaid = data.Dropped()
     if {"sft", "reward", "ppo"} & set(stages):
-        data.demonstrations(d.demonstrations, dropped=unsaid)
+        rows = data.demonstrations(d.demonstrations, dropped=unsaid)
+        if "ppo" in stages and settings.ppo.ptx_coef and "completion" not in rows.column_names:
+            raise LabError("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
     if {"collect", "ppo", "eval"} & set(stages):
         for source in (d.prompts or d.demonstrations, d.eval_prompts):
             if source:
@@ -222,7 +224,7 @@ def _check_config(recipe: Recipe) -> None:
                 f"another folder with --out, or do this stage again with --from {stage}."
             )
         for parent in info["parents"]:
-            if "data" in parent and data.fingerprint(parent["data"])["sha256"] != parent["sha256"]:
+            if "data" in parent and sources.fingerprint(parent["data"])["sha256"] != parent["sha256"]:
                 raise LabError(
                     f"{recipe.of(stage)}: was begun with other rows in {parent['data']} than there are now. "
                     f"Restore them, or do this stage again with --from {stage}."

@@ -14,7 +14,7 @@ from lab.errors import LabError
 from lab.files import write_atomic
 from rlhf import models
 from rlhf.config import RLHFRun
-from rlhf.labeler import Answer, Scorer
+from rlhf.labelers import Answer, Scorer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.roles import AdapterClassifier
 from rlhf.scoring import RewardScorer, tokenize, tokenize_prompt
@@ -130,7 +130,7 @@ def train_policy(
         args=ppo_arguments(settings, compute, stage.run.folder),
         train_dataset=prompts,
         processing_class=tokenizer,
-        peft_config=lora(settings.model, "CAUSAL_LM"),
+        peft_config=lora(settings.model, "CAUSAL_LM", model),
         critic=critic,
         ptx_dataset=_ptx(demonstrations, tokenizer, settings) if config.ptx_coef else None,
     )
@@ -212,8 +212,6 @@ def _ptx(demonstrations: Any, tokenizer: Any, settings: RLHFRun) -> list[dict[st
     """Demonstrations as token ids for the language-model loss beside PPO's."""
     rows = []
     for row in demonstrations:
-        if "completion" not in row:
-            raise LabError("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
         whole = tokenize(row["prompt"], row["completion"], True, tokenizer)[: settings.data.max_length]
         prompt = len(tokenize_prompt(row["prompt"], tokenizer))
         if prompt < len(whole):

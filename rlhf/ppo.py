@@ -29,7 +29,8 @@ from lab.device import attention_to_learn
 from lab.errors import LabError
 from rlhf.decode import DrawnLogprobs, sample
 from rlhf.logprobs import add_logprob_head
-from rlhf.roles import keeping_what_is_trained, own_parameters
+from rlhf.prefix import hidden_states, shared_prefix
+from rlhf.roles import AdapterClassifier, keeping_what_is_trained, own_parameters
 
 
 @dataclass
@@ -109,6 +110,8 @@ class Sequences(NamedTuple):
     """int64 (batch,), end token included; at least 1."""
     width: int
     """Tokens of the longest answer: the second axis of everything per token."""
+    shared: int
+    """Tokens with which every row begins, and which are worth reading but once; see `rlhf.prefix`."""
 
     @property
     def mask(self) -> Tensor:
@@ -126,6 +129,13 @@ class Sequences(NamedTuple):
         """int64 (batch, width): the answer tokens, whatever lies behind an answer's end."""
         return self.ids.gather(1, (self.before + 1).clamp(max=self.ids.shape[1] - 1))
 
+    def part(self, rows: Sequence[int], longest: int, width: int) -> "Sequences":
+        """Some of them, of at most `longest` tokens, `width` of them in the answer."""
+        at = torch.tensor(rows, device=self.ids.device)
+        return Sequences(
+            self.ids[at, :longest], self.prompt_lengths[at], self.answer_lengths[at], width, self.shared
+        )
+
 
 def side_by_side(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int, device: torch.device
@@ -138,6 +148,7 @@ def side_by_side(
         torch.tensor([len(prompt) for prompt in prompts], device=device),
         torch.tensor([len(answer) for answer in answers], device=device),
         max(map(len, answers)),
+        shared_prefix(prompts, sum(map(len, rows))),
     )
 
 
@@ -154,11 +165,14 @@ class Critic(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Values at `positions` (batch, width) of `ids` (batch, time): float32 (batch, width)."""
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, positions: Tensor, shared: int = 0) -> Tensor:
+        """Values at `positions` (batch, width) of `ids` (batch, time): float32 (batch, width).
+
+        All rows begin with the same `shared` tokens, and no position lies among them.
+        """
+        hidden = hidden_states(self.model.base_model, self.model.config, ids, shared)
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        return self.model.score(hidden[rows, positions]).squeeze(-1).float()
+        return self.model.score(hidden[rows, positions - shared]).squeeze(-1).float()
 
 
 # ---- the arithmetic, all on tensors (batch, width) ----
@@ -264,6 +278,11 @@ class PPOTrainer(GRPOTrainer):
             )
         else:
             made = critic if isinstance(critic, nn.Module) else critic(self.model)
+        if isinstance(made, AdapterClassifier) and self.args.activation_checkpointing:
+            raise LabError(
+                "PPOTrainer: where the critic is an adapter of the policy, its activations would be computed "
+                "again under the policy's. Please set gradient_checkpointing=False (TRL's default is True)."
+            )
         for module in made.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -370,7 +389,7 @@ class PPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         prompts = [row["prompt"] for row in inputs]
         prompt_ids, answer_ids, _, completions, *_ = self._generate(prompts)
-        packed = side_by_side(prompt_ids, answer_ids, self._tokenizer.pad_token_id, self.accelerator.device)
+        packed = self._pack(prompt_ids, answer_ids)
         mask = packed.mask
         with torch.no_grad():
             drawn = self._drawn[0] if len(self._drawn) == 1 else None
@@ -472,6 +491,11 @@ class PPOTrainer(GRPOTrainer):
             schedule += [(batch[i : i + micro], n_tokens) for i in range(0, len(batch), micro)]
         return schedule
 
+    def _pack(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Sequences:
+        packed = side_by_side(prompts, answers, self._tokenizer.pad_token_id, self.accelerator.device)
+        # With gradient checkpointing models ignore the cache that a shared beginning is kept in.
+        return packed._replace(shared=0) if self.args.activation_checkpointing else packed
+
     def _rows_seen(self) -> int:
         """A number that differs between the epochs of a run and is the same after a resume."""
         return self.state.global_step * 7919 + self.accelerator.process_index
@@ -482,9 +506,7 @@ class PPOTrainer(GRPOTrainer):
         packed: Sequences = rollout["packed"]
         at = torch.tensor(rows, device=packed.ids.device)
         part = {name: rollout[name][at, :width] for name in ("old_logps", "values", "advantages", "returns")}
-        part["packed"] = Sequences(
-            packed.ids[at, :longest], packed.prompt_lengths[at], packed.answer_lengths[at], width
-        )
+        part["packed"] = packed.part(rows, longest, width)
         part["n_tokens"] = n_tokens
         return part
 
@@ -497,19 +519,13 @@ class PPOTrainer(GRPOTrainer):
         results: list[Tensor] = []
         for begin in range(0, len(order), size):
             rows = order[begin : begin + size]
-            at = torch.tensor(rows, device=packed.ids.device)
             width = max(answer_lengths[row] for row in rows)
-            part = Sequences(
-                packed.ids[at, : max(lengths[row] for row in rows)],
-                packed.prompt_lengths[at],
-                packed.answer_lengths[at],
-                width,
-            )
+            part = packed.part(rows, max(lengths[row] for row in rows), width)
             values = function(part)
             if not results:
                 results = [value.new_zeros((len(order), packed.width)) for value in values]
             for result, value in zip(results, values, strict=True):
-                result[at, :width] = value * part.mask
+                result[rows, :width] = value * part.mask
         return tuple(results)
 
     # ---- the models ----
@@ -517,7 +533,12 @@ class PPOTrainer(GRPOTrainer):
     def _policy(self, model: Any, packed: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the answer tokens and entropies, float32 (batch, width)."""
         with self._computing(packed):
-            return model(input_ids=packed.ids, logprobs_of=packed.answers, logprobs_at=packed.before)
+            return model(
+                input_ids=packed.ids,
+                logprobs_of=packed.answers,
+                logprobs_at=packed.before,
+                shared=packed.shared,
+            )
 
     def _reference(self, packed: Sequences) -> tuple[Tensor, Tensor]:
         if self.ref_model is not None:
@@ -532,7 +553,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _values(self, packed: Sequences) -> Tensor:
         with self._computing(packed):
-            return self.critic(packed.ids, packed.before)
+            return self.critic(packed.ids, packed.before, packed.shared)
 
     @contextmanager
     def _computing(self, packed: Sequences) -> Iterator[None]:
@@ -614,7 +635,7 @@ class PPOTrainer(GRPOTrainer):
         prompts, answers = zip(
             *(split_completion(e["input_ids"], e.get("completion_mask")) for e in examples), strict=True
         )
-        packed = side_by_side(prompts, answers, self._tokenizer.pad_token_id, self.accelerator.device)
+        packed = self._pack(prompts, answers)
         logps, _ = self._policy(model, packed)
         return -masked_mean(logps, packed.mask)
 

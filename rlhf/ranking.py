@@ -60,7 +60,7 @@ def pair_weights(ranks: Tensor, group: Tensor) -> Tensor:
     return weights / weights.sum().clamp_min(1)  # the sum is the number of prompts
 
 
-def ranking_loss(rewards: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
+def ranking_loss(rewards: Tensor, weights: Tensor) -> Tensor:
     """-1 / C(K, 2) times the sum of log sigmoid(r_w - r_l) over a prompt's pairs, averaged over prompts.
 
     Ouyang et al. 2022 (arXiv 2203.02155), section 3.5, eq. 1: all pairs of a prompt's K answers are one
@@ -70,14 +70,13 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
 
     Args:
         rewards: (answers,) of all prompts.
-        ranks: (answers,); the smaller is the better.
-        group: (answers,) the prompt each is an answer to.
+        weights: (answers, answers), the `pair_weights` of these answers.
 
     Returns:
         A scalar; 0 if there is no pair.
     """
     margins = rewards[:, None] - rewards
-    return -(pair_weights(ranks, group) * F.logsigmoid(margins)).sum()
+    return -(weights * F.logsigmoid(margins)).sum()
 
 
 class RankingTrainer(RewardTrainer):
@@ -186,10 +185,9 @@ class RankingTrainer(RewardTrainer):
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], last_by_mask=True
         )
         rewards = outputs.logits[:, 0].float()
-        ranks, sizes = inputs["ranks"], inputs["sizes"]
-        group = torch.repeat_interleave(sizes, output_size=len(rewards))
-        loss = ranking_loss(rewards, ranks, group)
-        weights = pair_weights(ranks, group)
+        sizes = inputs["sizes"]
+        weights = pair_weights(inputs["ranks"], torch.repeat_interleave(sizes, output_size=len(rewards)))
+        loss = ranking_loss(rewards, weights)
         if self.args.center_rewards_coefficient is not None:  # arXiv 2312.09244, eq. 2, as in TRL
             sums = rewards[:, None] + rewards
             loss = loss + self.args.center_rewards_coefficient * (weights * sums**2).sum()

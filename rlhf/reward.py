@@ -58,7 +58,7 @@ def train_reward(
         eval_dataset=held_out,
         loss=config.loss,  # type: ignore[arg-type]
         processing_class=tokenizer,
-        peft_config=lora(settings.model, "SEQ_CLS"),
+        peft_config=lora(settings.model, "SEQ_CLS", model),
     )
     done = train(
         trainer, stage, lambda row: f"accuracy {row['train/accuracy']:.2f}" if "train/accuracy" in row else ""

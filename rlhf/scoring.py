@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
 from rlhf.data import ordered_pairs
+from rlhf.forms import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Text = str | list[dict[str, Any]]
-"""Plain text, or the messages of a conversation: [{"role": ..., "content": ...}, ...]."""
 
 _BLUE, _GREY = "#2a6fbb", "#666666"
 

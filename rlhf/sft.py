@@ -1,5 +1,8 @@
 """Stage 1: supervised fine-tuning on demonstrations, by TRL's SFTTrainer."""
 
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,69 @@ from rlhf.config import ModelConfig, RLHFRun
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How many demonstrations are longer than `data.max_length`, which TRL makes fit without a word."""
+
+    rows: int
+    cut_off: int
+    """Without their end, and so without the end token; what is left of the answer is learned."""
+    left_out: int
+    """No token of an answer was within the length, so nothing is learned of them."""
+
+
 class _Trainer(StageTrainer, SFTTrainer):
-    """SFTTrainer with the lab's checkpoints."""
+    """SFTTrainer with the lab's checkpoints, and an eye on what is cut off."""
 
     args: SFTConfig
     model: Any
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.fits: dict[str, Fit] = {}
+        """Of the data sets `train` and `eval`."""
+        super().__init__(**kwargs)
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        """TRL's in two steps, its own second one being to cut and pack; between them lengths can be seen."""
+        whole = copy.copy(args)
+        whole.max_length = None
+        tokenized = super()._prepare_dataset(
+            dataset, processing_class, whole, False, formatting_func, dataset_name
+        )
+        if args.max_length is not None:
+            self.fits[dataset_name] = _fit(tokenized, args.max_length)
+        return super()._prepare_dataset(
+            tokenized, processing_class, args, packing, formatting_func, dataset_name
+        )
+
+
+def _fit(tokenized: Any, max_length: int) -> Fit:
+    cut_off = left_out = 0
+    for row in tokenized.select_columns(["input_ids", "labels"]):
+        if len(row["input_ids"]) > max_length:
+            learned = any(label != -100 for label in row["labels"][:max_length])
+            cut_off, left_out = cut_off + learned, left_out + (not learned)
+    return Fit(len(tokenized), cut_off, left_out)
+
+
+def describe_fits(fits: Mapping[str, Fit], max_length: int) -> str:
+    """One line about what is cut off and left out, "" where all fits."""
+    names = {"train": "demonstrations", "eval": "held-out demonstrations"}
+    told = [
+        f"of {fit.rows:,} {names[name]} {fit.cut_off:,} {'is' if fit.cut_off == 1 else 'are'} cut off "
+        f"and {fit.left_out:,} left out"
+        for name, fit in fits.items()
+        if fit.cut_off or fit.left_out
+    ]
+    return f"data.max_length {max_length:,}: {'; '.join(told)}" if told else ""
 
 
 def train_sft(
@@ -33,6 +94,9 @@ def train_sft(
         The model and its tokenizer; None if training was interrupted.
     """
     trainer = make_trainer(settings, compute, stage.run.folder, demonstrations, held_out)
+    stage.run.summarize(demonstrations={name: asdict(fit) for name, fit in trainer.fits.items()})
+    if too_long := describe_fits(trainer.fits, settings.data.max_length):
+        stage.progress.say(f"         {too_long}")
     done = train(trainer, stage, lambda row: f"loss {row['train/loss']:.3f}" if "train/loss" in row else "")
     if not done:
         return None
@@ -67,7 +131,7 @@ def make_trainer(
             train_dataset=demonstrations,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            peft_config=lora(settings.model, "CAUSAL_LM"),
+            peft_config=lora(settings.model, "CAUSAL_LM", model),
         )
     except NoMatchingPeftModuleError:
         raise LabError(
@@ -86,17 +150,20 @@ def _check_positions(model: Any, max_length: int) -> None:
         )
 
 
-def lora(model: ModelConfig, task: str) -> Any:
-    """PEFT's configuration of the adapters, or None."""
-    if not model.lora_rank:
+def lora(config: ModelConfig, task: str, model: Any) -> Any:
+    """PEFT's configuration of the adapters for a model, or None."""
+    if not config.lora_rank:
         return None
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     return LoraConfig(
-        r=model.lora_rank,
-        lora_alpha=model.lora_alpha,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        target_modules=model.lora_targets,
+        target_modules=config.lora_targets,
+        # GPT-2's layers keep their weights the other way round: (in, out).
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )

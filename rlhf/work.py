@@ -16,7 +16,7 @@ from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
 from lab.tracking import Tracker
-from rlhf import data, labeler
+from rlhf import data, labelers, sources
 from rlhf.config import RLHFRun
 from rlhf.pipeline import JOB_TYPES, RESULTS, Recipe, fingerprint, read_settings
 
@@ -90,10 +90,14 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         info = Run.open(recipe.of(name)).info
         parents.append({"stage": name, "run_id": info["id"], **info["summary"]["result"]})
     d = recipe.settings.data
-    sources = {"sft": [d.demonstrations], "reward": [d.comparisons], "ppo": [d.prompts or d.demonstrations]}
-    for source in sources.get(stage, []):
+    named = {
+        "sft": [d.demonstrations],
+        "reward": [d.comparisons, d.demonstrations],  # it is centred on these
+        "ppo": [d.prompts or d.demonstrations, *([d.demonstrations] if recipe.settings.ppo.ptx_coef else [])],
+    }
+    for source in dict.fromkeys(named.get(stage, [])):
         if source != "collect":
-            mark = data.fingerprint(source)
+            mark = sources.fingerprint(source)
             parents.append({"data": source, "path": source, "sha256": mark["sha256"]})
     return parents
 
@@ -119,7 +123,7 @@ def _demonstrations(settings: RLHFRun) -> tuple[Any, Any]:
     """Training and held-out demonstrations."""
     source = settings.data.demonstrations
     rows = data.demonstrations(source)
-    if data.has_eval(source):
+    if sources.has_eval(source):
         return rows, data.demonstrations(source, "eval")
     return data.hold_out(rows, 0.1, settings.seed)
 
@@ -131,14 +135,14 @@ def prompts(settings: RLHFRun) -> tuple[Any, Any]:
     rows = data.prompts(source)
     if d.eval_prompts:
         return rows, data.prompts(d.eval_prompts)
-    if data.has_eval(source):
+    if sources.has_eval(source):
         return rows, data.prompts(source, "eval")
     return data.hold_out(rows, 0.1, settings.seed)
 
 
-def gold_labeler(settings: RLHFRun) -> labeler.Labeler:
+def gold_labeler(settings: RLHFRun) -> labelers.Labeler:
     """The labeler of the config."""
-    return labeler.make(settings.collect.labeler, "collect.labeler")
+    return labelers.make(settings.collect.labeler, "collect.labeler")
 
 
 # ---- the stages ----
@@ -162,7 +166,7 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     asked = prompts(settings)[0]["prompt"]
     asked = [prompt for prompt in asked[: c.max_prompts] for _ in range(c.rounds)]
 
-    def sample(batch: list[Any], k: int, seeds: list[int]) -> list[list[labeler.Answer]]:
+    def sample(batch: list[Any], k: int, seeds: list[int]) -> list[list[labelers.Answer]]:
         drawn = draw_samples(
             model, tokenizer, batch, k, settings.data.max_new_tokens, seeds[0], c.temperature
         )
@@ -205,7 +209,7 @@ def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
 
     settings = recipe.settings
     gold = gold_labeler(settings) if settings.data.comparisons == "collect" else None
-    gold = gold if isinstance(gold, labeler.Scorer) else None
+    gold = gold if isinstance(gold, labelers.Scorer) else None
     rows, _ = _demonstrations(settings)
     asked, _ = prompts(settings)
     policy, reward = recipe.result("sft"), recipe.result("reward")

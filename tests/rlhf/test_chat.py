@@ -24,6 +24,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lab.cli import main
 from lab.errors import LabError
 from rlhf import chat as module
 from rlhf import decode
@@ -391,6 +392,14 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(
     scripted("one \x03two")
     with pytest.raises(KeyboardInterrupt):
         run_chat(folders["one"], "--prompt", "A")
+
+
+def test_lab_chat_interrupted_has_nothing_to_continue(
+    folders: dict[str, Path], scripted: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted("one \x03two")
+    assert main(["chat", str(folders["one"]), "--prompt", "A"]) == 130
+    assert capsys.readouterr().err == "lab: stopped at once.\n"
 
 
 def test_a_question_that_is_too_long_is_said_and_the_talk_goes_on(

@@ -21,7 +21,8 @@ from lab.errors import LabError
 from lab.progress import Progress
 from rlhf.collect import Row, Summary, answers_of, collect, read_rankings, summary
 from rlhf.data import pairs_of
-from rlhf.labeler import Answer, Human, Prompt, Quit, Ranking, Skip, Undo, make
+from rlhf.labelers import Answer, Prompt, Quit, Ranking, Skip, Undo, make
+from rlhf.labelers.human import Human
 
 WORDS = ("awful", "bad", "fine", "good", "great")
 
@@ -200,7 +201,7 @@ CHILD = """
 import os, random, signal, sys, time
 from pathlib import Path
 from rlhf.collect import collect
-from rlhf.labeler import Answer, make
+from rlhf.labelers import Answer, make
 
 folder, moment, call, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 words = "the pizza was awful bad fine good great , and but".split()
@@ -514,7 +515,7 @@ AT_A_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that the Ctrl-C typed there is a signal here
 from pathlib import Path
-from rlhf.labeler import Human
+from rlhf.labelers.human import Human
 from tests.rlhf.test_collect import run
 result = run(Path(sys.argv[1]), labeler=Human())
 print(f"[{result.prompts} done, {result.stopped}]")

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.errors import LabError
-from rlhf import data
-from rlhf.data import Dropped, Row, Text
+from rlhf import data, forms, sources
+from rlhf.data import Dropped
+from rlhf.forms import Row, Text
 from rlhf.reviews import Split
 
 Load = Callable[..., Dataset]
@@ -300,12 +301,12 @@ def test_a_folder_has_the_splits_that_its_files_and_folders_speak_of(tmp_path: P
     train = data.prompts(source)["prompt"][:]
     assert train == ["more", "train-00000-of-00002", "train-00001-of-00002"]
     assert data.prompts(source, "eval")["prompt"][:] == ["deep/validation/x"]  # not yet the test
-    assert data.has_eval(source)
+    assert sources.has_eval(source)
 
 
 def test_a_file_is_all_training(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", TEXT)
-    assert not data.has_eval(source)
+    assert not sources.has_eval(source)
     assert f"{source}: has no eval split, only train. Hold out" in error(data.demonstrations, source, "eval")
 
 
@@ -327,7 +328,7 @@ def test_files_of_a_folder_must_agree(tmp_path: Path) -> None:
 def test_the_built_in_task(split: Split, count: int) -> None:
     prompts = data.prompts("reviews", split)["prompt"][:]
     assert len(prompts) == count
-    assert data.has_eval("reviews")
+    assert sources.has_eval("reviews")
     demonstrations = data.demonstrations("reviews", split)
     assert demonstrations.column_names == ["prompt", "completion"]
     assert len(demonstrations) == 40 * count
@@ -358,7 +359,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_a_data_set_of_the_hub_has_its_own_splits(hub: list[tuple[Any, ...]]) -> None:
     assert data.comparisons("hub:me/sums")["source"][:] == ["me/sums"] * 2
     assert len(data.prompts("hub:me/sums", "eval")) == 1
-    assert data.has_eval("hub:me/sums")
+    assert sources.has_eval("hub:me/sums")
     assert hub == [("me/sums", None, None)] * 3
 
 
@@ -617,7 +618,7 @@ values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.text(max_size=3), inner, max_size=2)
-        | st.fixed_dictionaries({"role": st.sampled_from(data.ROLES) | inner, "content": inner})
+        | st.fixed_dictionaries({"role": st.sampled_from(forms.ROLES) | inner, "content": inner})
     ),
     max_leaves=8,
 )
@@ -698,21 +699,21 @@ def test_what_cannot_be_held_out() -> None:
 def test_the_fingerprint_of_a_file_is_its_sha256(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", TEXT, TEXT)
     sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    assert data.fingerprint(source) == {"source": source, "sha256": sha256, "rows": 2}
+    assert sources.fingerprint(source) == {"source": source, "sha256": sha256, "rows": 2}
 
 
 def test_the_fingerprint_of_a_folder_changes_with_any_file(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", TEXT)
     write(tmp_path / "test.json", TEXT, TEXT)
-    before = data.fingerprint(str(tmp_path))
+    before = sources.fingerprint(str(tmp_path))
     assert before["rows"] == 3
     write(tmp_path / "test.json", TEXT, {"text": "2 + 2 = 5"})
-    assert data.fingerprint(str(tmp_path))["sha256"] != before["sha256"]
+    assert sources.fingerprint(str(tmp_path))["sha256"] != before["sha256"]
 
 
 def test_rows_that_come_from_no_file_have_a_fingerprint_too(hub: list[tuple[Any, ...]]) -> None:
-    assert data.fingerprint("hub:me/sums")["rows"] == 3
-    again = data.fingerprint("reviews")
+    assert sources.fingerprint("hub:me/sums")["rows"] == 3
+    again = sources.fingerprint("reviews")
     assert again == {"source": "reviews", "sha256": REVIEWS_SHA256, "rows": 40 * 96}
 
 

@@ -89,7 +89,7 @@ def make_trainer(scenario: str, policy: Path, reward: Path, out: Path) -> Any:
         processing_class=tokenizer,
         critic=shared if adapters else models.open_reward(reward)[0],
         ptx_dataset=[{"input_ids": [5, 6, 7, 8, 9, 1], "completion_mask": [0, 0, 0, 1, 1, 1]}],
-        peft_config=lora(ModelConfig(lora_rank=2 if adapters else 0), "CAUSAL_LM"),
+        peft_config=lora(ModelConfig(lora_rank=2 if adapters else 0), "CAUSAL_LM", model),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -158,7 +158,7 @@ def adapted_reward(save_tiny: Callable[..., Path], tmp_path_factory: pytest.Temp
     torch.manual_seed(1)
     model, tokenizer = models.open_reward(save_tiny("llama"))
     folder = tmp_path_factory.mktemp("adapted")
-    models.save(get_peft_model(model, lora(ModelConfig(lora_rank=2), "SEQ_CLS")), tokenizer, folder)
+    models.save(get_peft_model(model, lora(ModelConfig(lora_rank=2), "SEQ_CLS", model)), tokenizer, folder)
     return folder
 
 

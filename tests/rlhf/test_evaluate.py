@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from lab.errors import LabError
-from rlhf import labeler, models
+from rlhf import labelers, models
 from rlhf.evaluate import (
     Samples,
     _best,
+    _outcomes,
     answer_logprobs,
     compare,
     describe,
@@ -25,7 +26,7 @@ from rlhf.evaluate import (
     win_rate,
     write_rows,
 )
-from rlhf.labeler import Answer, Prompt, Quit, Ranking, Skip, Undo
+from rlhf.labelers import Answer, Prompt, Quit, Ranking, Skip, Undo
 from rlhf.logprobs import add_logprob_head
 from rlhf.scoring import RewardScorer
 
@@ -34,11 +35,11 @@ WORDS = "def words(prompts, answers):\n    return [len(answer.split()) for answe
 
 
 @pytest.fixture
-def word_counter(tmp_path: Path) -> labeler.Labeler:
+def word_counter(tmp_path: Path) -> labelers.Labeler:
     """A labeler that scores: the longer answer is the better one."""
     path = tmp_path / "judge.py"
     path.write_text(WORDS)
-    return labeler.make({"name": f"python:{path}:words", "batch": True})
+    return labelers.make({"name": f"python:{path}:words", "batch": True})
 
 
 class Opinion:
@@ -193,7 +194,7 @@ def test_the_best_of_n_is_the_highest_of_each_prompts_own(save_tiny: Callable[..
 
 
 def test_win_rate_and_length_ratio_are_those_of_the_samples(
-    contest: Callable[..., Any], word_counter: labeler.Labeler, save_tiny: Callable[..., Path]
+    contest: Callable[..., Any], word_counter: labelers.Labeler, save_tiny: Callable[..., Path]
 ) -> None:
     result, rows = contest(word_counter)
     drawn = {}
@@ -217,8 +218,27 @@ def test_win_rate_and_length_ratio_are_those_of_the_samples(
     assert [row["policy_gold"] for row in rows] == words["policy"][::4]
 
 
+@pytest.mark.parametrize(("margin", "expected"), [(0.0, [1, 1, 0.5, 0, 0]), (0.25, [1, 0.5, 0.5, 0.5, 0])])
+def test_scores_within_the_labelers_tie_margin_are_a_tie_as_in_its_rankings(
+    tmp_path: Path, margin: float, expected: list[float]
+) -> None:
+    (tmp_path / "judge.py").write_text("def read(prompt, answer):\n    return float(answer)\n")
+    judge = labelers.make({"name": f"python:{tmp_path / 'judge.py'}:read", "tie_margin": margin})
+    assert isinstance(judge, labelers.Scorer)
+
+    def says(*numbers: float) -> Samples:
+        texts = [Answer(str(number)) for number in numbers]
+        return Samples(["p"] * len(texts), [[3]] * len(texts), [[5]] * len(texts), texts)
+
+    ours, theirs = says(1.0, 0.75, 0.5, 0.25, 0.0), says(*[0.5] * 5)
+    golds = {"policy": judge.scores(ours.prompts, ours.answers), "baseline": [0.5] * 5}
+    assert _outcomes(judge, ours, theirs, golds, "policy").tolist() == expected
+    ranked = [judge.rank("p", pair).ranks for pair in zip(ours.answers, theirs.answers, strict=True)]
+    assert [{-1: 1, 0: 0.5, 1: 0}[mine - other] for mine, other in ranked] == expected
+
+
 def test_the_kl_is_of_the_policys_own_samples(
-    contest: Callable[..., Any], word_counter: labeler.Labeler, save_tiny: Callable[..., Path]
+    contest: Callable[..., Any], word_counter: labelers.Labeler, save_tiny: Callable[..., Path]
 ) -> None:
     result, _ = contest(word_counter)
     policy, tokenizer = models.open_policy(save_tiny("llama", seed=1))
@@ -232,13 +252,13 @@ def test_the_kl_is_of_the_policys_own_samples(
 
 
 def test_a_policy_that_is_its_baseline_has_no_kl(
-    contest: Callable[..., Any], word_counter: labeler.Labeler
+    contest: Callable[..., Any], word_counter: labelers.Labeler
 ) -> None:
     assert contest(word_counter, same=True)[0]["policy"]["kl_nats"] == 0
 
 
 def test_best_of_n_has_its_bound_on_the_kl_and_better_proxy_scores(
-    contest: Callable[..., Any], word_counter: labeler.Labeler
+    contest: Callable[..., Any], word_counter: labelers.Labeler
 ) -> None:
     result, rows = contest(word_counter, best_of=4)
     assert result["best_of"]["n"] == 4

@@ -2,7 +2,7 @@
 
 import statistics
 
-from rlhf import data, everyday
+from rlhf import data, everyday, sources
 from rlhf.everyday import ADJECTIVES, QUESTIONS, THINGS, VERBS
 
 
@@ -50,5 +50,5 @@ def test_praise_blame_and_the_rest_are_what_vader_takes_them_for() -> None:
 def test_the_source_everyday_is_these() -> None:
     rows = data.demonstrations("everyday", "eval")
     assert rows.to_list() == everyday.demonstrations(split="eval")
-    assert data.has_eval("everyday")
+    assert sources.has_eval("everyday")
     assert [p[0]["content"] for p in data.prompts("everyday", "eval")["prompt"]] == everyday.prompts("eval")

@@ -26,7 +26,6 @@ pytestmark = pytest.mark.filterwarnings(
     # TRL 1.16 and PEFT 0.21 still use what transformers 5.23 renamed.
     "ignore:`gradient_checkpointing:FutureWarning",
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",
-    "ignore:fan_in_fan_out is set to False:UserWarning",  # PEFT mends it by itself, for GPT-2's Conv1D
 )
 
 CHATML = (

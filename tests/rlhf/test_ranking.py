@@ -23,6 +23,7 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from lab.errors import LabError
+from rlhf import ranking
 from rlhf.ranking import (
     RankingTrainer,
     center,
@@ -125,7 +126,7 @@ def by_hand(rewards: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
 
 def test_the_loss_and_its_gradient_are_those_computed_by_hand() -> None:
     rewards = torch.randn(9, generator=torch.Generator().manual_seed(0)).mul_(2).requires_grad_()
-    mine, expected = ranking_loss(rewards, RANKS, GROUP), by_hand(rewards, RANKS, GROUP)
+    mine, expected = ranking_loss(rewards, pair_weights(RANKS, GROUP)), by_hand(rewards, RANKS, GROUP)
     torch.testing.assert_close(mine, expected)
     gradients = (torch.autograd.grad(loss, rewards)[0] for loss in (mine, expected))
     torch.testing.assert_close(*gradients)
@@ -134,9 +135,9 @@ def test_the_loss_and_its_gradient_are_those_computed_by_hand() -> None:
 def test_four_answers_with_a_tie_have_five_pairs() -> None:
     rewards = torch.tensor([0.5, 2.0, -1.0, 0.0])
     margins = torch.tensor([1.5, 3.0, 2.0, 0.5, -1.0])  # of 1 over 0, 2 and 3, then of 0 and 2 over 3
-    loss = ranking_loss(rewards, RANKS[:4], GROUP[:4])
-    torch.testing.assert_close(loss, -F.logsigmoid(margins).sum() / 5)
-    assert int((pair_weights(RANKS[:4], GROUP[:4]) > 0).sum()) == 5
+    weights = pair_weights(RANKS[:4], GROUP[:4])
+    torch.testing.assert_close(ranking_loss(rewards, weights), -F.logsigmoid(margins).sum() / 5)
+    assert int((weights > 0).sum()) == 5
 
 
 def test_with_two_answers_it_is_the_loss_of_pairs_in_any_order() -> None:
@@ -144,13 +145,13 @@ def test_with_two_answers_it_is_the_loss_of_pairs_in_any_order() -> None:
     rewards = torch.stack([chosen, rejected], 1).flatten()
     group, ranks = torch.arange(6).repeat_interleave(2), torch.tensor([1, 2] * 6)
     shuffle = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    loss = ranking_loss(rewards[shuffle], ranks[shuffle], group[shuffle])
+    loss = ranking_loss(rewards[shuffle], pair_weights(ranks[shuffle], group[shuffle]))
     torch.testing.assert_close(loss, -F.logsigmoid(chosen - rejected).mean())
 
 
 def test_nothing_to_compare_is_no_loss_and_no_gradient() -> None:
     rewards = torch.randn(3, requires_grad=True)
-    loss = ranking_loss(rewards, torch.tensor([1, 1, 1]), torch.tensor([0, 0, 1]))
+    loss = ranking_loss(rewards, pair_weights(torch.tensor([1, 1, 1]), torch.tensor([0, 0, 1])))
     loss.backward()
     assert loss.item() == 0
     assert rewards.grad is not None
@@ -165,7 +166,7 @@ def test_prompts_count_alike_whatever_their_number_of_answers() -> None:
 
 def test_the_loss_runs_on_the_meta_device() -> None:
     rewards = torch.randn(9, device="meta", requires_grad=True)
-    ranking_loss(rewards, RANKS.to("meta"), GROUP.to("meta")).backward()
+    ranking_loss(rewards, pair_weights(RANKS.to("meta"), GROUP.to("meta"))).backward()
     assert rewards.grad is not None
     assert rewards.grad.device.type == "meta"
 
@@ -173,7 +174,7 @@ def test_the_loss_runs_on_the_meta_device() -> None:
 def test_the_loss_and_the_metrics_never_wait_for_the_device(tmp_path: Path) -> None:
     rewards = torch.randn(9, requires_grad=True)
     with HostReads() as reads:
-        ranking_loss(rewards, RANKS, GROUP).backward()
+        ranking_loss(rewards, pair_weights(RANKS, GROUP)).backward()
     assert not reads.seen
 
     trainer = trainer_of(tmp_path, comparisons(4), center_rewards_coefficient=0.1)
@@ -186,6 +187,16 @@ def test_the_loss_and_the_metrics_never_wait_for_the_device(tmp_path: Path) -> N
     with HostReads() as reads:
         loss.item()
     assert reads.seen, "the detector detects"
+
+
+def test_the_pairs_of_a_batch_are_weighed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the loss, the centring and the metrics alike."""
+    weighed = []
+    monkeypatch.setattr(ranking, "pair_weights", lambda *of: weighed.append(of) or pair_weights(*of))
+    trainer = trainer_of(tmp_path, comparisons(4), center_rewards_coefficient=0.1)
+    outputs = SequenceClassifierOutputWithPast(logits=torch.randn(16, 1))  # type: ignore[arg-type]
+    trainer.compute_loss(lambda **_: outputs, collate([*trainer.train_dataset]))  # type: ignore[arg-type]
+    assert len(weighed) == 1
 
 
 # ---- from comparisons to batches ----

@@ -286,6 +286,34 @@ def test_ptx_needs_demonstrations_with_prompts(lab: Lab, tmp_path: Path) -> None
     write(tmp_path / "prompts.jsonl", [{"prompt": word} for word in WORDS])
     line = lab(data={"demonstrations": "texts.jsonl", "prompts": "prompts.jsonl"}, ppo={"ptx_coef": 1.0})
     assert "ppo.ptx_coef needs demonstrations of prompt and completion" in line
+    # reveals: only the stage that needs them looks, when all before it have been trained.
+    assert begun(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("clip", 0.0, "must be positive"),
+        ("clip_value", -0.2, "must be positive"),
+        ("kl_coef", -0.1, "must be 0 or more"),
+        ("value_coef", -1.0, "must be 0 or more"),
+        ("ptx_coef", -27.8, "must be 0 or more"),
+        ("gamma", 1.5, "must lie between 0 and 1"),
+        ("gae_lambda", -0.1, "must lie between 0 and 1"),
+    ],
+)
+def test_numbers_that_ppo_cannot_have(lab: Lab, tmp_path: Path, key: str, value: float, why: str) -> None:
+    assert f"ppo.{key}: {why}" in lab(ppo={key: value})
+    assert begun(tmp_path) == []
+
+
+def test_the_labeler_of_the_evaluation_is_looked_for_before_a_stage_begins(lab: Lab, tmp_path: Path) -> None:
+    rows = [{"prompt": w, "chosen": "good", "rejected": "bad"} for w in WORDS]
+    write(tmp_path / "pairs.jsonl", rows)
+    line = lab(data={"comparisons": "pairs.jsonl"}, collect={"labeler": {"name": "vadr"}})
+    assert "vadr" in line
+    # reveals: with comparisons given, only the evaluation has a labeler, after all training.
+    assert begun(tmp_path) == []
 
 
 # ---- order and parents ----

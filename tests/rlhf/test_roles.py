@@ -24,7 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
     # TRL 1.16 and PEFT 0.21 still use what transformers 5.23 renamed.
     "ignore:`gradient_checkpointing:FutureWarning",
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",
-    "ignore:fan_in_fan_out is set to False:UserWarning",  # PEFT mends it by itself, for GPT-2's Conv1D
 )
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
@@ -55,7 +54,7 @@ def reward_folder(
         if family not in made:
             model, tokenizer = models.open_reward(save_tiny(family))
             init_head(model, seed=7)
-            adapted: Any = get_peft_model(model, lora(LORA, "SEQ_CLS"))
+            adapted: Any = get_peft_model(model, lora(LORA, "SEQ_CLS", model))
             shake(adapted, "lora_", seed=8)
             adapted.get_base_model().config.reward_shift = 0.25
             adapted.get_base_model().config.reward_scale = 1.5
@@ -76,7 +75,7 @@ def roles(
         from peft import get_peft_model
 
         policy, _ = models.open_policy(save_tiny(family))
-        policy = get_peft_model(policy, lora(LORA, "CAUSAL_LM"))
+        policy = get_peft_model(policy, lora(LORA, "CAUSAL_LM", policy))
         shake(policy, "lora_", seed=9)
         judge, critic = (
             AdapterClassifier(policy, name, reward_folder(family)) for name in ("reward", "critic")
@@ -261,13 +260,14 @@ def ppo(
             "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [],
             "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "seed": 3,
         }  # fmt: skip
+        model, _ = models.open_policy(save_tiny("llama"))
         trainer = PPOTrainer(
-            model=models.open_policy(save_tiny("llama"))[0],
+            model=model,
             reward_funcs=reward_of_ids,
             args=PPOConfig(**(settings | changes)),
             train_dataset=Dataset.from_list([{"prompt": p} for p in reviews.prompts()[:5]]),
             processing_class=tokenizer,
-            peft_config=lora(LORA, "CAUSAL_LM"),
+            peft_config=lora(LORA, "CAUSAL_LM", model),
             critic=shared,
         )
         from transformers import PrinterCallback
@@ -306,6 +306,14 @@ def test_policy_and_critic_have_a_learning_rate_each(
     trainer.train()
     moved = {name for name, value in parts(trainer).items() if not torch.equal(value, before[name])}
     assert moved == {n for n in before if moving in n} | ({"head"} if moving == ".critic." else set())
+
+
+def test_activations_are_not_computed_again_where_the_critic_is_an_adapter(
+    ppo: Callable[..., PPOTrainer],
+) -> None:
+    # They would be with the policy's adapter on, and the critic's gradients those of something else.
+    with pytest.raises(LabError, match="set gradient_checkpointing=False"):
+        ppo(gradient_checkpointing=True)
 
 
 def test_ppos_reference_is_the_sft_policy(
@@ -396,7 +404,7 @@ def test_an_adapter_of_another_size_is_refused(
     wide = hf.AutoModelForSequenceClassification.from_config(
         hf.LlamaConfig(hidden_size=32, **sizes, **common)
     )
-    models.save(get_peft_model(wide, lora(LORA, "SEQ_CLS")), tokenizer, tmp_path)
+    models.save(get_peft_model(wide, lora(LORA, "SEQ_CLS", wide)), tokenizer, tmp_path)
     policy, _, _ = roles("llama")
     # reveals: torch's own error of many lines comes through.
     with pytest.raises(LabError, match="does not fit the policy"):

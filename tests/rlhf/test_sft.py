@@ -1,5 +1,6 @@
 """What supervised fine-tuning learns from: the answers and their ends, nothing else, packed or not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from datasets import Dataset
 
 from lab import config
 from lab.device import DeviceConfig, resolve
+from lab.run import Run
 from rlhf import reviews
 from rlhf.config import RLHFRun
-from rlhf.sft import make_trainer
+from rlhf.pipeline import run_stages
+from rlhf.sft import describe_fits, make_trainer
 from tests.rlhf.test_families import FAMILIES, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -116,3 +119,51 @@ def test_with_lora_only_adapters_are_trained(tmp_path: Path) -> None:
     trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
+
+
+SHORT, LONG_ANSWER, LONG_PROMPT = (
+    {"prompt": "pea", "completion": " good"},  # with its end, a byte being a token, 9 tokens
+    {"prompt": "egg", "completion": " very" * 8},
+    {"prompt": "fig?" * 10, "completion": " good"},
+)
+
+
+def write_rows(path: Path, *rows: tuple[dict[str, str], int]) -> None:
+    """So many copies of each row, told apart by a number."""
+    lines = [row | {"prompt": f"{i}{row['prompt']}"} for row, count in rows for i in range(count)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_max_length_takes_away_is_told_before_training_and_kept_in_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], packing: bool
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", (SHORT, 8), (LONG_ANSWER, 3), (LONG_PROMPT, 2))
+    write_rows(tmp_path / "data" / "test.jsonl", (SHORT, 4), (LONG_ANSWER, 1))
+    values = {
+        "model": {"path": str(save(FAMILIES["gpt2"], tmp_path / "base"))},
+        "data": {"demonstrations": str(tmp_path / "data"), "max_length": 32, "max_new_tokens": 8},
+        "sft": {"batch_size": 4, "packing": packing},
+        "device": {"device": "cpu", "precision": "fp32", "threads": 1},
+        "tracking": {"wandb": "disabled"},
+    }
+    settings = config.build(RLHFRun, values, {}, "test")
+    run_stages(settings, tmp_path / "run", only="sft")
+    said = capsys.readouterr().err
+    line = (
+        "data.max_length 32: of 13 demonstrations 3 are cut off and 2 left out; "
+        "of 5 held-out demonstrations 1 is cut off and 0 left out"
+    )
+    assert said.count(line) == 1
+    assert said.index("starting in") < said.index(line) < said.index("finished in")
+    assert Run.open(tmp_path / "run" / "sft").info["summary"]["demonstrations"] == {
+        "train": {"rows": 13, "cut_off": 3, "left_out": 2},
+        "eval": {"rows": 5, "cut_off": 1, "left_out": 0},
+    }
+
+
+def test_where_all_demonstrations_fit_nothing_is_said(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, reviews.demonstrations(1)[:4], {"labgpt": TINY})
+    assert [(fit.rows, fit.cut_off, fit.left_out) for fit in trainer.fits.values()] == [(4, 0, 0)] * 2
+    assert describe_fits(trainer.fits, 96) == ""

@@ -20,21 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.errors import LabError
-from rlhf.labeler import (
-    Answer,
-    Human,
-    Judge,
-    Quit,
-    Scorer,
-    Skip,
-    Undo,
-    completion,
-    make,
-    parse_order,
-    prompt_text,
-    ranking_from_scores,
-    ranks_from_groups,
-)
+from rlhf.labelers import Answer, Quit, Scorer, Skip, Undo, completion, make
+from rlhf.labelers.base import prompt_text, ranking_from_scores, ranks_from_groups
+from rlhf.labelers.human import Human, parse_order
+from rlhf.labelers.judge import Judge
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How was it?"}]
 
@@ -58,7 +47,7 @@ def scorer(spec: Any) -> Scorer:
 
 def test_importing_labelers_and_collection_loads_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'rich', 'jsonargparse', 'vaderSentiment'}"
-    code = f"import sys, rlhf.labeler, rlhf.collect; print({heavy} & set(sys.modules))"
+    code = f"import sys, rlhf.labelers, rlhf.collect; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
 
