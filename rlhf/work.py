@@ -225,6 +225,7 @@ def _eval(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     write_json(stage.run.folder / "evaluation.json", result)
     numbers = {
         "eval/win_rate": result["policy"]["win_rate"]["mean"],
+        "eval/win_rate_n": result["prompts"] * result["samples_per_prompt"],
         "eval/kl_nats": result["policy"]["kl_nats"],
         "eval/length_ratio": result["policy"]["length_ratio"],
     }
