@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lab import comparing
 from lab.errors import LabError
 
 KINDS = ("algorithms", "backbones", "configs", "games", "labelers")
@@ -124,6 +125,15 @@ def _build_parser() -> _Parser:
         "--format", choices=["sb3"], default="sb3", help="sb3: a zip for stable_baselines3.DQN.load"
     )
     export.add_argument("--out", type=Path, help="the file; default <run>/agent_sb3.zip")
+
+    comparing.add_arguments(
+        command(
+            "compare",
+            comparing.do,
+            "Compare runs: which is better, by how much, how sure, and what was different.",
+            epilog="lab compare runs --metric=eval/mean_reward --by=agent.algorithm --baseline=dqn --open",
+        )
+    )
 
     for point in importlib.metadata.entry_points(group="lab.commands"):
         point.load()(command)

@@ -1,0 +1,120 @@
+"""The command `lab compare`: what was asked, where the runs are, and where the answer goes."""
+
+import argparse
+import shlex
+import webbrowser
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.errors import LabError
+
+if TYPE_CHECKING:
+    from lab.records import Found
+
+USUAL_METRICS = ("eval/mean_reward", "eval/win_rate", "eval/accuracy", "eval/loss", "train/loss")
+"""The first that a run has is compared if none is named."""
+DEFAULT_FOLDER = Path("runs/comparison")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lab compare`."""
+    add = parser.add_argument
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a run folder, a folder or glob of them, a W&B offline folder, or wandb:entity/project?filters",
+    )
+    add("--metric", action="append", metavar="NAME", help="e.g. eval/mean_reward; may be given several times")
+    add("--by", metavar="KEY[,KEY]", help="config keys that make the groups; default: all but the seed")
+    add(
+        "--baseline", default="", metavar="GROUP", help="what the others are compared with; default: the last"
+    )
+    add(
+        "--score",
+        default="final",
+        metavar="HOW",
+        help="of a run: final (mean of the last tenth), last, best, auc",
+    )
+    add("--goal", default="", metavar="GOAL", help="maximize or minimize; default: by the metric's name")
+    add("--axis", default="step", metavar="AXIS", help="of the curves: step, frames, tokens, episodes, time")
+    add("--threshold", type=float, metavar="VALUE", help="show how long it took to come so far")
+    add("--task", default="", metavar="KEY", help="config key of the task; default: the game or data set")
+    add("--gamma", type=float, default=1.0, metavar="VALUE", help="goal of the optimality gap (1)")
+    add("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
+    add("--out", type=Path, metavar="DIR", help="write the page, plots, tables and CSV files to a folder")
+    add("--open", action="store_true", help=f"show the page; without --out it is written to {DEFAULT_FOLDER}")
+
+
+def do(options: argparse.Namespace) -> int:
+    """Runs `lab compare`."""
+    from rich.console import Console
+
+    from lab import compare, report
+
+    questions, found = _ask(options)
+    console = Console()
+    comparisons = [compare.compare(found.records, question, found.notes) for question in questions]
+    for number, comparison in enumerate(comparisons):
+        if number:
+            console.print()
+        report.show(comparison, console)
+    folder: Path | None = options.out or (DEFAULT_FOLDER if options.open else None)
+    if folder is not None:
+        title = " and ".join(question.metric for question in questions)
+        page = report.write(comparisons, folder, title, command(options))
+        console.print(f"written: {page}", highlight=False, markup=False, soft_wrap=True)
+        if options.open and not webbrowser.open(page.absolute().as_uri()):
+            console.print("no browser here: open the file yourself", highlight=False)
+    return 0
+
+
+def _ask(options: argparse.Namespace) -> "tuple[list[Any], Found]":
+    """The questions, one a metric, and the runs to answer them with."""
+    from lab import compare, records
+
+    wishes: dict[str, str] = {}
+    for source in options.sources:
+        if source.startswith("wandb:"):
+            wishes |= records.parse_query(source).wishes
+    metrics = options.metric or ([wishes["metric"]] if "metric" in wishes else list(USUAL_METRICS))
+    by = options.by if options.by is not None else wishes.get("by", "")
+    question = compare.Question(
+        metric=metrics[0],
+        by=tuple(key.strip() for key in by.split(",") if key.strip()),
+        baseline=options.baseline,
+        score=options.score,
+        goal=options.goal,
+        axis=options.axis,
+        threshold=options.threshold,
+        task=options.task or wishes.get("task", ""),
+        gamma=options.gamma,
+        confidence=options.confidence,
+    )
+    questions = [replace(question, metric=metric) for metric in dict.fromkeys(metrics)]
+    found = records.load(options.sources, compare.wanted_metrics(questions))
+    if options.metric is None and "metric" not in wishes:
+        there = [q for q in questions if any(q.metric in record.series for record in found.records)]
+        if not there:
+            known = sorted({name for record in found.records for name in record.metrics})
+            raise LabError(
+                f"command line: name a --metric. The runs have {', '.join(known[:12]) or 'none'}"
+                f"{' ...' if len(known) > 12 else ''}."
+            )
+        questions = there[:1]
+    return questions, found
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command line that asks the same again."""
+    words = ["lab", "compare", *options.sources]
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    for name, value in vars(options).items():
+        if name in ("sources", "out", "open", "metric") or not hasattr(options, name):
+            continue
+        if name in vars(defaults.parse_args(["x"])) and value != defaults.get_default(name):
+            words.append(f"--{name}={value}")
+    words += [f"--metric={metric}" for metric in options.metric or ()]
+    return shlex.join(words)

@@ -1,0 +1,381 @@
+"""What `lab compare` answers, and what it refuses to."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lab import cli, report, statistics
+from lab.compare import Comparison, Question, compare, score_of, wanted_metrics
+from lab.errors import LabError
+from lab.records import Record, Series, load
+from lab.report_page import page
+from tests.lab.runs import make_run
+
+METRIC = "eval/mean_reward"
+
+
+def record(
+    name: str, ys: list[float] | None, config: Mapping[str, Any], xs: list[float] | None = None, **more: Any
+) -> Record:
+    series = {}
+    if ys is not None:
+        x = np.arange(len(ys), dtype=float) if xs is None else np.array(xs, float)
+        series[METRIC] = Series(x, np.array(ys, float))
+    fields: dict[str, Any] = {"job_type": "train", "x_axis": "agent_steps", **more}
+    return Record(
+        id=name,
+        name=name,
+        source=name,
+        config=dict(config),
+        series=series,
+        metrics=frozenset(series),
+        **fields,
+    )
+
+
+def grid(scores: Mapping[str, Mapping[str, list[float]]]) -> list[Record]:
+    """A run per algorithm, game and seed, each of one score."""
+    return [
+        record(f"{a}-{g}-{s}", [score], {"seed": s, "env.game": g, "agent.algorithm": a, "lr": 0.1})
+        for a, games in scores.items()
+        for g, values in games.items()
+        for s, score in enumerate(values)
+    ]
+
+
+def ask(records: list[Record], **options: Any) -> Comparison:
+    return compare(records, Question(metric=METRIC, **options))
+
+
+# ---- groups ----
+
+
+def test_runs_that_differ_in_the_seed_alone_are_a_group() -> None:
+    records = grid({"dqn": {"pong": [1, 2, 3]}, "pqn": {"pong": [4, 5]}})
+    comparison = ask(records)
+    assert [(g.label, g.n, g.seeds) for g in comparison.groups] == [
+        ("algorithm=pqn", 2, 2),
+        ("algorithm=dqn", 3, 3),
+    ]
+    assert comparison.baseline == "algorithm=dqn"
+
+
+def test_by_one_key_and_by_two() -> None:
+    records = grid({"dqn": {"pong": [1], "breakout": [2]}, "pqn": {"pong": [3], "breakout": [4]}})
+    assert {g.label for g in ask(records, by=("agent.algorithm",)).groups} == {"dqn", "pqn"}
+    two = ask(records, by=("agent.algorithm", "env.game"))
+    assert {g.label for g in two.groups} >= {"algorithm=dqn, game=pong", "algorithm=pqn, game=breakout"}
+    assert len(two.groups) == 4
+
+
+def test_keys_that_change_no_result_make_no_group() -> None:
+    records = [
+        record(
+            f"{threads}",
+            [1.0],
+            {"seed": threads, "lr": 1, "device.threads": threads, "tracking.wandb": "auto"},
+        )
+        for threads in (1, 2)
+    ]
+    assert [group.n for group in ask(records).groups] == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": ("agent.algoritm",)}, "no run has such a key in its config. Did you mean 'agent.algorithm'?"),
+        ({"baseline": "ppo"}, "--baseline ppo: is no group."),
+        ({"baseline": "qn"}, "--baseline qn: fits 2 groups."),
+        ({"score": "median"}, "--score median: is none of final, last, best, auc."),
+        ({"goal": "max"}, "--goal max: is none of maximize, minimize."),
+        ({"axis": "epochs"}, "--axis epochs: is none of"),
+        ({"confidence": 95.0}, "--confidence 95: must lie between 0 and 1"),
+    ],
+)  # fmt: skip
+def test_questions_that_cannot_be_answered(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LabError) as error:
+        ask(grid({"dqn": {"pong": [1]}, "pqn": {"pong": [2]}}), **options)
+    assert message in str(error.value)
+
+
+def test_a_metric_that_no_run_has() -> None:
+    with pytest.raises(LabError) as error:
+        compare(grid({"dqn": {"pong": [1]}}), Question(metric="eval/mean_rewrd"))
+    assert "--metric eval/mean_rewrd: none of the 1 runs has it. Did you mean 'eval/mean_reward'?" in str(
+        error.value
+    )
+
+
+# ---- numbers ----
+
+
+def test_the_numbers_of_a_group_are_those_of_its_runs() -> None:
+    ys = [3.0, 1.0, 4.0, 1.0, 5.0]
+    (group,) = ask(grid({"dqn": {"pong": ys}})).groups
+    assert group.mean == pytest.approx(2.8)
+    assert group.std == pytest.approx(np.std(ys, ddof=1))
+    assert group.median == 3.0
+    assert group.estimates["iqm"] == statistics.stratified_bootstrap([ys])["iqm"]
+    assert group.estimates["iqm"].point == pytest.approx((1 + 3 + 4) / 3)
+
+
+def test_over_games_runs_are_resampled_within_each() -> None:
+    scores = {"dqn": {"a": [1.0, 2, 3], "b": [10.0, 12, 14]}, "pqn": {"a": [2.0, 3, 4], "b": [9.0, 13, 14]}}
+    comparison = ask(grid(scores), by=("agent.algorithm",), baseline="dqn")
+    assert comparison.task_key == "env.game"
+    assert comparison.tasks == ("a", "b")
+    pqn = next(g for g in comparison.groups if g.label == "pqn")
+    expected = statistics.probability_of_improvement(
+        list(scores["pqn"].values()), list(scores["dqn"].values())
+    )
+    assert pqn.better_than_baseline == expected
+    assert pqn.estimates["iqm"] == statistics.stratified_bootstrap(list(scores["pqn"].values()))["iqm"]
+
+
+def test_only_games_that_all_groups_have_are_compared_and_the_rest_is_told() -> None:
+    comparison = ask(
+        grid({"dqn": {"a": [1], "b": [2]}, "pqn": {"a": [3], "c": [4]}}), by=("agent.algorithm",)
+    )
+    assert [g.n for g in comparison.groups] == [1, 1]
+    assert "compared on the 1 env.game that all groups have; left out: b, c" in comparison.notes
+    nothing = ask(grid({"dqn": {"a": [1]}, "pqn": {"b": [2]}}), by=("agent.algorithm",))
+    assert any("no env.game is common to all groups" in note for note in nothing.notes)
+
+
+def test_less_is_better_for_losses() -> None:
+    records = [record(f"{lr}", [loss], {"lr": lr}) for lr, loss in ((0.1, 2.0), (0.2, 1.0))]
+    records = [Record(**{**vars(r), "series": {"eval/loss": r.series[METRIC]}}) for r in records]
+    comparison = compare(records, Question(metric="eval/loss", by=("lr",)))
+    assert [group.label for group in comparison.groups] == ["0.2", "0.1"]
+    better = comparison.groups[0].better_than_baseline
+    assert better is not None
+    assert better.point == 1.0
+    turned = compare(records, Question(metric="eval/loss", by=("lr",), goal="maximize"))
+    assert [group.label for group in turned.groups] == ["0.1", "0.2"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "less"), [("eval/loss", True), ("objective/kl", True), ("eval/mean_reward", False)]
+)
+def test_which_way_is_better_by_the_name(metric: str, less: bool) -> None:
+    assert Question(metric=metric).lower_is_better is less
+
+
+@pytest.mark.parametrize(("how", "value"), [("last", 4.0), ("best", 9.0), ("final", 6.5), ("auc", 4.45)])
+def test_what_a_curve_comes_down_to(how: str, value: float) -> None:
+    x = np.arange(0, 11.0)
+    y = np.array([0, 1, 2, 3, 4, 5, 6, 7, 5.5, 9, 4.0])
+    assert score_of(Series(x, y), how) == pytest.approx(value)
+
+
+def test_nan_scores_are_counted_and_not_averaged() -> None:
+    records = grid({"dqn": {"pong": [1.0, float("nan"), 3.0]}})
+    records.append(record("none", None, {"seed": 9, "env.game": "pong", "agent.algorithm": "dqn", "lr": 0.1}))
+    comparison = ask(records)
+    (group,) = comparison.groups
+    assert (group.n, group.without, group.mean) == (2, 1, 2.0)
+    assert any("1 of 4 scores are NaN or infinite; not counted" in note for note in comparison.notes)
+    assert report.runs(group) == "2 of 4 seeds (1 without a value)"
+
+
+def test_runs_that_did_not_finish_are_counted_and_named() -> None:
+    states = ["finished", "crashed", "crashed", "running"]
+    records = [
+        record(str(s), [float(s)], {"seed": s, "lr": 1}, state=state) for s, state in enumerate(states)
+    ]
+    (group,) = ask(records).groups
+    assert group.n == 4
+    assert report.runs(group) == "4 (2 crashed, 1 running)"
+
+
+def test_few_seeds_are_said_to_be_few() -> None:
+    comparison = ask(grid({"dqn": {"pong": [1]}, "pqn": {"pong": [1, 2, 3]}}), by=("agent.algorithm",))
+    assert "dqn: one seed: no interval can be given" in comparison.notes
+    assert any(note.startswith("pqn: 3 seeds: the IQM equals the mean") for note in comparison.notes)
+
+
+def test_time_to_a_threshold() -> None:
+    clock = Series(np.arange(4.0), np.array([0.0, 10, 20, 30]))
+    records = [
+        record(str(s), ys, {"seed": s})
+        for s, ys in enumerate([[0.0, 1, 2, 3], [0.0, 0, 0, 5], [0.0, 0, 0, 1]])
+    ]
+    for r in records:
+        r.series["time/elapsed_seconds"] = clock
+    (group,) = ask(records, threshold=2.0).groups
+    assert group.threshold_steps == (3.0, 2, 3)
+    assert group.threshold_seconds == (30.0, 2, 3)
+
+
+def test_win_rates_have_wilsons_interval_over_all_comparisons() -> None:
+    records = [record(str(s), [rate], {"seed": s}) for s, rate in enumerate((0.8, 0.9))]
+    for r in records:
+        r.series["eval/win_rate"] = r.series.pop(METRIC)
+        r.series["eval/win_rate_n"] = Series(np.zeros(1), np.array([300.0]))
+    (group,) = compare(records, Question(metric="eval/win_rate")).groups
+    assert group.win_rate == statistics.wilson_interval(0.85 * 600, 600)
+
+
+# ---- curves ----
+
+
+def test_curves_lie_on_the_x_that_all_runs_of_a_group_have() -> None:
+    records = [
+        record("long", [0, 10], {"seed": 0}, xs=[0, 100]),
+        record("short", [5, 10], {"seed": 1}, xs=[50, 100]),
+    ]
+    (group,) = ask(records).groups
+    assert group.curve is not None
+    assert (group.curve_x[0], group.curve_x[-1]) == (50, 100)
+    assert group.curve.point[0] == pytest.approx(5.0)
+    assert group.curve.low[0] == pytest.approx(5.0)
+
+
+def test_different_kinds_of_steps_are_not_laid_over_one_another() -> None:
+    records = [
+        record("rl", [0, 1], {"seed": 0, "kind": "rl"}, x_axis="agent_steps"),
+        record("lm", [0, 2], {"seed": 0, "kind": "lm"}, x_axis="optimizer_steps"),
+    ]
+    comparison = ask(records, by=("kind",))
+    assert all(group.curve is None for group in comparison.groups)
+    assert any("count different things (agent_steps, optimizer_steps)" in note for note in comparison.notes)
+    for r in records:
+        r.series["time/elapsed_seconds"] = Series(np.arange(2.0), np.array([0.0, 60.0]))
+    timed = ask(records, by=("kind",), axis="time")
+    assert all(group.curve is not None for group in timed.groups)
+    assert timed.x_label == "seconds"
+
+
+# ---- what was different, what came from what ----
+
+
+def test_the_config_keys_that_differ_and_no_others() -> None:
+    comparison = ask(grid({"dqn": {"pong": [1, 2]}, "pqn": {"pong": [3]}}), by=("agent.algorithm",))
+    assert comparison.differences == {"agent.algorithm": {"dqn": "dqn", "pqn": "pqn"}}
+
+
+def test_stages_are_linked_by_hash_and_the_other_stages_are_not_missing_the_metric() -> None:
+    sft = record("sft", None, {"seed": 0}, job_type="sft")
+    evaluation = record(
+        "eval",
+        [0.9],
+        {"seed": 0},
+        job_type="eval",
+        parents=({"run_id": "sft", "stage": "sft", "sha256": "ab12"},),
+    )
+    comparison = ask([sft, evaluation])
+    (group,) = comparison.groups
+    assert (group.n, group.without) == (1, 0)
+    assert report.lineage(comparison) == ["eval (eval) from sft (sft, sha256 ab12)"]
+    assert comparison.notes[0] == f"left out, since no run of their kind has {METRIC}: 1 sft"
+
+
+# ---- how it is shown ----
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for algorithm, gain in (("dqn", 1.0), ("pqn", 2.0)):
+        for seed in range(3):
+            rows = [
+                (step, {METRIC: gain * step + seed, "time/elapsed_seconds": step / 10})
+                for step in range(0, 60, 10)
+            ]
+            config = {"seed": seed, "agent": {"algorithm": algorithm}, "env": {"game": "<b>pong</b>"}}
+            make_run(tmp_path / "runs" / f"{algorithm}{seed}", rows, config=config)
+    return tmp_path / "runs"
+
+
+Lab = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def lab(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Lab:
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "160")
+        code = cli.main(["compare", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_one_command_says_which_is_better(runs: Path, lab: Lab) -> None:
+    code, out, err = lab(runs, "--by", "agent.algorithm", "--baseline", "dqn")
+    assert (code, err) == (0, "")
+    assert "pqn is better than dqn with probability 1" in out
+    assert "agent.algorithm" in out
+    assert "3 seeds: the IQM equals the mean" in out
+
+
+def test_what_it_writes(runs: Path, lab: Lab, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, said, _ = lab(runs, "--by=agent.algorithm", "--threshold=30", "--out", out)
+    assert code == 0
+    assert str(out / "comparison.html") in said.replace("\n", "")
+    groups = list(csv.DictReader((out / "groups.csv").read_text().splitlines()))
+    assert [row["group"] for row in groups] == ["pqn", "dqn"]
+    assert float(groups[0]["mean"]) == pytest.approx(101.0)
+    assert float(groups[0]["steps_to_threshold"]) == 20.0
+    assert len(list(csv.DictReader((out / "runs.csv").read_text().splitlines()))) == 6
+    curves = list(csv.DictReader((out / "curves.csv").read_text().splitlines()))
+    assert {row["group"] for row in curves} == {"pqn", "dqn"}
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "comparison.svg").read_text()
+    text = (out / "comparison.md").read_text()
+    assert "| pqn | 3 | 101.0 | 1 | 101.0 |" in text
+    assert "--by=agent.algorithm --threshold=30.0" in text
+    assert not list(out.glob(".*"))
+
+
+def test_the_page_stands_alone_and_takes_labels_for_text(runs: Path) -> None:
+    question = Question(metric=METRIC, by=("env.game",))
+    found = load([str(runs)], wanted_metrics([question]))
+    text = page([compare(found.records, question)], "a </script> title", "lab compare")
+    assert "default-src 'none'" in text
+    assert "<b>pong</b>" not in text
+    assert "a </script> title" not in text
+    data = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    assert {plot["id"] for plot in json.loads(data)} >= {"curves0", "scores0"}
+    before_library = text.split("<script>")[0]
+    assert "src=" not in before_library
+    assert "href=" not in before_library
+
+
+def test_the_command_on_the_page_asks_the_same_again(runs: Path, lab: Lab, tmp_path: Path) -> None:
+    lab(runs, "--by=agent.algorithm", "--metric", METRIC, "--score=best", "--out", tmp_path / "a")
+    line = (tmp_path / "a" / "comparison.md").read_text().splitlines()[2].strip("`")
+    words = line.split()
+    assert words[:2] == ["lab", "compare"]
+    lab(*words[2:], "--out", tmp_path / "b")
+    assert (tmp_path / "a" / "groups.csv").read_bytes() == (tmp_path / "b" / "groups.csv").read_bytes()
+
+
+def test_the_same_numbers_every_time(runs: Path, lab: Lab) -> None:
+    assert lab(runs, "--by=agent.algorithm") == lab(runs, "--by=agent.algorithm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "lab: nowhere: not there."),
+        (["runs", "--metric=eval/mean_rewar"], "Did you mean 'eval/mean_reward'?"),
+        (["runs", "--by=agent.algorithmm"], "Did you mean 'agent.algorithm'?"),
+        (["runs", "--threshold=high"], "lab: command line: argument --threshold"),
+        (["runs", "--goal=up"], "lab: --goal up: is none of maximize, minimize."),
+        (["runs", "--out=runs/dqn0/run.json"], "Name another folder with --out."),
+    ],
+)
+def test_mistakes_are_one_line(
+    runs: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    code, _, err = lab(*arguments)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert message in err
