@@ -55,11 +55,12 @@ def make_runs(folder: Path, n_runs: int, n_rows: int) -> None:
 
 def measure(folder: Path) -> dict[str, float]:
     """Wall seconds and peak memory, workers included, of one comparison with everything written."""
+    arguments = ["compare", str(folder), "--metric", METRIC, "--out", f"{folder}-out"]
     code = (
         "import json, resource, sys, time\n"
         "from lab import cli\n"
         "began = time.perf_counter()\n"
-        f"code = cli.main(['compare', {str(folder)!r}, '--metric', {METRIC!r}, '--out', {str(folder) + '-out'!r}])\n"
+        f"code = cli.main({arguments!r})\n"
         "took = time.perf_counter() - began\n"
         "own, workers = (resource.getrusage(who).ru_maxrss * 1024\n"
         "                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))\n"

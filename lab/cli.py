@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lab import comparing
+from lab import comparing, sweep
 from lab.errors import LabError
 
 KINDS = ("algorithms", "backbones", "configs", "games", "labelers")
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = {
             "train": " Continue the run with --resume.",
             "rlhf": " The same command goes on where it stopped.",
+            "sweep": " The same command goes on where it stopped.",
         }.get(next(iter(arguments), ""), "")
         print(f"lab: stopped at once.{advice}", file=sys.stderr)
         return 130
@@ -132,6 +133,12 @@ def _build_parser() -> _Parser:
             comparing.do,
             "Compare runs: which is better, by how much, how sure, and what was different.",
             epilog="lab compare runs --metric=eval/mean_reward --by=agent.algorithm --baseline=dqn --open",
+        )
+    )
+
+    sweep.add_arguments(
+        command(
+            "sweep", sweep.do, "Train a config with many settings and seeds: grid, random or Bayesian search."
         )
     )
 

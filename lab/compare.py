@@ -508,7 +508,7 @@ def _differences(members: Mapping[str, Sequence[Record]]) -> dict[str, dict[str,
     keys = sorted({key for record in everyone for key in record.config})
     table = {}
     for key in keys:
-        if key == "seed" or len({_text(record.config.get(key)) for record in everyone}) < 2:
+        if key in ("seed", "name") or len({_text(record.config.get(key)) for record in everyone}) < 2:
             continue
         table[key] = {
             label: " | ".join(sorted({_text(record.config.get(key, "-")) for record in group}))

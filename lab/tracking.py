@@ -26,6 +26,8 @@ from lab.files import explain_write_errors
 
 MODES = ("auto", "online", "offline", "disabled")
 AXIS_GROUPS = ("rollout/*", "train/*", "eval/*", "time/*", "objective/*", "media/*")
+SWEEP_VARIABLE = "LAB_WANDB_SWEEP"
+"""In a run's environment: the W&B sweep it belongs to. WANDB_SWEEP_ID would change the run's id."""
 FINISH_SECONDS = 60
 """How long the end of a run waits for W&B to take the rest of the rows."""
 _SECRET = re.compile(r"(?i)(api[_-]?key|secret|passw|[_-]token$|^token$|credential|authorization)")
@@ -194,6 +196,7 @@ class Tracker:
                         disable_git=True,
                         save_code=False,
                         silent=True,
+                        sweep_id=os.environ.get(SWEEP_VARIABLE),
                     ),
                 )
                 self._wandb.define_metric("global_step")

@@ -10,6 +10,7 @@ mask no real token sees it, so no model needs an attention mask, and learned pos
 themselves. Masks come from lengths, never from token ids: the padding token may be the end token.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -268,6 +269,10 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise LabError("PPOTrainer: a separate critic works on one process or with DDP, not when sharded")
+        if self.ref_model is not None:
+            # GRPOTrainer reads its own from the policy's folder, maybe as another class or other weights.
+            reference = copy.deepcopy(self.accelerator.unwrap_model(self.model)).requires_grad_(False)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.args.ptx_coef and ptx_dataset is None:
             raise LabError("PPOTrainer: ptx_coef needs ptx_dataset. Give it, or set ptx_coef to 0.")
         if isinstance(critic, str | Path):
