@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lab import comparing, sweep
+from lab import comparing, sweep, sync
 from lab.errors import LabError
 
 KINDS = ("algorithms", "backbones", "configs", "games", "labelers")
@@ -139,6 +139,12 @@ def _build_parser() -> _Parser:
     sweep.add_arguments(
         command(
             "sweep", sweep.do, "Train a config with many settings and seeds: grid, random or Bayesian search."
+        )
+    )
+
+    sync.add_arguments(
+        command(
+            "sync", sync.do, "Send offline runs to Weights & Biases, and read back that every row is there."
         )
     )
 

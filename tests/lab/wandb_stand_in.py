@@ -67,11 +67,12 @@ class WandbStandIn(ThreadingHTTPServer):
     Its illnesses, which may be changed at any time:
 
     die()               all connections are cut, the port is closed
-    die_after_rows = n  the same, in the middle of the request that brings row n + 1 of all runs
-    drops_rows = True   it answers as if it had stored the rows, but has not
-    errors = n          the next n requests are answered with status 500
-    silent = True       it takes connections and never answers
-    hides_rows = n      the last n rows of a run are counted, but not shown (a real server takes a while)
+    die_after_rows = n     the same, in the middle of the request that brings row n + 1 of all runs
+    silent = True          it takes connections and never answers
+    silent_after_rows = n  the same from the request on that brings row n + 1 of all runs
+    drops_rows = True      it answers as if it had stored the rows, but has not
+    errors = n             the next n requests are answered with status 500
+    hides_rows = n         the last n rows of a run are counted, but not shown (a real server takes a while)
     """
 
     daemon_threads = True
@@ -88,6 +89,7 @@ class WandbStandIn(ThreadingHTTPServer):
         self.unknown: set[str] = set()
         """The operations it was asked for and does not know."""
         self.die_after_rows: int | None = None
+        self.silent_after_rows: int | None = None
         self.drops_rows = False
         self.errors = 0
         self.silent = False
@@ -310,17 +312,19 @@ class WandbStandIn(ThreadingHTTPServer):
         """Takes one message of a run's file stream; rows are placed by their offset.
 
         Raises:
-            ConnectionAbortedError: the server dies of it.
+            ConnectionAbortedError: the server dies of it, or falls silent.
         """
         run = self.runs[name]
         for file, chunk in (message.get("files") or {}).items():
             rows = [json.loads(line) for line in chunk["content"]]
             if file == HISTORY and not self.drops_rows:
-                dies = self.die_after_rows is not None and self._rows + len(rows) > self.die_after_rows
-                kept = rows[: (self.die_after_rows or 0) - self._rows] if dies else rows
+                limits = [
+                    limit for limit in (self.die_after_rows, self.silent_after_rows) if limit is not None
+                ]
+                kept = rows[: max(0, min(limits) - self._rows)] if limits else rows
                 run.history[chunk["offset"] : chunk["offset"] + len(kept)] = kept
                 self._rows += len(kept)
-                if dies:
+                if len(kept) < len(rows):
                     raise ConnectionAbortedError
             elif file == "wandb-summary.json" and rows:
                 run.summary = rows[-1]
@@ -412,7 +416,11 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     return self._reply({}, 404)
         except ConnectionAbortedError:
-            return self.server.die()
+            if self.server.die_after_rows is not None:
+                return self.server.die()
+            self.server.silent, self.server.silent_after_rows = True, None
+            self.server.falls_ill()
+            return None
         self._reply(answer)
 
     def do_PUT(self) -> None:
