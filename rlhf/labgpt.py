@@ -134,6 +134,8 @@ class LabGPTPreTrainedModel(PreTrainedModel):
 class LabGPTModel(LabGPTPreTrainedModel):
     """`LabGPT` (as `.gpt`) behind transformers' interface for models without a head."""
 
+    takes_output_at = True
+
     def __init__(self, config: LabGPTConfig) -> None:
         super().__init__(config)
         if config._attn_implementation != "sdpa":
@@ -157,6 +159,7 @@ class LabGPTModel(LabGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_at: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Features of every token, as transformers' models compute them, with three rules of its own.
@@ -175,6 +178,7 @@ class LabGPTModel(LabGPTPreTrainedModel):
             past_key_values: keys and values of the past tokens.
             inputs_embeds: (batch, time, width).
             use_cache: make a cache if none is passed.
+            output_at: (batch, n) indices into time: the features of these tokens alone.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -188,7 +192,11 @@ class LabGPTModel(LabGPTPreTrainedModel):
         if position_ids is None:
             position_ids = _positions(x, attention_mask, cache)
         hidden = self.gpt(
-            inputs_embeds=x, position_ids=position_ids, attention_mask=mask, past_key_values=cache
+            inputs_embeds=x,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            output_at=output_at,
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 

@@ -42,10 +42,8 @@ def add_logprob_head(model: Any, temperature: float = 1.0) -> None:
     ) -> Any:
         if logprobs_of is None or logprobs_at is None:
             return forward(*args, **kwargs)
-        hidden = hidden_states(self.base_model, self.config, kwargs["input_ids"], shared)
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-        wanted = hidden[rows, logprobs_at - shared]
-        return token_logprobs(wanted, self.get_output_embeddings(), logprobs_of, temperature)
+        hidden = hidden_states(self.base_model, self.config, kwargs["input_ids"], logprobs_at, shared)
+        return token_logprobs(hidden, self.get_output_embeddings(), logprobs_of, temperature)
 
     inner.forward = types.MethodType(with_logprobs, inner)
 

@@ -171,9 +171,8 @@ class Critic(nn.Module):
 
         All rows begin with the same `shared` tokens, and no position lies among them.
         """
-        hidden = hidden_states(self.model.base_model, self.model.config, ids, shared)
-        rows = torch.arange(len(ids), device=ids.device)[:, None]
-        return self.model.score(hidden[rows, positions - shared]).squeeze(-1).float()
+        hidden = hidden_states(self.model.base_model, self.model.config, ids, positions, shared)
+        return self.model.score(hidden).squeeze(-1).float()
 
 
 # ---- the arithmetic, all on tensors (batch, width) ----

@@ -18,6 +18,7 @@ from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
 from rlhf.data import ordered_pairs
 from rlhf.forms import Text
+from rlhf.prefix import hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,21 +150,14 @@ def last_token_scores(classifier: Any, input_ids: Tensor, attention_mask: Tensor
 
     Args:
         classifier: a causal model, from `sequence_classifier`.
-        input_ids: (rows, time), padded on either side.
+        input_ids: (rows, time), padded on the right: the model is causal, and no token sees it.
         attention_mask: (rows, time), 1 for tokens and 0 for padding.
 
     Returns:
         (rows, num_labels)
     """
-    hidden = classifier.base_model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        # From the mask, so that padding on the left shifts no learned position.
-        position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
-        use_cache=False,
-    ).last_hidden_state
-    rows, columns = (torch.arange(size, device=hidden.device) for size in input_ids.shape)
-    return classifier.score(hidden[rows, (attention_mask * columns).argmax(1)])
+    last = attention_mask.sum(1, keepdim=True) - 1
+    return classifier.score(hidden_states(classifier.base_model, classifier.config, input_ids, last)[:, 0])
 
 
 class RewardScorer:

@@ -82,17 +82,34 @@ class Attention(nn.Module):
         self.out = ScaledLinear(width, width, bias, out_std)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        output_at: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))
+        inputs = (x if output_at is None else take(x, output_at), x, x)
+        layers = (self.q, self.k, self.v)
+        q, k, v = (
+            layer(input).unflatten(-1, (-1, self.head_dim))
+            for layer, input in zip(layers, inputs, strict=True)
+        )
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q_rotation = rotation
+            if output_at is not None:
+                q_rotation = (take(rotation[0], output_at), take(rotation[1], output_at))
+            q, k = rotate(q, q_rotation), rotate(k, rotation)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        is_causal = mask is None and q.shape[2] > 1
-        if is_causal and k.shape[2] != q.shape[2]:
+        if mask is None and x.shape[1] > 1 and k.shape[2] != x.shape[1]:
             raise ValueError("several tokens behind a filled cache need an attention_mask")
+        if output_at is not None and mask is None:
+            mask = (torch.arange(k.shape[2], device=x.device) <= output_at[..., None])[:, None]
+        elif output_at is not None and mask is not None:
+            mask = take(mask.transpose(1, 2), output_at).transpose(1, 2)
+        is_causal = mask is None and q.shape[2] > 1
         grouped = self.group > 1
         if grouped and mask is not None and q.device.type != "cpu":
             # CUDA's fast kernels know groups only without a mask; the CPU's knows both.
@@ -149,11 +166,14 @@ class Block(nn.Module):
         rotation: Rotation | None,
         mask: Tensor | None,
         past_key_values: KVCache | None = None,  # the name by which gradient checkpointing takes it away
+        output_at: Tensor | None = None,
     ) -> Tensor:
+        inputs = x if self.post_norm else self.attention_norm(x)
+        attended = self.dropout(self.attention(inputs, rotation, mask, past_key_values, output_at))
+        x = attended + (x if output_at is None else take(x, output_at))
         if self.post_norm:
-            x = self.attention_norm(x + self.dropout(self.attention(x, rotation, mask, past_key_values)))
+            x = self.attention_norm(x)
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, mask, past_key_values))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -278,6 +298,7 @@ class LabGPT(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: KVCache | None = None,
+        output_at: Tensor | None = None,
     ) -> Tensor:
         """Features of every token: it sees itself and what stands before it.
 
@@ -289,9 +310,11 @@ class LabGPT(nn.Module):
                 for keys to see; it must be causal itself. None: causal attention to all.
             past_key_values: a cache, whose keys and values stand before the new ones. None of its layers may
                 hold any when `attention_mask` is None and time > 1.
+            output_at: (batch, n) indices into time: the features of these tokens alone. The last block then
+                computes nothing but keys and values for the others.
 
         Returns:
-            (batch, time, width), normalised.
+            (batch, time or n, width), normalised.
 
         Raises:
             ValueError: an input is missing, ambiguous, too long or of the wrong shape.
@@ -316,9 +339,16 @@ class LabGPT(nn.Module):
         else:
             x = x + look_up(self.positions, position_ids, "position ids")
         x = self.dropout(x)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, rotation, attention_mask, past_key_values=past_key_values)
+        last = self.blocks[-1]
+        x = last(x, rotation, attention_mask, past_key_values=past_key_values, output_at=output_at)
         return self.norm(x)
+
+
+def take(x: Tensor, at: Tensor) -> Tensor:
+    """(batch or 1, time, ...) at the indices (batch, n) into time: (batch, n, ...)."""
+    return x.take_along_dim(at.view(*at.shape, *(1,) * (x.dim() - 2)), 1)
 
 
 def look_up(table: nn.Embedding, ids: Tensor, what: str) -> Tensor:

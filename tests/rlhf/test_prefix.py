@@ -67,7 +67,7 @@ def test_the_beginning_is_computed_for_one_row() -> None:
     seen: list[tuple[int, ...]] = []
     model.embed_tokens.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
     packed = side_by_side(PROMPTS, ANSWERS, 0, torch.device("cpu"))
-    hidden_states(model, model.config, packed.ids, packed.shared)
+    hidden_states(model, model.config, packed.ids, packed.before, packed.shared)
     assert seen == [(1, 6), (3, packed.ids.shape[1] - 6)]
 
 

@@ -306,18 +306,6 @@ def test_scoring_is_without_dropout_and_gradient_and_leaves_the_model_in_trainin
     torch.testing.assert_close(scores, expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("make", MODELS)
-def test_padding_on_the_left_is_no_different(make: Callable[..., Any]) -> None:
-    model = make()
-    input_ids, mask = pad_right(PROMPTS)
-    turned = [int(row.sum()) for row in mask]
-    left = [torch.stack([row.roll(-n) for row, n in zip(x, turned, strict=True)]) for x in (input_ids, mask)]
-    assert left[1][0].tolist() == [0] * 5 + [1] * 4
-    torch.testing.assert_close(
-        last_token_scores(model, *left), last_token_scores(model, input_ids, mask), atol=1e-5, rtol=1e-5
-    )
-
-
 def test_scores_have_gradients_for_training() -> None:
     model = llama()
     last_token_scores(model, *pad_right(PROMPTS)).sum().backward()

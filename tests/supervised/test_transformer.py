@@ -255,6 +255,40 @@ def test_cached_steps_equal_one_pass(options: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@each_variant
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_features_of_some_tokens_are_those_among_all(options: dict[str, Any], masked: bool) -> None:
+    model, ids = tiny(**options), some_ids()
+    at = torch.tensor([[0, 3, 3], [6, 2, 5]])
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    mask[1, :, 2:, 1] = False
+    every_token: dict[str, Any] = {"attention_mask": mask} if masked else {}
+    results = []
+    for features in (
+        model(ids, **every_token)[torch.arange(2)[:, None], at],
+        model(ids, **every_token, output_at=at),
+    ):
+        model.zero_grad()
+        (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
+        results.append([features, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@each_variant
+def test_the_last_block_computes_but_keys_and_values_of_other_tokens(options: dict[str, Any]) -> None:
+    model = tiny(**options)
+    rows: dict[str, list[int]] = {}
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, x, __, name=name: rows.update({name: x[0].shape[1]}))
+    model(some_ids(), output_at=torch.tensor([[6], [2]]))
+    assert {name for name, n in rows.items() if n == 7} >= {"0.attention.q", "0.mlp.out", "1.attention.k"}
+    assert {name for name, n in rows.items() if n == 1 and name.startswith("1.")} == {
+        name for name in rows if name.startswith("1.") and name not in ("1.attention.k", "1.attention.v")
+    }
+
+
 def test_embeddings_in_place_of_ids() -> None:
     model, ids = tiny(), some_ids()
     assert torch.equal(model(ids), model(inputs_embeds=model.tokens(ids)))
