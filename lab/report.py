@@ -100,13 +100,12 @@ def headline(comparison: Comparison) -> str:
     if len(scored) < 2:
         return f"{best.label}: {interval(best.estimates.get('iqm'))}; there is nothing to compare it with."
     other = next(group for group in groups if group.label == comparison.baseline)
+    chance = best.better_than_baseline
     if other is best:
         other = scored[1]
-        chance = other.better_than_baseline
-        text = f"{other.label} is better than {best.label} with probability {interval(chance)}"
-    else:
-        chance = best.better_than_baseline
-        text = f"{best.label} is better than {other.label} with probability {interval(chance)}"
+        reverse = other.better_than_baseline
+        chance = reverse and Interval(1 - reverse.point, 1 - reverse.high, 1 - reverse.low)
+    text = f"{best.label} is better than {other.label} with probability {interval(chance)}"
     if chance is None or math.isnan(chance.low):
         sure = ", from too few runs to say how sure that is"
     else:

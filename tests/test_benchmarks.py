@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks import comparisons
 from benchmarks.stopwatch import Stopwatch
+from lab import records
+from lab.errors import LabError
+from tests.lab.runs import make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,3 +87,29 @@ def test_stopwatch_counts_nested_calls_once() -> None:
     parts = {p["part"]: p for p in watch.report(per=1)}
     assert parts["outer"]["calls"] == parts["inner"]["calls"] == 1
     assert sum(p["share"] for p in parts.values()) == pytest.approx(1, abs=0.001)
+
+
+def test_kept_runs_compare_as_the_runs_themselves_and_name_no_path_of_a_machine(tmp_path: Path) -> None:
+    for number in range(2):
+        make_run(
+            tmp_path / "runs" / f"tiny_s{number}" / "ppo",
+            [(step, {"eval/win_rate": 0.5 + number / 10}) for step in (1, 2)],
+            config={"seed": number},
+            parents=[
+                {"run_id": "a", "path": str(tmp_path / "runs" / f"tiny_s{number}" / "sft"), "sha256": "b"}
+            ],
+        )
+        comparisons.keep(tmp_path / "runs" / f"tiny_s{number}", tmp_path / "kept")
+    before, after = (records.load([str(tmp_path / name)], ["eval/win_rate"]) for name in ("runs", "kept"))
+    assert [r.series["eval/win_rate"].y.tolist() for r in after.records] == [[0.5, 0.5], [0.6, 0.6]]
+    assert [r.config for r in after.records] == [r.config for r in before.records]
+    kept = (tmp_path / "kept/tiny_s0/ppo/run.json").read_text()
+    assert str(tmp_path) not in kept
+    assert '"path": "tiny_s0/sft"' in kept
+
+
+def test_an_unfinished_run_is_not_kept(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", [], config={"seed": 0}, state="running")
+    with pytest.raises(LabError, match="is running. Finish it"):
+        comparisons.keep(tmp_path / "run", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

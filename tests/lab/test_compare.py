@@ -305,6 +305,11 @@ def lab(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
+def test_the_answer_names_the_better_one_even_if_it_is_the_baseline(runs: Path, lab: Lab) -> None:
+    _, out, _ = lab(runs, "--by", "agent.algorithm", "--baseline", "pqn")
+    assert "pqn is better than dqn with probability 1 [1, 1]." in out
+
+
 def test_one_command_says_which_is_better(runs: Path, lab: Lab) -> None:
     code, out, err = lab(runs, "--by", "agent.algorithm", "--baseline", "dqn")
     assert (code, err) == (0, "")
