@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLORS = ("#2a6fbb", "#c0504d", "#4f9d57", "#8064a2", "#d98b2b", "#3aa6a6", "#a0522d", "#7f7f7f")
-"""Of the groups, the best first; they repeat."""
+"""Of the groups by their labels, so that a group has one in all plots; they repeat."""
 SEEDS_DRAWN = 60
 """With more runs than that their single curves would hide the groups'."""
+
+
+def colors(comparison: Comparison) -> list[str]:
+    """A color for each group."""
+    labels = [group.label for group in comparison.groups]
+    return [COLORS[sorted(labels).index(label) % len(COLORS)] for label in labels]
 
 
 def number(value: float) -> str:
@@ -245,8 +251,7 @@ def draw(comparisons: Sequence[Comparison], paths: Sequence[Path]) -> None:
         q = comparison.question
         few = sum(group.n for group in comparison.groups) <= SEEDS_DRAWN
         positions = range(len(comparison.groups))[::-1]
-        for index, (group, y) in enumerate(zip(comparison.groups, positions, strict=True)):
-            color = COLORS[index % len(COLORS)]
+        for color, group, y in zip(colors(comparison), comparison.groups, positions, strict=True):
             if group.curve is not None:
                 left.plot(group.curve_x, group.curve.point, color=color, label=f"{group.label} (n={group.n})")
                 left.fill_between(

@@ -11,7 +11,7 @@ import numpy as np
 
 from lab.compare import Comparison, Group
 from lab.records import Series
-from lab.report import COLORS, SEEDS_DRAWN, headline, number, table
+from lab.report import SEEDS_DRAWN, colors, headline, number, table
 
 POINTS_DRAWN = 1000
 """Of a single run's curve at most; the numbers are of all."""
@@ -91,7 +91,7 @@ def _section(index: int, comparison: Comparison, plots: list[dict[str, Any]]) ->
     q = comparison.question
     heads, rows = table(comparison)
     parts = [f"<h2>{_e(q.metric)}</h2><p class=answer>{_e(headline(comparison))}</p>"]
-    parts.append(_table(heads, rows, [group.label for group in comparison.groups], colored=True))
+    parts.append(_table(heads, rows, [group.label for group in comparison.groups], colors(comparison)))
     found = [("curves", _curves(comparison)), ("scores", _scores(comparison))]
     if len(comparison.tasks) > 1 or max(group.n for group in comparison.groups) > 4:
         found.append(("profile", _profile(comparison)))
@@ -113,14 +113,15 @@ def _section(index: int, comparison: Comparison, plots: list[dict[str, Any]]) ->
 
 
 def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] = (), colored: bool = False
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marks: Sequence[str] = (),
+    dots: Sequence[str] = (),
 ) -> str:
     lines = []
     for index, row in enumerate(rows):
         mark = f' data-filter="{_e(marks[index])}"' if marks else ""
-        dot = (
-            f'<span class="dot" style="--c:{COLORS[index % len(COLORS)]}">&#9679;</span> ' if colored else ""
-        )
+        dot = f'<span class="dot" style="--c:{dots[index]}">&#9679;</span> ' if dots else ""
         cells = "".join(f"<td class=n>{_e(cell)}</td>" for cell in row[1:])
         lines.append(f"<tr{mark}><td>{dot}{_e(row[0])}</td>{cells}</tr>")
     top = "".join(f"<th>{_e(head)}</th>" for head in heads)
@@ -150,14 +151,14 @@ def _numbers(values: Any) -> list[float | None]:
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
 
 
-def _colored(groups: Sequence[Group]) -> Sequence[tuple[str, Group]]:
-    return [(COLORS[index % len(COLORS)], group) for index, group in enumerate(groups)]
+def _colored(comparison: Comparison) -> list[tuple[str, Group]]:
+    return list(zip(colors(comparison), comparison.groups, strict=True))
 
 
 def _curves(comparison: Comparison) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     q, traces = comparison.question, list[dict[str, Any]]()
     few = sum(group.n for group in comparison.groups) <= SEEDS_DRAWN
-    for color, group in _colored(comparison.groups):
+    for color, group in _colored(comparison):
         meta = {"filter": group.label, "single": False}
         for record in group.records if few else ():
             series = _thinned(record.over(q.metric, q.axis))
@@ -218,7 +219,7 @@ def _scores(comparison: Comparison) -> tuple[list[dict[str, Any]], dict[str, Any
     q, traces = comparison.question, list[dict[str, Any]]()
     from lab.compare import score_of
 
-    for row, (color, group) in enumerate(_colored(comparison.groups)):
+    for row, (color, group) in enumerate(_colored(comparison)):
         meta = {"filter": group.label, "single": False}
         points = [score_of(r.over(q.metric, "step"), q.score, q.lower_is_better) for r in group.records]
         traces.append(
@@ -267,7 +268,7 @@ def _profile(comparison: Comparison) -> tuple[list[dict[str, Any]], dict[str, An
             **{"line": {"color": color, "width": 2}, "meta": {"filter": group.label, "single": False}},
             "hovertemplate": f"{_e(group.label)}: %{{y:.0%}} of runs above %{{x}}<extra></extra>",
         }
-        for color, group in _colored(comparison.groups)
+        for color, group in _colored(comparison)
         if group.profile is not None
     ]
     title = {"text": f"performance profile: {comparison.question.metric}"}

@@ -110,6 +110,6 @@ def test_kept_runs_compare_as_the_runs_themselves_and_name_no_path_of_a_machine(
 
 def test_an_unfinished_run_is_not_kept(tmp_path: Path) -> None:
     make_run(tmp_path / "run", [], config={"seed": 0}, state="running")
-    with pytest.raises(LabError, match="is running. Finish it"):
+    with pytest.raises(LabError, match=r"is running\. Finish it"):
         comparisons.keep(tmp_path / "run", tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
