@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
     add("--out", type=Path, metavar="DIR", help="write the page, plots, tables and CSV files to a folder")
     add("--open", action="store_true", help=f"show the page; without --out it is written to {DEFAULT_FOLDER}")
+    add("--publish", action="store_true", help="make a report and a saved view of the runs at W&B")
 
 
 def do(options: argparse.Namespace) -> int:
@@ -67,6 +68,14 @@ def do(options: argparse.Namespace) -> int:
         console.print(f"written: {page}", highlight=False, markup=False, soft_wrap=True)
         if options.open and not webbrowser.open(page.absolute().as_uri()):
             console.print("no browser here: open the file yourself", highlight=False)
+    if options.publish:
+        from lab.publish import publish
+
+        published = publish(comparisons, command(options))
+        for note in published.notes:
+            console.print(f"note: {note}", style="dim", highlight=False, markup=False, soft_wrap=True)
+        for what, address in (("published", published.report), ("view of the runs", published.view)):
+            console.print(f"{what}: {address}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -112,7 +121,7 @@ def command(options: argparse.Namespace) -> str:
     defaults = argparse.ArgumentParser()
     add_arguments(defaults)
     for name, value in vars(options).items():
-        if name in ("sources", "out", "open", "metric") or not hasattr(options, name):
+        if name in ("sources", "out", "open", "publish", "metric") or not hasattr(options, name):
             continue
         if name in vars(defaults.parse_args(["x"])) and value != defaults.get_default(name):
             words.append(f"--{name}={value}")

@@ -11,10 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -23,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from lab.errors import LabError, did_you_mean
+from lab.errors import LabError, did_you_mean, first_line
+from lab.tracking import ENDED, INTERRUPTED, choose_mode
 
 Array = npt.NDArray[np.float64]
 
@@ -36,11 +38,34 @@ AXES = {
     "time": "time/elapsed_seconds",
 }
 """What may stand on a curve's x axis, by the metric that counts it."""
-_CLOCKS = ("_time", "_timestamp")  # ours and W&B's, in seconds
+_CLOCK = "_time"
+"""Seconds since 1970 of every row; W&B's name for it is _timestamp."""
 PARALLEL_BYTES = 32 * 2**20
 """From so much metrics on, all cores read."""
-_FILTERS = ("tag", "user", "group", "state", "job_type", "name", "id")
+PAGE = 1000
+"""Rows that W&B gives at once; a run that has no more is read whole, of a longer one what is asked for."""
+READERS = 8
+"""Runs that are read from W&B at the same time."""
+TROUBLES = 3
+"""After so many runs in a row that W&B does not give, the rest is not asked for."""
+API_SECONDS = 10
+"""How long one answer of W&B's server is waited for."""
+# By default wandb tries for hours. These bound a silent server to half a minute; the environment goes first.
+_PATIENCE = {
+    "WANDB_X_GRAPHQL_RETRY_MAX": "2",
+    "WANDB_X_GRAPHQL_RETRY_WAIT_MIN_SECONDS": "1",
+    "WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "8",
+    "WANDB_X_GRAPHQL_TIMEOUT_SECONDS": str(API_SECONDS),
+}
+_FILTERS = {
+    **{"tag": "tags", "user": "username", "group": "group", "state": "state", "job_type": "jobType"},
+    **{"name": "display_name", "id": "name", "seed": "config.seed.value"},
+}
+"""Words of a query, and what W&B calls them."""
 _RLOPS = {"we": "entity", "wpn": "project", "ceik": "task", "cen": "by", "metric": "metric", "cl": "label"}
+"""openrlbenchmark's words for where to look and how to show it."""
+_STATES = {"killed": "interrupted", "preempting": "interrupted", "preempted": "interrupted"}
+"""W&B's states that we call otherwise."""
 
 
 class Series(NamedTuple):
@@ -87,7 +112,7 @@ class Record:
             return of
         scale = self.series.get(AXES[axis])
         if scale is None and axis == "time":
-            scale = self.series.get("_time") or self.series.get("_timestamp")
+            scale = self.series.get(_CLOCK)
             scale = scale and Series(scale.x, scale.y - scale.y[0])
         if scale is None or not scale.x.size:
             return Series(np.empty(0), np.empty(0))
@@ -102,37 +127,40 @@ class Found(NamedTuple):
 
 
 class Query(NamedTuple):
-    """`wandb:entity/project?filters`: where to look, and what openrlbenchmark's words ask for besides."""
+    """`wandb:entity/project?filters`: where to look, for what, and what openrlbenchmark's words add."""
 
     path: str
     filters: dict[str, Any]
-    wishes: dict[str, str]
-    """Of by, task, metric and label, those given."""
+    words: dict[str, str]
+    """Of by, task, metric and label, those given; they hold for the runs of this source."""
+
+    @property
+    def wishes(self) -> dict[str, str]:
+        """What to compare by if the command line does not say: see `_as_wished`."""
+        wishes = {key: self.words[key] for key in ("metric",) if key in self.words}
+        wishes |= {"task": "task"} if "task" in self.words else {}
+        return wishes | ({"by": "group"} if {"by", "label"} & self.words.keys() else {})
 
 
-def load(sources: Sequence[str], wanted: Collection[str]) -> Found:
-    """The records of all sources, each run once.
+def load(sources: Sequence[str], wanted: Sequence[str]) -> Found:
+    """The records of all sources, each run once. What cannot be read of some of them is in the notes.
 
     Args:
         sources: see above.
         wanted: metrics to read; axes are read with them.
 
     Raises:
-        LabError: a source is not there or holds no run.
+        LabError: a source is misspelt, or there is no run in any of them.
     """
-    columns = (*wanted, *AXES.values(), *_CLOCKS)
+    columns = (*wanted, *(name for name in AXES.values() if name != STEP), _CLOCK)
+    queries = {source: parse_query(source) for source in sources if source.startswith("wandb:")}
+    places = {source: _paths(source) for source in sources if source not in queries}
     records: dict[str, Record] = {}
     notes: list[str] = []
-    for source in sources:
-        found = (
-            _online(parse_query(source), wanted) if source.startswith("wandb:") else _local(source, columns)
-        )
-        if not found.records:
-            raise LabError(
-                f"{source}: no run in it{f' ({found.notes[0]})' if found.notes else ''}. Name a run folder, "
-                "a folder or glob of them, a W&B offline folder, or wandb:entity/project."
-            )
-        notes += found.notes
+    for source in dict.fromkeys(sources):
+        local = source in places
+        found = _local(places[source], columns) if local else _online(queries[source], wanted, columns)
+        notes += found.notes or ([] if found.records else [f"{source}: no run in it"])
         for record in found.records:
             if record.id in records and records[record.id].source != record.source:
                 notes.append(
@@ -140,6 +168,12 @@ def load(sources: Sequence[str], wanted: Collection[str]) -> Found:
                 )
             else:
                 records.setdefault(record.id, record)
+    if not records:
+        more = f" (and {len(notes) - 1} more like it)" if len(notes) > 1 else ""
+        raise LabError(
+            f"{notes[0]}{more}. Name a run folder, a folder or glob of them, a W&B offline folder, or "
+            "wandb:entity/project."
+        )
     return Found(list(records.values()), notes)
 
 
@@ -152,6 +186,19 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config, the same wherever it was kept: W&B turns 1.0 into 1 and forgets empty mappings."""
+    return {key: _whole(value) for key, value in sorted(flatten(values).items()) if value != {}}
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: _whole(item) for key, item in sorted(value.items())}
+    return [_whole(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # ---- rows ----
@@ -167,6 +214,8 @@ def columns_of(rows: Iterable[Mapping[str, Any]], wanted: Collection[str]) -> di
             step = row.get("_step")
         for name, (steps, values) in pairs:
             value = row.get(name)
+            if value is None and name == _CLOCK:
+                value = row.get("_timestamp")
             if value is not None and step is not None:
                 steps.append(step)
                 values.append(value)
@@ -202,16 +251,24 @@ def _number(value: Any) -> float | None:
 # ---- folders ----
 
 
-def _local(source: str, wanted: Collection[str]) -> Found:
+def _paths(source: str) -> list[Path]:
+    """The paths a source names.
+
+    Raises:
+        LabError: there are none.
+    """
     # A folder may be called like a pattern.
     found = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))  # noqa: PTH207
-    paths = [Path(path) for path in found]
-    if not paths:
+    if not found:
         place = Path(source).parent
         near = (
             did_you_mean(Path(source).name, [path.name for path in place.glob("*")]) if place.is_dir() else ""
         )
         raise LabError(f"{source}: not there.{near}")
+    return [Path(path) for path in found]
+
+
+def _local(paths: Sequence[Path], wanted: Collection[str]) -> Found:
     folders: list[Path] = []
     files: list[Path] = []
     for path in paths:
@@ -260,25 +317,25 @@ def _read_folder(folder: Path, wanted: Collection[str]) -> Record | str:
 
     try:
         info = Run.open(folder).info
+        sessions = info["sessions"] or [{}]
+        about: dict[str, Any] = {
+            **{key: str(info[key]) for key in ("id", "name", "group", "job_type", "x_axis", "state")},
+            **{"started": str(sessions[0].get("started", "")), "config": _config(info["config"])},
+            "parents": _parents(info["parents"]),
+        }
     except LabError as error:
         return str(error)
+    except (AttributeError, TypeError, LookupError):
+        return f"{folder / 'run.json'}: damaged: not what the lab writes. Restore it from a copy."
+    if about["state"] == "running" and not _is_locked(folder / ".lock"):
+        about["state"] = "crashed"
     series, metrics, notes = _read_metrics(folder / "metrics.jsonl", wanted)
-    state = str(info["state"])
-    return Record(
-        id=info["id"],
-        name=info["name"],
-        source=str(folder),
-        group=info["group"],
-        job_type=info["job_type"],
-        state="crashed" if state == "running" and not _is_locked(folder / ".lock") else state,
-        x_axis=info["x_axis"],
-        started=(info["sessions"] or [{}])[0].get("started", ""),
-        config=flatten(info["config"]),
-        parents=tuple(info["parents"]),
-        series=series,
-        metrics=metrics,
-        notes=notes,
-    )
+    return Record(**about, source=str(folder), series=series, metrics=metrics, notes=notes)
+
+
+def _parents(value: Any) -> tuple[dict[str, str], ...]:
+    """What a run names as its origins; other programs may mean something else by it."""
+    return tuple(one for one in value if isinstance(one, dict)) if isinstance(value, list) else ()
 
 
 def _read_metrics(
@@ -310,9 +367,21 @@ def _read_metrics(
             yield row
 
     series = columns_of(rows(), wanted)
-    names = {name for name in names | set(series) if not name.startswith("_") and name != STEP}
     what = f"{len(damaged)} lines are damaged, the first is line {damaged[0]}" if damaged else ""
-    return series, frozenset(names), ((f"{path}: {what}; the others count",) if damaged else ())
+    return (
+        series,
+        _metric_names(names | set(series)),
+        ((f"{path}: {what}; the others count",) if damaged else ()),
+    )
+
+
+def _metric_names(keys: Iterable[str]) -> frozenset[str]:
+    """The keys of rows that may be compared: not W&B's own, nor the parts of its images and tables."""
+    keys = set(keys)
+    media = tuple(key.removesuffix("_type") for key in keys if key.endswith("._type"))
+    return frozenset(
+        key for key in keys if not key.startswith(("_", *media)) and f"{key}." not in media and key != STEP
+    )
 
 
 def _is_locked(path: Path) -> bool:
@@ -364,8 +433,11 @@ class _Fragment(NamedTuple):
 
 def _read_fragment(file: Path) -> _Fragment | str:
     """A W&B file, by the reader that W&B supports; or why it cannot be read."""
+    if file.suffix != ".wandb":
+        return f"{file}: no run: neither a run.json nor a .wandb file"
     command = [_wandb_command(), "leet", "inspect", "--json", str(file)]
-    environment = {**os.environ, "WANDB_ERROR_REPORTING": "false"}
+    # It writes a log of its own: not into the folder where the user happens to be.
+    environment = {**os.environ, "WANDB_ERROR_REPORTING": "false", "WANDB_DIR": tempfile.gettempdir()}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     info: dict[str, Any] = {}
     config: dict[str, Any] = {}
@@ -396,7 +468,7 @@ def _read_fragment(file: Path) -> _Fragment | str:
 def _join(parts: Sequence[_Fragment], wanted: Collection[str]) -> Record:
     first, last = parts[0], parts[-1]
     rows = [row for part in parts for row in part.rows]
-    states = {None: "crashed", 0: "finished"}
+    states = {None: "crashed", 0: "finished", INTERRUPTED: "interrupted"}
     names = frozenset(key for row in (*rows[:100], *rows[-100:]) for key in row)
     return _of_wandb(
         id=first.info["run_id"],
@@ -427,10 +499,10 @@ def _of_wandb(*, config: Mapping[str, Any], metrics: Iterable[str], **fields: An
         key: value for key, value in config.items() if key not in ("_wandb", "x_axis", "parents", "compute")
     }
     return Record(
-        config=flatten(ours),
-        x_axis=config.get("x_axis") or "",
-        parents=tuple(config.get("parents") or ()),
-        metrics=frozenset(name for name in metrics if not name.startswith("_") and name != STEP),
+        config=_config(ours),
+        x_axis=str(config.get("x_axis") or ""),
+        parents=_parents(config.get("parents")),
+        metrics=_metric_names(metrics),
         **fields,
     )
 
@@ -441,89 +513,184 @@ def _of_wandb(*, config: Mapping[str, Any], metrics: Iterable[str], **fields: An
 def parse_query(source: str) -> Query:
     """Reads `wandb:entity/project?tag=v1&user=ann&config.agent.algorithm=dqn`, and openrlbenchmark's words.
 
-    Those are we and wpn (entity and project), ceik (config key of the task), cen (config key to group by),
-    metric, tag, user and cl (the group's label).
+    Those are we and wpn (entity and project), ceik (the config key of the task), cen (that of the experiment,
+    which makes the groups), metric (its name there), tag, user and cl (the group's label). What stands before
+    the ? is the experiment if wpn names the project: `wandb:ppo?we=ann&wpn=cleanrl&tag=v1&cl=PPO`.
+    A word given twice asks for either value, but for tags, of which a run must have all.
 
     Raises:
         LabError: no project, or a word that is none of these.
     """
-    place, _, query = source.removeprefix("wandb:").partition("?")
-    place, rest = place.strip("/"), dict[str, str]()
+    place, _, text = source.removeprefix("wandb:").partition("?")
+    place, words = place.strip("/"), dict[str, str]()
+    asked: dict[str, list[Any]] = defaultdict(list)
     conditions: list[dict[str, Any]] = []
-    for word, value in parse_qsl(query, keep_blank_values=True):
+    for word, value in parse_qsl(text, keep_blank_values=True):
         if word in _RLOPS:
-            rest[_RLOPS[word]] = value
+            words[_RLOPS[word]] = value
         elif word == "tag":
             conditions.append({"tags": {"$in": value.split(",")}})
-        elif word == "user":
-            conditions.append({"username": value})
         elif word in _FILTERS:
-            key = {"job_type": "jobType", "name": "display_name", "id": "name"}.get(word, word)
-            conditions.append({key: value})
+            asked[_FILTERS[word]].append(_literal(value) if word == "seed" else value)
         elif word.startswith("config."):
-            conditions.append({f"config.{word.removeprefix('config.')}.value": _literal(value)})
+            asked[f"config.{word.removeprefix('config.')}.value"].append(_literal(value))
         else:
             known = [*_FILTERS, *_RLOPS, "config.KEY"]
             raise LabError(
                 f"{source}: unknown filter {word!r}.{did_you_mean(word, known)} Known: {', '.join(known)}."
             )
-    if "project" in rest:
-        place = "/".join(part for part in (rest.get("entity", ""), rest["project"]) if part)
-    if not place:
+    project, entity = words.pop("project", ""), words.pop("entity", "")
+    if project:
+        if place:
+            asked[f"config.{words.setdefault('by', 'exp_name')}.value"].append(place)
+        place = "/".join(part for part in (entity, project) if part)
+    parts = place.split("/")
+    if len(parts) > 2:  # entity/project/id, or as in an address, entity/project/runs/id
+        asked["name"].append(parts[-1])
+    if not all(parts) or len(parts) > 4 or (len(parts) == 4 and parts[2] != "runs"):
         raise LabError(f"{source}: names no project. Write wandb:entity/project.")
-    wishes = {key: value for key, value in rest.items() if key not in ("entity", "project")}
-    return Query(place, {"$and": conditions} if conditions else {}, wishes)
+    conditions += [{key: values[0] if len(values) == 1 else {"$in": values}} for key, values in asked.items()]
+    return Query("/".join(parts[:2]), {"$and": conditions} if conditions else {}, words)
 
 
 def _literal(text: str) -> Any:
+    """A value of a config as one writes it: JSON, or Python's words, or a text."""
     with contextlib.suppress(ValueError):
         return json.loads(text)
-    return text
+    return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def _online(query: Query, wanted: Collection[str]) -> Found:
-    """The runs of a project; every metric whole, by `scan_history`: `history` is a sample of 500 rows."""
-    from lab.tracking import choose_mode
+class _Unanswered(Exception):
+    """Why W&B was not asked, or what it said."""
 
-    choose_mode("online")  # a clear line without key or server, within seconds
+
+def _online(query: Query, wanted: Sequence[str], columns: Collection[str]) -> Found:
+    """The runs of a project, every metric whole. What W&B does not give is in the notes."""
+    source, runs, notes = f"wandb:{query.path}", list[Any](), list[str]()
+    try:
+        api = _connect()
+        try:
+            for run in api.runs(query.path, filters=query.filters, order="+created_at"):
+                runs.append(run)
+        except ValueError as error:
+            if "Could not find project" not in str(error):
+                raise
+            raise _Unanswered(f"no such project, or the key may not read it.{_like(api, query)}") from error
+    except Exception as error:
+        notes.append(f"{source}: {f'only {len(runs)} runs are listed: ' if runs else ''}{_says(error)}")
+    if not runs and not notes and query.filters:
+        notes.append(f"{source}: no run fits {json.dumps(query.filters['$and'])}")
+    troubles = 0
+
+    def read(run: Any) -> Record | str:
+        nonlocal troubles
+        if troubles >= TROUBLES:
+            return "not asked for"
+        try:
+            record = _online_run(run, query, wanted, columns)
+            troubles = 0
+        except Exception as error:
+            troubles += 1
+            return _says(error)
+        return record
+
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        results = list(pool.map(read, runs))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    unread = [result for result in results if isinstance(result, str)]
+    if unread:
+        notes.append(f"{source}: {len(unread)} of {len(runs)} runs cannot be read: {unread[0]}")
+    return Found([result for result in results if isinstance(result, Record)], notes)
+
+
+def _connect() -> Any:
+    """W&B's client. It never asks for a key, and a server that does not answer costs seconds."""
+    mode, why = choose_mode("auto")
+    if mode != "online":
+        asked = f"WANDB_MODE is {os.environ.get('WANDB_MODE', mode)!r}: unset it to read from W&B"
+        raise _Unanswered(asked if why == "asked for" else f"{why}: run `wandb login`, or see to the network")
+    for name, value in {"WANDB_SILENT": "true", **_PATIENCE}.items():
+        os.environ.setdefault(name, value)
     import wandb
 
-    records: list[Record] = []
-    notes: list[str] = []
-    try:
-        api = wandb.Api(timeout=30)
-        for run in api.runs(query.path, filters=query.filters, order="+created_at"):
-            records.append(_online_run(run, wanted))  # noqa: PERF401 (those before an error stay)
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if not records:
-            raise LabError(
-                f"wandb:{query.path}: {line} Is the project right, and the key allowed to read it?"
-            ) from error
-        notes.append(f"wandb:{query.path}: read only {len(records)} runs: {line}")
-    return Found(records, notes)
+    return wandb.Api(timeout=API_SECONDS)
 
 
-def _online_run(run: Any, wanted: Collection[str]) -> Record:
+def _says(error: Exception) -> str:
+    if isinstance(error, _Unanswered):
+        return str(error)
+    text = first_line(error).rstrip(".: ")
+    silent = "did not respond in time" in text or "Client.Timeout" in text
+    return f"W&B's server does not answer{'' if silent else f' as it should ({text[:160]})'}"
+
+
+def _like(api: Any, query: Query) -> str:
+    with contextlib.suppress(Exception):
+        entity, _, name = query.path.rpartition("/")
+        return did_you_mean(name, [project.name for project in api.projects(entity or None)])
+    return ""
+
+
+def _online_run(run: Any, query: Query, wanted: Sequence[str], columns: Collection[str]) -> Record:
+    there = query.words.get("metric", "")
+    names = {there: wanted[0], f"{there}_n": f"{wanted[0]}_n"} if there and there not in wanted else {}
     config, summary = dict(run.config), dict(run.summary)
-    series: dict[str, Series] = {}
-    for name in (*wanted, *AXES.values()):
-        if name in summary and name != STEP:
-            # The rows that have all keys; W&B's own clock is in each of them.
-            rows = list(run.scan_history(keys=[STEP, name, "_timestamp"]))
-            rows = rows or list(run.scan_history(keys=["_step", name, "_timestamp"]))
-            series |= columns_of(rows, [name])
-            if name in wanted and "_timestamp" not in series:
-                series |= columns_of(rows, ["_timestamp"])
-    return _of_wandb(
+    known = set((run.history_keys or {}).get("keys") or summary)
+    rows, notes = _online_rows(run, known, [*columns, *names])
+    series = {names.get(name, name): s for name, s in columns_of(rows, [*columns, *names]).items()}
+    record = _of_wandb(
         id=run.id,
         name=run.name or run.id,
         source=f"wandb:{'/'.join(run.path)}",
         group=run.group or "",
         job_type=run.job_type or "",
-        state={"killed": "interrupted"}.get(run.state, run.state),
+        state=summary.get(ENDED, run.state) if run.state == "failed" else _STATES.get(run.state, run.state),
         started=str(run.created_at or ""),
         config=config,
         series=series,
-        metrics=summary,
+        metrics=known | {names[name] for name in names if name in known},
+        notes=notes,
     )
+    return _as_wished(record, query.words)
+
+
+def _online_rows(
+    run: Any, known: Collection[str], columns: Collection[str]
+) -> tuple[list[Any], tuple[str, ...]]:
+    """All rows of a run, or of a long one the columns asked for, and what is wrong with them.
+
+    By `scan_history`, which gives every row; `history` would be a sample of 500.
+    """
+    count = run.historyLineCount or 0
+    last = max((run.history_keys or {}).get("lastStep", 0), count - 1)
+    page = PAGE * -(-(last + 1) // max(count, 1))  # pages are cut by W&B's steps, which may have gaps
+    if count <= PAGE:
+        rows = list(run.scan_history(page_size=page, use_cache=False))
+        lacking = count - len(rows)
+        return rows, (f"{run.name}: W&B shows {len(rows)} of {count} rows",) if lacking > 0 else ()
+    # Rows that have all keys asked for: each column for itself, put together by W&B's own step.
+    names = {STEP, *columns} - {_CLOCK} | (set() if AXES["time"] in known else {"_timestamp"})
+    by_step: dict[int, dict[str, Any]] = defaultdict(dict)
+    for name in sorted(names & {*known}):
+        for row in run.scan_history(keys=["_step", name], page_size=10 * page, use_cache=False):
+            by_step[row["_step"]] |= row
+    return [by_step[step] for step in sorted(by_step)], ()
+
+
+def _as_wished(record: Record, words: Mapping[str, str]) -> Record:
+    """The run in the words of its source, so that projects with different ones can be compared.
+
+    Its group is the label, or its value of the experiment's key; its task is the config key `task`.
+    """
+    config = dict(record.config)
+    if "task" in words:
+        config["task"] = config.get(words["task"])
+    if not {"by", "label"} & words.keys():
+        return replace(record, config=config)
+    experiment = config.get(words.get("by", ""), record.group)
+    label = words.get("label", experiment if isinstance(experiment, str) else json.dumps(experiment))
+    label = label.replace("\\n", " ")
+    config |= {"group": label} if "group" in config else {}  # it would go before the run's
+    return replace(record, group=label, config=config)

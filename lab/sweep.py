@@ -23,7 +23,8 @@ from lab.errors import LabError, first_line
 from lab.files import explain_write_errors
 from lab.run import folder_name
 from lab.sweep_file import Sweep, read_sweep, short_names, word
-from lab.sweep_runs import Candidate, Record, Runner, locked, threads_each, train_arguments
+from lab.sweep_record import Candidate, Record
+from lab.sweep_runs import Runner, locked, threads_each, train_arguments
 from lab.tracking import choose_mode
 
 WANDB_SECONDS = 60
@@ -54,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def do(options: argparse.Namespace) -> int:
     """Runs `lab sweep`."""
+    if "--resume" in options.overrides:
+        raise LabError("command line: --resume is not needed: the same command goes on where it stopped.")
     sweep = read_sweep(options.sweep, config.split_overrides(options.overrides), options.count)
     folder: Path = options.out or Path("runs") / folder_name(sweep.name)
     Record.open(folder, sweep)  # refuses before anything is written

@@ -29,6 +29,7 @@ MOST_SETTINGS = 1_000
 _KEYS = ("name", "description", "config", "method", "metric", "parameters", "seeds", "count", "search_seed")
 _NOT_HERE = {
     "early_terminate": "the lab trains every run to its end. Leave it out",
+    "pipeline": "is a key of a config. A sweep names its config with config:, and what varies in parameters:",
     "program": "lab sweep runs `lab train`. Leave it out, and name what it trains with config:",
     "command": "lab sweep runs `lab train`. Leave it out, and name what it trains with config:",
     "run_cap": "is called count here. Rename it",

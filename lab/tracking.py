@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lab.artifacts import Artifacts
 from lab.config import parse_yaml, require
 from lab.errors import LabError
 from lab.files import explain_write_errors
@@ -28,6 +29,10 @@ MODES = ("auto", "online", "offline", "disabled")
 AXIS_GROUPS = ("rollout/*", "train/*", "eval/*", "time/*", "objective/*", "media/*")
 SWEEP_VARIABLE = "LAB_WANDB_SWEEP"
 """In a run's environment: the W&B sweep it belongs to. WANDB_SWEEP_ID would change the run's id."""
+ENDED = "ended"
+"""In W&B's summary: finished, interrupted or failed; W&B itself calls the last two the same."""
+INTERRUPTED = 255
+"""The exit code of a run that was stopped and can be resumed."""
 FINISH_SECONDS = 60
 """How long the end of a run waits for W&B to take the rest of the rows."""
 _SECRET = re.compile(r"(?i)(api[_-]?key|secret|passw|[_-]token$|^token$|credential|authorization)")
@@ -42,6 +47,8 @@ class TrackingConfig:
     project: str = "deep-rl-lab"
     entity: str | None = None
     tags: list[str] | None = None
+    artifacts: bool = True
+    """Send the weights of checkpoints and what stages leave to W&B, too, when online."""
 
     def __post_init__(self) -> None:
         require(self.wandb in MODES, "tracking.wandb", f"{self.wandb!r} is none of {', '.join(MODES)}")
@@ -168,11 +175,18 @@ class Tracker:
         self._file: IO[str] = self._path.open("a", encoding="utf-8", buffering=1)
         self.mode = mode
         self._wandb: Any = None
+        self._artifacts: Artifacts | None = None
+        self._owns_data_dir = False
+        self._checkpoint_name = f"{identity.get('name')}-{identity.get('id')}"
         if mode != "disabled":
             self._start_wandb(folder, config, identity)
+        if self.mode == "online" and (config.get("tracking") or {}).get("artifacts", True):
+            # Offline, W&B would only copy them, and it knows no other run.
+            self._artifacts = Artifacts(self._wandb, folder / "wandb" / "uploads", self._warn)
 
     def _start_wandb(self, folder: Path, config: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         # Staged artifacts and caches stay inside the run folder: a run is a folder.
+        self._owns_data_dir = "WANDB_DATA_DIR" not in os.environ
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
@@ -223,7 +237,7 @@ class Tracker:
         row["_time"] = time.time()
         with explain_write_errors(str(self._path), "Free some space, then continue with --resume."):
             self._file.write(json.dumps(row) + "\n")
-        self._mirror({key: value for key, value in row.items() if key != "_time"})
+        self._mirror({"_timestamp" if key == "_time" else key: value for key, value in row.items()})
 
     def log_media(self, step: int, key: str, path: Path) -> None:
         """Mirrors an image or a film that already lies in the run folder."""
@@ -249,37 +263,37 @@ class Tracker:
         except Exception as error:
             self._lose_wandb(error)
 
+    def log_checkpoint(self, path: Path, *aliases: str) -> None:
+        """Sends the weights of a checkpoint, as W&B's newest version of the run's model; only when online.
+
+        Args:
+            path: its folder, in which it may be pruned at once.
+            aliases: what the version is called besides `latest`, e.g. "best".
+        """
+        if self._artifacts is not None:
+            self._artifacts.add_checkpoint(self._checkpoint_name, path, aliases)
+
     def log_artifact(self, name: str, kind: str, path: Path, sha256: str) -> None:
-        """Uploads a result that already lies in the run folder, a file or a folder; only when online.
+        """Sends a result that stays in the run folder, a file or a folder; only when online.
 
         Args:
             name: of the artifact, the same for every version of it.
             kind: its W&B type, e.g. "model".
-            path: what to upload.
-            sha256: goes into its metadata.
+            path: what to send.
+            sha256: goes into its metadata; `use_artifact` finds the version by it.
         """
-        if self._wandb is None or self.mode != "online":
-            return  # offline, W&B would only copy it
-        try:
-            import wandb
+        if self._artifacts is not None:
+            self._artifacts.add(name, kind, path, sha256)
 
-            artifact = wandb.Artifact(artifact_name(name), kind, metadata={"sha256": sha256})
-            if path.is_dir():
-                artifact.add_dir(str(path), policy="immutable", skip_cache=True)
-            else:
-                artifact.add_file(str(path), policy="immutable", skip_cache=True)
-            self._wandb.log_artifact(artifact)
-        except Exception as error:
-            self._warn(f"W&B did not take {name} ({_brief(error)}); it stays in {path}")
+    def use_artifact(self, name: str, sha256: str = "") -> None:
+        """Tells W&B that this run starts from an artifact; only when online.
 
-    def use_artifact(self, name: str) -> None:
-        """Tells W&B that this run starts from the newest version of an artifact; only when online."""
-        if self._wandb is None or self.mode != "online":
-            return
-        try:
-            self._wandb.use_artifact(f"{artifact_name(name)}:latest")
-        except Exception as error:  # made offline, or still on its way
-            self._warn(f"W&B does not know {name} ({_brief(error)}); run.json names it by its hash")
+        Args:
+            name: as it was logged.
+            sha256: of the version; without one it is the newest.
+        """
+        if self._artifacts is not None:
+            self._artifacts.use(name, sha256)
 
     def sync(self) -> int:
         """Forces the rows to disk and returns the length of metrics.jsonl in bytes."""
@@ -292,9 +306,12 @@ class Tracker:
         """Closes the file and the mirror."""
         with contextlib.suppress(OSError):
             self._file.close()
+        if self._artifacts is not None:
+            self._artifacts.finish(self._finish_seconds)
         if self._wandb is not None:
             try:
-                self._wandb.summary.update(dict(summary or {}))
+                ended = {0: "finished", INTERRUPTED: "interrupted"}.get(exit_code, "failed")
+                self._wandb.summary.update({**(summary or {}), ENDED: ended})
                 self._wandb.finish(exit_code=exit_code)
             except TimeoutError:
                 self._warn(
@@ -304,6 +321,10 @@ class Tracker:
                 self._wandb = None
             except Exception as error:
                 self._lose_wandb(error)
+        if self._artifacts is not None:
+            self._artifacts.clear()
+        if self._owns_data_dir:
+            os.environ.pop("WANDB_DATA_DIR", None)  # the next stage has a folder of its own
 
     def _mirror(self, row: dict[str, Any]) -> None:
         if self._wandb is None:
@@ -348,11 +369,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
-
-
-def artifact_name(name: str) -> str:
-    """`name` with what W&B's artifacts may not be called replaced by dashes."""
-    return re.sub(r"[^\w.-]", "-", name)[:128]
 
 
 def _cell(value: Any) -> Any:

@@ -192,9 +192,10 @@ class _Session:
         if better:
             self.best = result.mean
             model = dict(self.agent.policy.q_net.state_dict())
-            checkpoint.save(
+            path = checkpoint.save(
                 self.run.checkpoints, "best", {"model": model}, {"step": step, "mean_reward": result.mean}
             )
+            self.tracker.log_checkpoint(path, "best")
         self._summarize(result, step)
         progress.say(
             f"{step:>10,}  evaluation {result.mean:.1f} +- {result.std:.1f} over {e.episodes} games"
@@ -239,8 +240,9 @@ class _Session:
             "elapsed_seconds": self._elapsed(),
         }
         name = checkpoint.step_name(agent.num_timesteps)
-        checkpoint.save(root, name, tensors, state, shared)
+        path = checkpoint.save(root, name, tensors, state, shared)
         checkpoint.point(root, "latest", name)
+        self.tracker.log_checkpoint(path)
         checkpoint.prune(root, self.settings.checkpoint.keep)
         self._curve()
         progress.say(f"{agent.num_timesteps:>10,}  checkpoint {name} in {time.monotonic() - began:.1f} s")

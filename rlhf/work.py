@@ -62,8 +62,9 @@ def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
                         f"         {compute.device}, {compute.precision}, {compute.threads} threads; "
                         f"W&B {tracker.mode} ({run.info['wandb']['why']})"
                     )
-                    for parent in recipe.parents(stage):
-                        tracker.use_artifact(f"{settings.run_name}-{parent}")
+                    for parent in run.info["parents"]:
+                        if "stage" in parent:
+                            tracker.use_artifact(f"{run.info['group']}-{parent['stage']}", parent["sha256"])
                     handle = Stage(run, tracker, progress, stop, settings.keep_checkpoints, every, window)
                     done = _STAGES[stage](recipe, handle, compute)
                     took = duration(time.monotonic() - began)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab import records
+from lab import cli, records, statistics
+from lab.compare import Question
+from lab.compare import compare as compare_runs
 from lab.errors import LabError
 from lab.records import columns_of, load, parse_query
 from tests.lab.runs import make_run
@@ -214,35 +218,57 @@ def test_reading_by_all_cores_gives_the_same(tmp_path: Path, monkeypatch: pytest
 
 def test_a_query_with_openrlbenchmarks_words() -> None:
     query = parse_query(
-        "wandb:?we=openrlbenchmark&wpn=cleanrl&ceik=env_id&cen=exp_name"
-        "&metric=charts/episodic_return&tag=pr-299&user=costa-huang&cl=CleanRL DQN"
+        "wandb:dqn_atari?we=openrlbenchmark&wpn=cleanrl&ceik=env_id&cen=exp_name"
+        "&metric=charts/episodic_return&tag=pr-299&tag=v1&user=costa-huang&seed=1&seed=2&cl=CleanRL DQN"
     )
     assert query.path == "openrlbenchmark/cleanrl"
-    assert query.filters == {"$and": [{"tags": {"$in": ["pr-299"]}}, {"username": "costa-huang"}]}
-    wishes = {"task": "env_id", "by": "exp_name", "metric": "charts/episodic_return", "label": "CleanRL DQN"}
-    assert query.wishes == wishes
+    conditions = [
+        {"tags": {"$in": ["pr-299"]}},
+        {"tags": {"$in": ["v1"]}},  # as there, a run must have both
+        {"username": "costa-huang"},
+        {"config.seed.value": {"$in": [1, 2]}},
+        {"config.exp_name.value": "dqn_atari"},
+    ]
+    assert query.filters == {"$and": conditions}
+    words = {"task": "env_id", "by": "exp_name", "metric": "charts/episodic_return", "label": "CleanRL DQN"}
+    assert query.words == words
+    assert query.wishes == {"by": "group", "task": "task", "metric": "charts/episodic_return"}
+    assert parse_query("wandb:?we=me&wpn=lab").wishes == {}
 
 
 def test_a_query_by_config() -> None:
-    query = parse_query("wandb:me/lab?config.agent.n_step=3&config.agent.algorithm=dqn&state=finished")
+    query = parse_query(
+        "wandb:me/lab?config.agent.n_step=3&config.agent.algorithm=dqn&state=finished&state=failed"
+        "&config.agent.double=True&config.agent.lr=1e-4"
+    )
     conditions = [
         {"config.agent.n_step.value": 3},
         {"config.agent.algorithm.value": "dqn"},
-        {"state": "finished"},
+        {"state": {"$in": ["finished", "failed"]}},
+        {"config.agent.double.value": True},
+        {"config.agent.lr.value": 0.0001},
     ]
     assert query == ("me/lab", {"$and": conditions}, {})
+
+
+@pytest.mark.parametrize("source", ["wandb:me/lab/ab12", "wandb:me/lab/runs/ab12", "wandb:me/lab?id=ab12"])
+def test_one_run_by_its_id(source: str) -> None:
+    assert parse_query(source) == ("me/lab", {"$and": [{"name": "ab12"}]}, {})
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("wandb:me/lab?tga=v1", "unknown filter 'tga'. Did you mean 'tag'?"),
+        ("wandb:me/lab?metrics=x", "unknown filter 'metrics'. Did you mean 'metric'?"),
         ("wandb:?tag=v1", "names no project. Write wandb:entity/project."),
+        ("wandb:/", "names no project. Write wandb:entity/project."),
+        ("wandb:me/lab/x/y", "names no project. Write wandb:entity/project."),
     ],
 )
 def test_queries_that_mean_nothing(source: str, message: str) -> None:
     with pytest.raises(LabError) as error:
-        parse_query(source)
+        load([source], [METRIC])
     assert message in str(error.value)
 
 
@@ -253,6 +279,140 @@ def test_wandb_without_a_key_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     with pytest.raises(LabError, match="no W&B key"):
         load(["wandb:me/lab"], [METRIC])
+
+
+# ---- one that is broken among others ----
+
+
+def compare(*arguments: Path | str) -> int:
+    return cli.main(["compare", "--metric", METRIC, *map(str, arguments)])
+
+
+def break_it(place: Path, how: str) -> None:
+    """Makes `place` a source that lacks something."""
+    if how == "empty":
+        place.mkdir()
+        return
+    curve(place, wandb="offline" if "wandb" in how else "disabled")
+    (file,) = place.rglob("*.wandb") if "wandb" in how else [place / "metrics.jsonl"]
+    if how == "run.json is cut":
+        (place / "run.json").write_text('{"id": "a", "na')
+    elif how == "run.json is none":
+        info = json.loads((place / "run.json").read_text())
+        (place / "run.json").write_text(json.dumps({**info, "config": [1], "sessions": 3}))
+    elif how == "metrics.jsonl is gone":
+        file.unlink()
+    elif how == "metrics.jsonl is empty":
+        file.write_bytes(b"")
+    elif how == "metrics.jsonl has a damaged line":
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join([lines[0][:30] + b"\n", b"\xff\xfe\x00\n", b"[1]\n", *lines[1:]]))
+    elif how == "metrics.jsonl is half-written":
+        file.write_bytes(file.read_bytes()[:-20])
+    if "alone" in how:
+        content = b"" if "empty" in how else file.read_bytes()[:200] if "cut" in how else b"\0nonsense" * 99
+        shutil.rmtree(place)
+        place.mkdir()
+        (place / "run-x.wandb").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("empty", "bad: no run in it"),
+        ("run.json is cut", "bad/run.json: damaged"),
+        ("run.json is none", "bad/run.json: damaged"),
+        ("metrics.jsonl is gone", "bad/metrics.jsonl: cannot be read: No such file or directory"),
+        ("metrics.jsonl is empty", ""),
+        ("metrics.jsonl has a damaged line", "bad/metrics.jsonl: 3 lines are damaged, the first is line 1"),
+        ("metrics.jsonl is half-written", ""),
+        ("a wandb file alone, empty", "run-x.wandb: damaged: no run can be read from it"),
+        ("a wandb file alone, cut", "run-x.wandb: damaged: no run can be read from it"),
+        ("a wandb file alone, of nonsense", "run-x.wandb: damaged: no run can be read from it"),
+    ],
+)
+def test_one_broken_source_among_good_ones_is_a_line_and_the_rest_is_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str, says: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    for name in ("good1", "good2"):
+        curve(tmp_path / name)
+    break_it(tmp_path / "bad", how)
+    assert compare(tmp_path / "good1", tmp_path / "bad", tmp_path / "good2") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    counted = 3 if "half" in how or "line" in how else 2
+    assert re.search(rf"^group +{counted} of 1 seed", out, re.MULTILINE), out
+    assert says in out
+
+
+@pytest.mark.parametrize("how", ["empty", "run.json is cut", "a wandb file alone, of nonsense"])
+def test_nothing_but_broken_sources_is_an_error_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    for name in ("bad1", "bad2"):
+        break_it(tmp_path / name, how)
+    assert compare(tmp_path / "bad1", tmp_path / "bad2") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert "bad1" in line
+    assert "(and 1 more like it). Name a run folder" in line
+
+
+def test_a_source_that_is_misspelt_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curve(tmp_path / "good")
+    assert compare(tmp_path / "good", tmp_path / "goud") == 2
+    assert capsys.readouterr().err == f"lab: {tmp_path}/goud: not there. Did you mean 'good'?\n"
+    assert compare(tmp_path / "good", "wandb:me/lab?tga=v1") == 2
+    assert "unknown filter 'tga'. Did you mean 'tag'?" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_run_is_called_so(tmp_path: Path) -> None:
+    curve(tmp_path / "good")
+    (tmp_path / "notes.md").write_text("# notes")
+    found = load([str(tmp_path / "good"), str(tmp_path / "notes.md")], [METRIC])
+    assert found.notes == [f"{tmp_path}/notes.md: no run: neither a run.json nor a .wandb file"]
+
+
+# ---- over games ----
+
+
+def test_human_normalised_scores_are_put_together_over_games(tmp_path: Path) -> None:
+    """Four seeds a game: the IQM drops the lowest and highest quarter of all eight runs of a group."""
+    metric = "eval/human_normalized"
+    scores = {
+        "dqn": {"pong": [0.1, 0.2, 0.3, 0.4], "breakout": [1.0, 1.2, 1.4, 9.0]},
+        "pqn": {"pong": [0.5, 0.6, 0.7, 0.8], "breakout": [2.0, 2.2, 2.4, 2.6]},
+    }
+    for algorithm, games in scores.items():
+        for game, values in games.items():
+            for seed, value in enumerate(values):
+                config = {"seed": seed, "env": {"game": game}, "agent": {"algorithm": algorithm}}
+                rows = [(0, {metric: 0.0}), (100, {metric: value})]
+                make_run(tmp_path / f"{algorithm}-{game}-{seed}", rows, config=config)
+    question = Question(metric=metric, by=("agent.algorithm",), baseline="dqn")
+    found = load([str(tmp_path)], [metric])
+    comparison = compare_runs(found.records, question)
+    assert (comparison.task_key, comparison.tasks) == ("env.game", ("breakout", "pong"))
+    pqn, dqn = comparison.groups
+    assert [(group.label, group.n, group.seeds) for group in (pqn, dqn)] == [("pqn", 8, 4), ("dqn", 8, 4)]
+    assert dqn.estimates["iqm"].point == pytest.approx((0.3 + 0.4 + 1.0 + 1.2) / 4)
+    assert pqn.estimates["iqm"].point == pytest.approx((0.7 + 0.8 + 2.0 + 2.2) / 4)
+    # Of the mean scores of the games; of the part that is missing to 1, which more than 1 does not make up.
+    assert dqn.estimates["mean"].point == pytest.approx((0.25 + 3.15) / 2)
+    assert dqn.estimates["median"].point == pytest.approx((0.25 + 3.15) / 2)
+    assert dqn.estimates["optimality_gap"].point == pytest.approx((0.9 + 0.8 + 0.7 + 0.6) / 8)
+    assert pqn.estimates["optimality_gap"].point == pytest.approx((0.5 + 0.4 + 0.3 + 0.2) / 8)
+    # All of pong's 16 pairs are won by pqn, of breakout's those against 1.0, 1.2 and 1.4.
+    assert pqn.better_than_baseline is not None
+    assert pqn.better_than_baseline.point == pytest.approx((1 + 12 / 16) / 2)
+    # Runs are drawn again within each game: no sample has fewer runs of a game than there are.
+    low, high = dqn.estimates["iqm"][1:]
+    assert 0.2 < low < dqn.estimates["iqm"].point < high < 3
+    assert dqn.estimates["iqm"] == statistics.stratified_bootstrap(list(scores["dqn"].values()))["iqm"]
 
 
 def test_flatten() -> None:

@@ -1,4 +1,4 @@
-"""Sweeps: the search by itself, then whole sweeps by the real command.
+"""Whole sweeps by the real command.
 
 Most sweeps here are of a toy: a pipeline of its own with real run folders, whose runs take a moment because
 they load no torch. One is of PQN on Pong.
@@ -7,253 +7,34 @@ they load no torch. One is of PQN on Pong.
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lab import config, search
 from lab.errors import LabError
 from lab.run import Run
-from lab.search import Parameter, Setting, Tried, next_setting, read_parameters
+from lab.search import read_parameters
 from lab.sweep import wandb_config
 from lab.sweep_file import read_sweep, short_names, word
-from lab.sweep_runs import Record, Runner, last_value, runs_of, setting_name
+from lab.sweep_record import Record, last_value, runs_of, setting_name
+from lab.sweep_runs import Runner
 from lab.tracking import read_metrics
 from tests.conftest import PONG, REPO, TINY, LabCommand
 from tests.e2e.test_bad_input import KEY, refuse, snapshot
 from tests.lab.wandb_stand_in import WandbStandIn
-
-# ---- what may be tried ----
-
-
-def parameters(**specs: Any) -> list[Parameter]:
-    return read_parameters({key.replace("__", "."): spec for key, spec in specs.items()}, "sweep.yaml")
-
-
-def tries(
-    method: str,
-    space: Sequence[Parameter],
-    n: int,
-    objective: Callable[[Setting], float | None] = lambda setting: 0.0,
-    seed: int = 0,
-    goal: search.Goal = "minimize",
-) -> list[Tried]:
-    """The first `n` settings, each valued before the next is asked for."""
-    tried: list[Tried] = []
-    while len(tried) < n and (setting := next_setting(method, space, goal, seed, tried)) is not None:
-        tried.append(Tried(setting, objective(setting)))
-    return tried
-
-
-def test_a_grid_is_every_combination_once_the_last_key_changing_fastest() -> None:
-    space = parameters(
-        a={"values": [1, 2]}, b={"value": "x"}, c={"min": 3, "max": 5}, d={"min": 0.0, "max": 1.0, "q": 0.5}
-        | {"distribution": "q_uniform"}
-    )  # fmt: skip
-    found = [one.setting for one in tries("grid", space, 99)]
-    assert found == [
-        {"a": a, "b": "x", "c": c, "d": d} for a in (1, 2) for c in (3, 4, 5) for d in (0.0, 0.5, 1.0)
-    ]
-    assert search.grid_size(space) == len(found) == 18
-
-
-def test_a_random_search_is_the_same_again_and_another_with_another_seed() -> None:
-    space = parameters(a={"min": 0.0, "max": 1.0}, b={"values": ["x", "y"]})
-    ten = [one.setting for one in tries("random", space, 10)]
-    assert ten == [one.setting for one in tries("random", space, 10, lambda setting: 5.0)]
-    assert ten == [one.setting for one in tries("random", space, 20)][:10], "more of it begins alike"
-    assert ten != [one.setting for one in tries("random", space, 10, seed=1)]
-    # Known by heart, so that no change of the code changes somebody's sweep.
-    assert ten[:2] == [{"a": 0.5014, "b": "x"}, {"a": 0.2921, "b": "x"}]
-
-
-@pytest.mark.parametrize("method", ["random", "bayes"])
-def test_what_can_be_counted_is_tried_whole_and_nothing_twice(method: str) -> None:
-    space = parameters(a={"values": [1, 2, [3]]}, b={"min": 1, "max": 4}, c={"value": None})
-    found = [one.setting for one in tries(method, space, 99)]
-    assert len(found) == 12
-    assert sorted(map(json.dumps, found)) == sorted(
-        json.dumps(one.setting) for one in tries("grid", space, 99)
-    )
-
-
-numbers = st.floats(-1e6, 1e6, allow_nan=False).map(lambda number: float(f"{number:.6g}"))
-quantiles = st.floats(0, 1, exclude_max=True)
-
-
-@given(numbers, numbers, quantiles)
-def test_a_uniform_number_is_within_its_range(one: float, other: float, quantile: float) -> None:
-    low, high = sorted((one, other))
-    if low < high:
-        [parameter] = parameters(a={"min": low, "max": high, "distribution": "uniform"})
-        assert low <= parameter.at(quantile) <= high
-        assert parameter.at(quantile) == pytest.approx(
-            low + quantile * (high - low), rel=1e-3, abs=1e-3 * max(abs(low), abs(high))
-        )
-
-
-@given(st.integers(-1000, 1000), st.integers(1, 1000), quantiles)
-def test_a_whole_number_is_one_and_all_are_as_likely(low: int, width: int, quantile: float) -> None:
-    [parameter] = parameters(a={"min": low, "max": low + width})
-    value = parameter.at(quantile)
-    assert type(value) is int
-    assert value == low + math.floor(quantile * (width + 1))
-    assert parameter.at(0) == low
-    assert parameter.at(1 - 1e-9) == low + width
-
-
-@given(st.floats(1e-9, 1e6), st.floats(1.01, 1e6), quantiles)
-def test_a_logarithmic_number_is_within_its_range_and_half_lie_below_its_geometric_mean(
-    low: float, factor: float, quantile: float
-) -> None:
-    [parameter] = parameters(a={"min": low, "max": low * factor, "distribution": "log_uniform_values"})
-    assert low <= parameter.at(quantile) <= low * factor
-    assert parameter.at(0.5) == pytest.approx(low * math.sqrt(factor), rel=1e-3)
-
-
-@given(numbers, numbers, st.floats(1e-3, 1e3), quantiles, st.booleans())
-def test_a_quantised_number_is_a_multiple_within_its_range(
-    one: float, other: float, q: float, quantile: float, log: bool
-) -> None:
-    low, high = sorted((abs(one) + 1e-3, abs(other) + 1e-3) if log else (one, other))
-    name = "q_log_uniform_values" if log else "q_uniform"
-    assume(low < high and math.floor(high / q) > math.ceil(low / q))
-    [parameter] = parameters(a={"min": low, "max": high, "q": q, "distribution": name})
-    value = parameter.at(quantile)
-    slack = 1e-6 * max(abs(low), abs(high), q)
-    assert low - slack <= value <= high + slack
-    assert abs(value / q - round(value / q)) < 1e-3
-    assert type(parameter.tidy(3)) is (int if q.is_integer() else float)
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ({"values": []}, "values = [] is not valid. Expected a list"),
-        ({"values": 3}, "values = 3 is not valid"),
-        ({"values": [1, 1.0]}, "1 is there twice"),
-        ({"values": [float("nan")]}, "nan is not valid"),
-        ({"values": [1], "value": 1}, "expected either value, or values, or min and max"),
-        ({"min": 1}, "expected either value, or values, or min and max"),
-        ({"min": 2, "max": 1}, "min 2 is not below max 1"),
-        ({"min": "a", "max": 1}, "min = 'a' is not valid. Expected a number"),
-        ({"min": True, "max": 3}, "min = True is not valid"),
-        ({"min": 0, "max": 1, "distribution": "log_uniform_values"}, "min 0 must be above 0"),
-        ({"min": 1, "max": 2, "distribution": "log_uniform"}, "Did you mean 'log_uniform_values'?"),
-        ({"min": 1, "max": 2, "distribution": "unifrom"}, "Did you mean 'uniform'?"),
-        ({"distribution": "normal", "mu": 0, "sigma": 1}, "distribution = 'normal' is not supported"),
-        ({"min": 0.5, "max": 2, "distribution": "int_uniform"}, "must be whole numbers"),
-        ({"min": 1, "max": 2, "distribution": "categorical"}, "takes value or values"),
-        ({"values": [1, 2], "distribution": "uniform"}, "values take neither q nor a distribution"),
-        ({"min": 1, "max": 2, "q": 1}, "q is for q_uniform"),
-        ({"min": 1, "max": 2, "q": 0, "distribution": "q_uniform"}, "q = 0 must be positive"),
-        ({"min": 1.1, "max": 1.9, "distribution": "q_uniform"}, "no multiple of q = 1"),
-        ({"valeus": [1]}, "unknown key 'valeus'. Did you mean 'values'?"),
-        (3, "parameter a = 3 is not valid"),
-        ({"parameters": {}}, "parameters.a.parameters = {} is not valid"),
-    ],
-)
-def test_a_parameter_that_cannot_be_is_one_clear_line(spec: Any, words: str) -> None:
-    with pytest.raises(LabError) as error:
-        parameters(a=spec)
-    assert words in str(error.value)
-    assert str(error.value).startswith("sweep.yaml: ")
-    assert "\n" not in str(error.value)
-
-
-def test_groups_may_be_nested_as_wandb_nests_them() -> None:
-    nested = {
-        "agent": {"parameters": {"lr": {"value": 1}, "net": {"parameters": {"width": {"values": [1, 2]}}}}}
-    }
-    assert [one.key for one in read_parameters(nested, "x")] == ["agent.lr", "agent.net.width"]
-    for specs, words in (
-        ({"a": {"value": 1}, "a.b": {"value": 1}}, "a and a.b contradict each other"),
-        ({"a.b": {"value": 1}, "a": {"parameters": {"b": {"value": 1}}}}, "a.b is there twice"),
-    ):
-        with pytest.raises(LabError, match=words):
-            read_parameters(specs, "x")
-
-
-# ---- Bayesian search ----
-
-BOWL = {
-    "lr": {"min": 1e-5, "max": 1e-1, "distribution": "log_uniform_values"},
-    "x": {"min": -5.0, "max": 5.0},
-    "n": {"min": 1, "max": 8},
-    "kind": {"values": ["bad", "good", "worse"]},
-}
-
-
-def bowl(setting: Setting) -> float:
-    """Best at lr 1e-3, x 2, n 3, kind good, where it is 0."""
-    kind = {"good": 0, "bad": 3, "worse": 6}[setting["kind"]]
-    return (
-        math.log10(setting["lr"] / 1e-3) ** 2 + (setting["x"] - 2) ** 2 + 0.1 * (setting["n"] - 3) ** 2 + kind
-    )
-
-
-def test_bayesian_search_finds_what_random_search_does_not() -> None:
-    space = parameters(**BOWL)
-    best: dict[str, list[float]] = {"random": [], "bayes": []}
-    for method, found in best.items():
-        for seed in range(3):
-            found.append(min(one.value or 0.0 for one in tries(method, space, 50, bowl, seed)))
-    assert max(best["bayes"]) < min(best["random"])
-    assert statistics.mean(best["bayes"]) < 0.5
-
-
-def test_bayesian_search_knows_which_way_is_up() -> None:
-    space = parameters(**BOWL)
-    down = tries("bayes", space, 40, bowl)
-    up = tries("bayes", space, 40, lambda setting: -bowl(setting), goal="maximize")
-    assert [one.setting for one in down] == [one.setting for one in up]
-
-
-def test_bayesian_search_follows_from_what_was_tried_alone() -> None:
-    """So a sweep that was stopped goes on as if it never was."""
-    space = parameters(**BOWL)
-    tried = tries("bayes", space, 15, bowl)
-    for n in (0, 5, 12):
-        assert next_setting("bayes", space, "minimize", 0, tried[:n]) == tried[n].setting
-    back = [Tried(json.loads(json.dumps(one.setting)), one.value) for one in tried[:14]]
-    assert next_setting("bayes", space, "minimize", 0, back) == tried[14].setting
-
-
-def test_bayesian_search_side_by_side_looks_at_different_places_and_still_finds_it() -> None:
-    space = parameters(**BOWL)
-    tried: list[Tried] = []
-    for _ in range(15):  # four at once
-        batch: list[Tried] = []
-        for _ in range(4):
-            setting = next_setting("bayes", space, "minimize", 0, [*tried, *batch])
-            assert setting is not None
-            assert setting not in [one.setting for one in [*tried, *batch]]
-            batch.append(Tried(setting, pending=True))
-        tried += [Tried(one.setting, bowl(one.setting)) for one in batch]
-    assert min(one.value or 0.0 for one in tried) < 1.0
-
-
-def test_bayesian_search_bears_failures() -> None:
-    space = parameters(**BOWL)
-    tried = tries("bayes", space, 60, lambda setting: None if setting["kind"] == "worse" else bowl(setting))
-    assert any(one.value is None for one in tried)
-    assert min(one.value for one in tried if one.value is not None) < 1.0
-    assert len(tries("bayes", space, 15, lambda setting: None)) == 15, "even of everything"
-
 
 # ---- names ----
 
@@ -462,6 +243,7 @@ BAD_FILES: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "the lab trains every run to its end",
     ),
     "program": ({"program": "train.py"}, [], "lab sweep runs `lab train`"),
+    "a config": ({"pipeline": "toy"}, [], "pipeline: is a key of a config. A sweep names its config"),
     "run_cap": ({"run_cap": 3}, [], "run_cap: is called count here"),
     "no method": ({"method": None}, [], "method = None is not valid. Expected grid, random, bayes."),
     "method": ({"method": "gird"}, [], "method = 'gird' is not valid. Did you mean 'grid'?"),
@@ -534,6 +316,7 @@ def test_the_command_refuses_before_anything_is_written(write: Write, lab: Lab, 
     write(parameters={"agent.xx": {"value": 1}})
     before = snapshot(tmp_path)
     refuse(lab(), "sweep.yaml: unknown key 'agent.xx'")
+    refuse(lab("--resume"), "--resume is not needed: the same command goes on where it stopped.")
     refuse(lab("--jobs=0"), "argument --jobs: '0' is no whole number of at least 1")
     write()
     refuse(lab("--tracking.wandb=online"), "tracking.wandb = 'online': no W&B key")
@@ -687,6 +470,12 @@ def test_threads_are_divided_between_runs_at_once(
 # ---- stopped and continued ----
 
 
+def heed_signals() -> None:
+    """As in a terminal: what is started in the background inherits that these are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(
     write: Write, toy: Path, lab_environment: dict[str, str], tmp_path: Path
@@ -704,6 +493,7 @@ def start(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=heed_signals,
         )
         started.append(process)
         return process
@@ -853,23 +643,19 @@ def test_a_sweep_of_pqn_on_pong(lab_command: LabCommand, tmp_path: Path) -> None
             "agent.learning_rate": {"min": 1e-5, "max": 1e-3, "distribution": "log_uniform_values"},
             "agent.backbone_spec": {"values": [{"width": 16}, {"width": 32}]},
         },
-        "count": 2,
+        "count": 1,
     }
     (tmp_path / "pong.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     result = lab_command("sweep", "pong.yaml", *TINY, "--total_steps=128", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "2 of 2 runs finished" in result.stdout
+    assert "1 of 1 runs finished" in result.stdout
     assert "W&B     offline (no W&B key for api.wandb.ai)" in result.stderr
-    runs = sorted((tmp_path / "runs" / "pong").glob("*/run.json"))
-    assert len(runs) == 2
-    for path in runs:
-        info = Run.open(path.parent).info
-        assert info["state"] == "finished"
-        rate, width = (
-            info["config"]["agent"]["learning_rate"],
-            info["config"]["agent"]["backbone_spec"]["width"],
-        )
-        assert path.parent.name == f"learning_rate={word(rate)}__backbone_spec=width-{width}__s0"
+    [path] = (tmp_path / "runs" / "pong").glob("*/run.json")
+    info = Run.open(path.parent).info
+    assert info["state"] == "finished"
+    agent = info["config"]["agent"]
+    rate, width = word(agent["learning_rate"]), agent["backbone_spec"]["width"]
+    assert path.parent.name == f"learning_rate={rate}__backbone_spec=width-{width}__s0"
 
 
 # ---- at W&B ----

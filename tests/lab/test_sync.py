@@ -8,11 +8,12 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lab import sync
+from lab import records, sync, sync_server, sync_verify
 from lab.errors import LabError
 from lab.run import Run
+from lab.sync_rows import identity
+from lab.sync_source import Source, locked
 from lab.tracking import Tracker, read_metrics
 from tests.lab.wandb_stand_in import WandbStandIn
 
@@ -51,8 +54,8 @@ def quick_and_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         for name, value in (("MAX", 1), ("WAIT_MIN_SECONDS", 1), ("WAIT_MAX_SECONDS", 1)):
             monkeypatch.setenv(f"WANDB_X_{part}_RETRY_{name}", str(value))
         monkeypatch.setenv(f"WANDB_X_{part}_TIMEOUT_SECONDS", "2")
-    monkeypatch.setattr(sync, "SETTLE_SECONDS", 0.4)
-    monkeypatch.setattr(sync, "API_SECONDS", 3)
+    monkeypatch.setattr(sync_verify, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(sync_server, "API_SECONDS", 2)
     yield
     end_service()
     for name in set(os.environ) - set(before):
@@ -162,26 +165,45 @@ def steps_of(server: WandbStandIn, name: str) -> list[int]:
     return [one["global_step"] for one in stored]
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def wait_for_the_lock(folder: Path) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        with locked(folder) as handles:
+            if handles:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # ---- the usual way ----
 
 
-def test_an_offline_run_is_sent_with_all_that_belongs_to_it(
+def test_runs_are_sent_with_all_that_belongs_to_them_and_are_known_to_be_there(
     server: WandbStandIn, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    name = session(runs / "pong", range(10), media=True)
+    session(runs / "pong", [0, 1, 2, 3], finish=False)
+    name = session(runs / "pong", [3, 4], media=True)  # goes over step 3 once more, as after a crash
+    apart = session(runs / "group/apart", range(5), mode="disabled")
+    session(runs / "empty", [], mode="disabled", why="W&B offline is not available (...)")
+    (runs / "broken").mkdir()
+    (runs / "broken/run.json").write_text("{")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for variable in ("WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_NAME", "WANDB_RESUME"):
         monkeypatch.setenv(variable, "never")  # of some other run: it must not reach this one
-    assert synced(capsys, runs).endswith("pong: sent and verified: 12 rows, last step 9")
+
+    running = Run.resume(runs / "group/apart")
+    text = synced(capsys, runs, code=2, runs=4)
+    running._release_lock()
+    assert "broken/run.json: damaged" in text
+    assert "group/apart: skipped: it is running or being sent just now; run it again afterwards\n" in text
+    assert "empty: nothing to send: it has no rows\n" in text
+    assert "pong: sent and verified: 8 rows, last step 4\n4 runs: 2 in order, 2 not" in text
     assert list(server.runs) == [name]
     run = server.runs[name]
-    assert steps_of(server, name) == list(range(10))
+    assert steps_of(server, name) == [0, 1, 2, 3, 3, 4]
+    assert run.column("_step") == list(range(8)), "W&B numbers them through"
     assert run.column("media/curve")[0]["_type"] == "image-file"
     assert run.column("samples")[0]["_type"] == "table-file"
     assert any(file.startswith("media/images/media/curve") for file in run.files)
@@ -191,73 +213,33 @@ def test_an_offline_run_is_sent_with_all_that_belongs_to_it(
     assert {key: run.settings[key] for key in wanted} == wanted
     assert list((tmp_path / "here").iterdir()) == [], "W&B leaves nothing where one stands"
     record = json.loads((runs / "pong/wandb/synced.json").read_text())
-    assert (record["rows"], record["run"]) == ("12 rows, last step 9", f"tester/lab-tests/{name}")
+    assert (record["rows"], record["run"]) == ("8 rows, last step 4", f"tester/lab-tests/{name}")
+    monkeypatch.delenv("WANDB_PROJECT")
+    sources = [str(runs / "pong"), str(runs / "pong/wandb"), "wandb:tester/lab-tests"]
+    kept = [records.load([source], ["train/loss"]).records[0].series["train/loss"] for source in sources]
+    assert [series.x.tolist() for series in kept] == [[0, 1, 2, 3, 4]] * 3, "all compare the same"
 
+    # A run that W&B never heard of.
+    assert "made without W&B on purpose, not sent; --disabled sends it" in synced(capsys, runs / "group")
+    assert synced(capsys, runs / "group", "--disabled").endswith(
+        "sent and verified: 5 rows, last step 4 (5 of them from metrics.jsonl)"
+    )
+    run = server.runs[apart]
+    assert steps_of(server, apart) == [0, 1, 2, 3, 4]
+    assert (run.state, run.summary["best"], run.summary["global_step"]) == ("finished", 0.75, 4)
+    assert run.config["agent"] == {"lr": 0.5}
+    assert {key: run.settings[key] for key in wanted} == wanted
+    assert [path.name for path in (runs / "group/apart/wandb").iterdir()] == ["synced.json"]
 
-def test_a_run_that_is_there_is_not_sent_again_and_not_even_asked_about(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = session(runs / "pong", range(5))
-    synced(capsys, runs)
-    (runs / "pong/wandb/synced.json").rename(runs / "kept.json")
-    assert "already there: 5 rows, last step 4" in synced(capsys, runs / "pong")
-    assert "(verified 2" in synced(capsys, runs / "pong")
-    assert "(verified" not in synced(capsys, runs / "pong", "--force")
-    assert steps_of(server, name) == [0, 1, 2, 3, 4]
+    # What is known to be there is not even asked about.
+    assert "(verified" not in synced(capsys, runs / "group", "--force")
+    assert "group/apart: already there: 5 rows, last step 4 (verified 2" in synced(capsys, runs / "group")
     server.die()
-    assert "already there: 5 rows, last step 4 (verified 2" in synced(capsys, runs / "pong")
+    [first, _] = sorted(runs.glob("pong/wandb/offline-run-*"))
+    assert "pong: already there: 8 rows, last step 4 (verified 2" in synced(capsys, first)
     log_without_wandb(runs / "pong", [5])
     with pytest.raises(LabError, match="cannot be reached"):
         synced(capsys, runs / "pong")
-
-
-def test_the_sessions_of_a_resumed_run_become_one_run(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    session(runs / "pong", [0, 1, 2], finish=False)
-    session(runs / "pong", [3, 4], finish=False)
-    name = session(runs / "pong", [4, 5])  # goes over step 4 once more, as after a crash
-    assert len(list(runs.glob("pong/wandb/offline-run-*"))) == 3
-    assert synced(capsys, runs).endswith("sent and verified: 7 rows, last step 5")
-    assert steps_of(server, name) == [0, 1, 2, 3, 4, 4, 5]
-    assert server.runs[name].column("_step") == list(range(7)), "W&B numbers them through"
-    session(runs / "pong", [6, 7])
-    assert synced(capsys, runs).endswith("sent and verified: 9 rows, last step 7")
-    assert steps_of(server, name) == [0, 1, 2, 3, 4, 4, 5, 6, 7]
-
-
-def test_several_runs_are_sent_and_one_bad_one_spoils_only_itself(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, second = session(runs / "a", [1]), session(runs / "group/b", [2])
-    (runs / "broken").mkdir()
-    (runs / "broken/run.json").write_text("{")
-    session(runs / "empty", [])
-    text = synced(capsys, runs, code=2, runs=4)
-    assert "a: sent and verified: 1 row, last step 1\n" in text
-    assert "group/b: sent and verified: 1 row, last step 2\n" in text
-    assert "broken/run.json: damaged" in text
-    assert "empty: nothing to send: it has no rows\n" in text
-    assert text.endswith("4 runs: 3 in order, 1 not")
-    assert set(server.runs) == {first, second}
-
-
-def test_wandb_files_are_found_by_themselves_and_within_a_run_folder(
-    server: WandbStandIn, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    session(runs / "pong", [1, 2], finish=False)
-    name = session(runs / "pong", [3])
-    [first, second] = sorted(runs.glob("pong/wandb/offline-run-*"))
-    moved = tmp_path / "elsewhere/wandb"
-    moved.mkdir(parents=True)
-    for part in (first, second):
-        subprocess.run(["cp", "-r", str(part), str(moved)], check=True)
-    text = synced(capsys, moved / first.name)  # one of its files stands for all
-    assert text.endswith(f"{second.name}/run-{name}.wandb: sent and verified: 3 rows, last step 3")
-    assert steps_of(server, name) == [1, 2, 3]
-    assert server.runs[name].settings["displayName"] == "pong"
-    assert "already there: 3 rows" in synced(capsys, next((moved / second.name).glob("*.wandb")))
-    assert "pong: already there: 3 rows" in synced(capsys, second), "in a run folder it means the run"
 
 
 # ---- interrupted ----
@@ -266,116 +248,61 @@ def test_wandb_files_are_found_by_themselves_and_within_a_run_folder(
 def test_killed_at_any_moment_and_repeated_it_sends_every_row_once(
     server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed with all that it started, as by a power cut: early, and while rows are on their way."""
-    session(runs / "pong", range(60), finish=False)
-    name = session(runs / "pong", range(60, 120))
-    log_without_wandb(runs / "pong", range(120, 150))
-    command = [sys.executable, "-c", PROGRAM, str(runs)]
-    for rows in (None, 0, 20, 60, 90, 120, 140):
+    name = session(runs / "pong", range(40))
+    for rows, kill in ((20, os.killpg), (30, os.kill)):  # while a file is sent, and while rows are
         server.silent_after_rows = rows
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-        began = time.monotonic()
-        while not server.silent and (rows is not None or time.monotonic() < began + 0.5):
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(runs)], start_new_session=True)
+        while not server.silent:
             assert process.poll() is None, "it must not end before it is killed"
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process.pid, signal.SIGKILL)
         process.wait()
+        if kill is os.kill:  # what it started lives on, and keeps others away
+            assert "skipped: it is running or being sent just now" in synced(capsys, runs, code=2)
+        assert len(server.runs[name].history) == rows
         server.silent = False
-        assert len(server.runs[name].history if rows is not None else []) == (rows or 0)
-    assert "sent and verified: 150 rows, last step 149 (30 of them from" in synced(capsys, runs)
-    assert steps_of(server, name) == list(range(150))
+        wait_for_the_lock(runs / "pong")
+    assert synced(capsys, runs).endswith(": 40 rows, last step 39")
+    assert steps_of(server, name) == list(range(40))
 
 
-@pytest.mark.parametrize("rows", [0, 3, 8])
 def test_a_server_that_dies_in_the_middle_gets_only_what_is_missing_later(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rows: int
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session(runs / "pong", range(5), finish=False)
-    name = session(runs / "pong", range(5, 10), media=True)
+    """It dies in an online run, and again while that is completed."""
     with WandbStandIn() as server:
         use(server, monkeypatch)
-        server.die_after_rows = rows
+        server.die_after_rows = 4
+        name = session(runs / "pong", range(10), mode="online", media=True)
+        assert len(server.runs[name].history) == 4
+    with restarted(server, monkeypatch) as again:
+        again.die_after_rows = 3
         assert "not verified: W&B's server" in synced(capsys, runs, code=2)
         assert not (runs / "pong/wandb/synced.json").exists()
-        assert len(server.runs[name].history) == rows
+        assert len(server.runs[name].history) == 7
     with restarted(server, monkeypatch) as again:
         assert synced(capsys, runs).endswith("sent and verified: 12 rows, last step 9")
         assert steps_of(again, name) == list(range(10)), "in their order, too"
         run = again.runs[name]
-        assert [len(run.column(key)) for key in ("media/curve", "samples")] == [1, 1]
         for key in ("media/curve", "samples"):
-            assert run.column(key)[0]["path"] in run.files
+            [media] = run.column(key)
+            assert media["path"] in run.files
         assert (run.state, run.summary["global_step"], run.summary["best"]) == ("finished", 9, 0.75)
-
-
-def test_a_sender_that_outlives_a_killed_lab_keeps_others_away(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = session(runs / "pong", range(20))
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(runs)], start_new_session=True)
-    while name not in server.runs:
-        time.sleep(0.01)
-    server.silent = True  # the rows are on their way
-    process.kill()
-    process.wait()
-    assert "skipped: it is running or being sent just now" in synced(capsys, runs, code=2)
-    server.silent = False
-    deadline = time.monotonic() + 20
-    while True:
-        with sync._lock(runs / "pong/.lock") as handles:
-            if handles:
-                break
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    synced(capsys, runs)
-    assert steps_of(server, name) == list(range(20))
-
-
-def test_an_online_run_whose_server_died_is_completed(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with WandbStandIn() as server:
-        use(server, monkeypatch)
-        server.die_after_rows = 4
-        name = session(runs / "pong", range(10), mode="online")
-        assert len(server.runs[name].history) == 4
-    with restarted(server, monkeypatch) as again:
-        assert synced(capsys, runs).endswith("sent and verified: 10 rows, last step 9")
-        assert steps_of(again, name) == list(range(10))
 
 
 # ---- servers that are not well ----
 
 
-def test_a_server_that_stores_nothing_but_says_so_is_found_out(
+def test_nothing_counts_as_sent_before_the_server_shows_it(
     server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`wandb sync` itself ends with 0 and marks the run as synced."""
+    """`wandb sync` itself ends with 0, and marks as synced what the server did not store."""
     name = session(runs / "pong", range(5))
-    server.drops_rows = True
-    text = synced(capsys, runs, code=2)
-    assert text.endswith("pong: incomplete: the server has 0 of 5 rows; run it again")
+    server.drops_rows, server.errors = True, 1
+    assert synced(capsys, runs, code=2).endswith("pong: incomplete: the server has 0 of 5 rows; run it again")
     assert list(runs.glob("pong/wandb/offline-run-*/*.synced")), "what W&B thinks of it"
     assert server.runs[name].state == "finished"
-    server.drops_rows = False
-    assert synced(capsys, runs).endswith("sent and verified: 5 rows, last step 4")
-    assert steps_of(server, name) == [0, 1, 2, 3, 4]
-
-
-def test_an_error_of_the_server_is_ridden_out(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = session(runs / "pong", range(5))
-    server.errors = 1
-    assert "sent and verified: 5 rows" in synced(capsys, runs)
-    assert steps_of(server, name) == [0, 1, 2, 3, 4]
-
-
-def test_rows_that_are_counted_but_not_shown_yet_are_not_sent_again(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = session(runs / "pong", range(5))
-    server.hides_rows = 2
+    server.drops_rows, server.hides_rows = False, 2
     assert synced(capsys, runs, code=2).endswith("incomplete: the server has 3 of 5 rows; run it again")
     text = synced(capsys, runs, code=2)
     assert "not sent: the server counts 2 rows more than it shows, maybe the 2 that seem" in text
@@ -383,20 +310,18 @@ def test_rows_that_are_counted_but_not_shown_yet_are_not_sent_again(
     assert synced(capsys, runs).endswith("already there: 5 rows, last step 4")
     assert steps_of(server, name) == [0, 1, 2, 3, 4]
 
-
-def test_rows_that_are_only_on_the_server_stop_the_sending(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Whatever they are: what seems to be missing may be there in another form, and would be doubled."""
-    name = session(runs / "pong", range(5))
-    synced(capsys, runs)
+    # Rows that are only there: what seems to be missing may be one of them in another form.
+    shutil.rmtree(runs / "pong/wandb")  # metrics.jsonl has all of it
     stored = server.runs[name].history
     stored.append({**stored[-1], "_step": 5})
-    text = synced(capsys, runs, "--force", code=2)
+    text = synced(capsys, runs, code=2)
     assert "not as here: W&B has all 5 rows, last step 4, and 1 row more: sent twice by something" in text
+    [*_, last] = (runs / "pong/metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs / "pong/metrics.discarded.jsonl").write_text(last)  # unless a resumed run computed it anew
+    assert "already there: 5 rows" in synced(capsys, runs)
     stored[0]["train/loss"] = 0.5
     text = synced(capsys, runs, "--force", code=2)
-    assert "not sent: the server lacks 1 row of this run and has 2 that are not here" in text
+    assert "not sent: the server lacks 1 row of this run and has 1 that are not here" in text
     assert len(stored) == 6
 
 
@@ -404,8 +329,8 @@ def test_rows_that_are_only_on_the_server_stop_the_sending(
 def test_without_a_server_it_is_one_line_within_seconds_and_nothing_changes(
     server: WandbStandIn, runs: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    session(runs / "pong", [1])
-    before = tree(runs)
+    session(runs / "pong", [1], mode="disabled", why="no key")
+    before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # taken, but nobody listens
         if wrong == "no key":
@@ -420,7 +345,7 @@ def test_without_a_server_it_is_one_line_within_seconds_and_nothing_changes(
             monkeypatch.setenv("WANDB_MODE", "offline")
         began = time.monotonic()
         with pytest.raises(LabError) as caught:
-            list(sync.sync([runs]))
+            list(sync_verify.sync([runs]))
         assert time.monotonic() - began < 15
     line = str(caught.value)
     assert line.startswith("lab sync: ")
@@ -434,130 +359,81 @@ def test_without_a_server_it_is_one_line_within_seconds_and_nothing_changes(
         "offline": "WANDB_MODE is 'offline'. Unset it",
     }
     assert says[wrong] in line
-    assert tree(runs) == before
+    assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
     assert server.runs == {}
 
 
 # ---- runs that are not well ----
 
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.lab.test_sync import row
+from lab.run import Run
+details = {"pipeline": "rl", "job_type": "train", "name": "n", "group": "dqn", "x_axis": "agent_steps"}
+run = Run.create(Path(sys.argv[1]), config={"seed": 1, "agent": {"lr": 0.5}}, compute={}, **details)
+track = run.tracker("offline", "no key", "lab-tests", None, [])
+for step in range(20):
+    track.log(step, row(step))
+time.sleep(1.5)  # W&B writes once a second
+for step in range(20, 30):
+    track.log(step, row(step))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 def test_a_killed_run_is_completed_from_its_metrics(
     server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = """
-        import os, signal, sys, time
-        from pathlib import Path
-        sys.path.insert(0, sys.argv[2])
-        from tests.lab.test_sync import row
-        from lab.run import Run
-        details = {"pipeline": "rl", "job_type": "train", "name": "n", "group": "g", "x_axis": "agent_steps"}
-        run = Run.create(Path(sys.argv[1]), config={"seed": 1}, compute={}, **details)
-        track = run.tracker("offline", "no key", "lab-tests", None, [])
-        for step in range(20):
-            track.log(step, row(step))
-        time.sleep(2.5)  # W&B writes once a second
-        for step in range(20, 30):
-            track.log(step, row(step))
-        os.kill(os.getpid(), signal.SIGKILL)
-    """
-    arguments = [str(runs / "pong"), str(Path(__file__).parents[2])]
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program), *arguments], check=False)
+    program = [sys.executable, "-c", KILLED, str(runs / "pong"), str(Path(__file__).parents[2])]
+    subprocess.run(program, check=False)
+    logged = [stored["_time"] for stored in read_metrics(runs / "pong/metrics.jsonl")]
+    with (runs / "pong/metrics.jsonl").open("ab") as file:
+        file.write(b'{"damaged \xff\n{"cut o')
     text = synced(capsys, runs)
-    assert "sent and verified: 30 rows, last step 29 (10 of them from metrics.jsonl: cut off file: " in text
+    assert "sent and verified: 30 rows, last step 29 (" in text
+    rest = re.search(
+        r"(\d+) of them from metrics.jsonl; cut off file: offline-run-\w+-\w+; 1 damaged line lost\)", text
+    )
+    assert rest, text
+    assert 10 <= int(rest[1]) < 30
     [name] = server.runs
     assert steps_of(server, name) == list(range(30))
     assert server.runs[name].state == "failed"
     times = [stored["_timestamp"] for stored in server.runs[name].history]
-    logged = [stored["_time"] for stored in read_metrics(runs / "pong/metrics.jsonl")]
     assert times == pytest.approx(logged, abs=1), "when it was logged, not when it was sent"
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_wandb_file_costs_no_row(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    name = session(runs / "pong", range(40))
+def test_what_a_damaged_wandb_file_lacks_comes_from_the_metrics(runs: Path) -> None:
+    session(runs / "pong", range(30))
     [file] = runs.glob("pong/wandb/offline-run-*/*.wandb")
-    content = bytearray(file.read_bytes())
-    if damage == "flipped":
-        content[len(content) * 2 // 3] ^= 0xFF
-    file.write_bytes(content[: {"cut": len(content) * 2 // 3, "empty": 7}.get(damage, len(content))])
-    text = synced(capsys, runs)
-    assert "sent and verified: 40 rows, last step 39 (" in text
-    assert f"of them from metrics.jsonl: cut off file: {file.parent.name})" in text
-    assert steps_of(server, name) == list(range(40))
-    assert server.runs[name].config["agent"] == {"lr": 0.5}
-    assert server.runs[name].settings["groupName"] == "dqn"
-
-
-def test_a_cut_off_file_without_its_run_folder_says_that_rows_are_lost(
-    server: WandbStandIn, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = session(runs / "pong", range(40))
-    [part] = runs.glob("pong/wandb/offline-run-*")
-    part.rename(tmp_path / part.name)
-    [file] = (tmp_path / part.name).glob("*.wandb")
-    file.write_bytes(file.read_bytes()[:-1500])
-    text = synced(capsys, tmp_path / part.name)
-    assert f"(cut off file: {part.name}; what was behind the cut is lost)" in text
-    steps = steps_of(server, name)
-    assert 0 < len(steps) < 40
-    assert f"sent and verified: {len(steps)} rows" in text
-
-
-def test_a_run_without_wandb_files_is_made_from_its_metrics(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = session(runs / "pong", range(5), mode="disabled", why="W&B offline is not available (...)")
-    assert "sent and verified: 5 rows, last step 4 (5 of them from metrics.jsonl)" in synced(capsys, runs)
-    run = server.runs[name]
-    assert steps_of(server, name) == [0, 1, 2, 3, 4]
-    assert (run.state, run.summary["best"], run.summary["global_step"]) == ("finished", 0.75, 4)
-    assert run.config["agent"] == {"lr": 0.5}
-    wanted = {"project": "lab-tests", "groupName": "dqn", "displayName": "pong", "tags": ["tagged"]}
-    assert {key: run.settings[key] for key in wanted} == wanted
-    assert sorted(path.name for path in (runs / "pong/wandb").iterdir()) == ["synced.json"]
-
-
-def test_a_run_made_without_wandb_on_purpose_is_sent_only_if_asked_to(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = session(runs / "pong", [1, 2], mode="disabled")
-    assert "made without W&B on purpose, not sent; --disabled sends it" in synced(capsys, runs)
-    assert server.runs == {}
-    assert "sent and verified: 2 rows" in synced(capsys, runs, "--disabled")
-    assert steps_of(server, name) == [1, 2]
-    assert "already there: 2 rows, last step 2 (verified" in synced(capsys, runs)
-
-
-def test_a_run_that_is_running_is_left_alone(
-    server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    session(runs / "pong", [1])
-    run = Run.resume(runs / "pong")
-    try:
-        text = synced(capsys, runs, code=2)
-    finally:
-        run._release_lock()
-    assert "pong: skipped: it is running or being sent just now; run it again afterwards" in text
-    assert server.runs == {}
-    assert "sent and verified: 1 row" in synced(capsys, runs)
+    whole = file.read_bytes()
+    third = len(whole) * 2 // 3
+    flipped = whole[:third] + bytes([whole[third] ^ 0xFF]) + whole[third + 1 :]
+    source = Source(runs / "pong", Run.open(runs / "pong").info)
+    for content, least in ((whole[:third], 1), (flipped, 1), (whole[:7], 0)):
+        file.write_bytes(content)
+        (of_file, rest), damaged = source.parts()
+        assert (of_file.is_cut, damaged) == (True, 0)
+        assert least <= len(of_file.rows) < 30
+        assert [row["global_step"] for row in (*of_file.rows, *rest.rows)] == list(range(30))
 
 
 def test_a_path_that_is_none_is_one_line_and_nothing_is_sent(
     server: WandbStandIn, runs: Path, tmp_path: Path
 ) -> None:
-    session(runs / "pong", [1])
+    session(runs / "pong", [1], mode="disabled", why="no key")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     for path, line in (
         (runs / "pog", "not there. Did you mean 'pong'? Name a run folder or a folder of them."),
-        (tmp_path / "nothing", "no run in it, nor a W&B file. Name a run folder, e.g. runs/pong."),
-        (tmp_path / "notes.txt", "no run in it, nor a W&B file. Name a run folder, e.g. runs/pong."),
+        (tmp_path / "nothing", "no run folder in it. Name one, e.g. runs/pong. W&B's own folders, "),
+        (tmp_path / "notes.txt", "no run folder in it. Name one, e.g. runs/pong. W&B's own folders, "),
     ):
         with pytest.raises(LabError) as caught:
-            list(sync.sync([runs, path]))
-        assert str(caught.value) == f"{path}: {line}"
+            list(sync_verify.sync([runs, path]))
+        assert str(caught.value).startswith(f"{path}: {line}")
     assert server.runs == {}
 
 
@@ -577,14 +453,14 @@ def test_a_row_is_the_same_however_it_was_kept() -> None:
     from_file = {"global_step": 3, "a/b": 1, "bad": "NaN", "big": "Infinity", "n.x": 2.0, "_step": 9}
     from_server = {"_timestamp": 7.4, "global_step": 3.0, "a/b": 1.0000000000001, "bad": float("nan")}
     from_server |= {"big": float("inf"), "n": {"x": 2}, "none": None}
-    assert sync.identity(ours) == sync.identity(from_file) == sync.identity(from_server)
+    assert identity(ours) == identity(from_file) == identity(from_server)
     media = {"global_step": 3, "m": {"_type": "image-file", "path": "p1", "sha256": "1"}}
     flat = {"global_step": 3, "m._type": "image-file", "m.path": "p2"}
-    assert sync.identity(media) == sync.identity(flat)
+    assert identity(media) == identity(flat)
     others = [
         ours | {"a/b": 1.001}, ours | {"bad": "inf"}, ours | {"big": "-inf"}, ours | {"global_step": 4},
         ours | {"more": 0}, {key: value for key, value in ours.items() if key != "n"}, ours | {"bad": "text"},
         media, {"global_step": 3, "m": {"_type": "video-file"}},
     ]  # fmt: skip
-    assert len({sync.identity(other) for other in [ours, *others]}) == len(others) + 1
-    assert sync.identity({"x": "1"}) != sync.identity({"x": 1})
+    assert len({identity(other) for other in [ours, *others]}) == len(others) + 1
+    assert identity({"x": "1"}) != identity({"x": 1})

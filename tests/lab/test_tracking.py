@@ -24,7 +24,7 @@ from PIL import Image
 from lab.errors import LabError
 from lab.run import Run
 from lab.tracking import Tracker, choose_mode, read_metrics, rewind
-from tests.lab.wandb_stand_in import WandbStandIn
+from tests.lab.wandb_stand_in import MANIFEST, WandbStandIn
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 IDENTITY = {
@@ -308,7 +308,7 @@ def test_results_become_artifacts_online_and_their_failure_stops_nothing(
     (folder / "model" / "weights").write_bytes(b"1234")
     (folder / "rankings.jsonl").write_text("{}\n")
     track = tracker(folder, "online")
-    track.use_artifact("recipe s0-sft")  # the stand-in cannot say which there are
+    track.use_artifact("recipe s0-sft")
     track.log(1, {"x": 1})
     track.log_artifact("recipe s0-reward", "model", folder / "model", "abc")
     track.log_artifact("recipe s0-collect", "dataset", folder / "rankings.jsonl", "def")
@@ -316,19 +316,107 @@ def test_results_become_artifacts_online_and_their_failure_stops_nothing(
     track.log(2, {"x": 2})
     track.finish(0)
     sent = [
-        (one["artifactCollectionName"], one["artifactTypeName"], json.loads(one["metadata"])["sha256"])
+        (
+            one.about["artifactCollectionName"],
+            one.about["artifactTypeName"],
+            json.loads(one.about["metadata"]),
+        )
         for one in server.artifacts
     ]
-    assert sorted(sent) == [
-        ("recipe-s0-collect", "dataset", "def"),
-        ("recipe-s0-reward", "model", "abc"),
+    assert sent == [
+        ("recipe-s0-reward", "model", {"sha256": "abc"}),
+        ("recipe-s0-collect", "dataset", {"sha256": "def"}),
     ]
-    assert {one["runName"] for one in server.artifacts} == {IDENTITY["id"]}
+    assert server.aliases["lab-tests", "recipe-s0-reward:latest"].files["weights"] == b"1234"
+    assert server.aliases["lab-tests", "recipe-s0-collect:def"].files["rankings.jsonl"] == b"{}\n"
+    assert {one.about["runName"] for one in server.artifacts} == {IDENTITY["id"]}
     assert server.runs[IDENTITY["id"]].column("x") == [1, 2]
     first, second = capfd.readouterr().err.splitlines()
     assert first.startswith("lab: W&B does not know recipe s0-sft (")
     assert second.startswith("lab: W&B did not take missing (")
     assert not [path for path in folder.rglob("*") if path.name == "weights" and "wandb" in path.parts]
+
+
+def weights(value: float) -> dict[str, Any]:
+    import torch
+
+    return {"model": {"w": torch.full((4,), value)}, "optimizer": {"m": torch.zeros(4)}}
+
+
+def test_checkpoints_become_versions_with_aliases_and_the_next_stage_is_linked_to_its_own(
+    server: WandbStandIn, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lab import checkpoint
+
+    root, data = folder / "checkpoints", {}
+    track = tracker(folder, "online", {"seed": 1, "tracking": {"artifacts": True}})
+    for step, name, aliases in (
+        (1, "best", ["best"]),
+        (1, "step_1", []),
+        (2, "step_2", []),
+        (3, "step_3", []),
+    ):
+        path = checkpoint.save(root, name, weights(step), {"step": step})
+        data[name] = {file: (path / file).read_bytes() for file in ("model.safetensors", "state.json")}
+        track.log_checkpoint(path, *aliases)
+        checkpoint.prune(root, keep=1)  # it may be gone before it was sent
+    sha256 = checkpoint.weights_hash(root / "step_3")
+    track.finish(0)
+    assert [path.name for path in checkpoint.steps(root)] == ["step_3"]
+    name = f"{IDENTITY['name']}-{IDENTITY['id']}"
+    versions = {alias: server.aliases["lab-tests", f"{name}:{alias}"] for alias in ("best", "latest")}
+    for alias, step in (("best", "best"), ("latest", "step_3")):
+        files = {file: content for file, content in versions[alias].files.items() if file in data[step]}
+        assert files == data[step]
+        assert set(versions[alias].files) == {"model.safetensors", "state.json", MANIFEST}, "no optimizer"
+        assert versions[alias].about["artifactTypeName"] == "model"
+    assert not (folder / "wandb" / "uploads").exists(), "what was on its way is cleared away"
+
+    (tmp_path / "next").mkdir()
+    for sha in (sha256, ""):
+        child = Tracker(tmp_path / "next", {}, "online", {**IDENTITY, "id": f"child{sha[:2]}"})
+        child.use_artifact(name, sha)
+        child.finish(0)
+    assert server.uses == [(f"child{sha256[:2]}", versions["latest"].id), ("child", versions["latest"].id)]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("mode", "artifacts"), [("offline", True), ("disabled", True), ("online", False)])
+def test_no_artifact_is_made_offline_or_if_none_is_wanted(
+    server: WandbStandIn, folder: Path, mode: str, artifacts: bool
+) -> None:
+    from lab import checkpoint
+
+    path = checkpoint.save(folder / "checkpoints", "best", weights(1), {"step": 1})
+    track = tracker(folder, mode, {"tracking": {"artifacts": artifacts}})
+    track.log_checkpoint(path, "best")
+    track.log_artifact("model", "model", path, "ab")
+    track.use_artifact("model")
+    track.finish(0)
+    assert (server.artifacts, server.uses) == ([], [])
+    assert [path.parent.name for path in folder.rglob("model.safetensors")] == ["best"]
+
+
+def test_a_server_that_falls_silent_holds_up_no_checkpoint(
+    server: WandbStandIn, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lab import checkpoint
+
+    track = tracker(folder, "online", finish_seconds=1)
+    server.silent = True
+    path = checkpoint.save(folder / "checkpoints", "best", weights(1), {"step": 1})
+    began = time.monotonic()
+    for _ in range(20):
+        track.use_artifact("sft")
+        track.log_checkpoint(path, "best")
+        track.log(1, {"x": 1})
+    assert time.monotonic() - began < 2
+    track.finish(0)
+    assert time.monotonic() - began < 10
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "lab: W&B did not take all checkpoints within 1 s; they stay in the run folder"
+    assert second.startswith("lab: W&B did not take the rest within 1 s; nothing is lost")
+    assert len(read_metrics(folder / "metrics.jsonl")) == 20
 
 
 def test_an_offline_run_copies_no_result_for_an_upload(folder: Path) -> None:

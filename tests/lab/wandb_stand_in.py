@@ -2,11 +2,11 @@
 
 It stands in for the W&B cloud, the one part of tracking that is not ours and cannot be run here; the
 client in the tests is the real `wandb` with its real service process. It answers the requests of
-`wandb.init` (new and resumed), `log`, `finish` and `wandb sync`, of `wandb.Api` (runs with filters and
-order, history, files) and of wandb-workspaces (reports and saved views), and keeps what the client sent.
-Any other request gets a GraphQL error, as from a server that does not know it. It can be ill like a real
-server: see `WandbStandIn`. Never use it for anything but tests: it checks no key, and where the real
-server's behaviour is not documented (rows sent twice, delays) it is only the simplest one possible.
+`wandb.init` (new and resumed), `log`, `finish`, artifacts and `wandb sync`, of `wandb.Api` (runs with
+filters and order, history, files) and of wandb-workspaces (reports and saved views), and keeps what the
+client sent. Any other request gets a GraphQL error, as from a server that does not know it. It can be ill
+like a real server: see `WandbStandIn`. Never use it for anything but tests: it checks no key, and where the
+real server's behaviour is not documented (rows sent twice, delays) it is only the simplest one possible.
 """
 
 import base64
@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 ENTITY = "tester"
 HISTORY = "wandb-history.jsonl"
+MANIFEST = "wandb_manifest.json"
 
 
 @dataclass
@@ -61,6 +62,32 @@ class ReceivedRun:
         return value
 
 
+@dataclass
+class ReceivedArtifact:
+    """A version of an artifact."""
+
+    id: str
+    mark: tuple[str, str, str]
+    """Project, collection and digest."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What was said of it: artifactCollectionName, artifactTypeName, metadata, runName, ..."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    committed: bool = False
+
+    def node(self) -> dict[str, Any]:
+        """As GraphQL has it."""
+        project, name, digest = self.mark
+        sequence = {"__typename": "ArtifactSequence", "name": name, "project": _project(project)}
+        return {
+            **{"__typename": "Artifact", "id": self.id, "artifactSequence": sequence, "versionIndex": 0},
+            **{"artifactType": {"name": self.about["artifactTypeName"]}, "description": None},
+            **{"metadata": self.about["metadata"], "ttlDurationSeconds": -2, "ttlIsInherited": True},
+            **{"tags": [], "historyStep": None, "state": "COMMITTED", "size": 0, "digest": digest},
+            **{"commitHash": None, "fileCount": len(self.files), "createdAt": _date(0), "updatedAt": None},
+            "aliases": [],
+        }
+
+
 class WandbStandIn(ThreadingHTTPServer):
     """The server; runs in a thread while entered.
 
@@ -72,6 +99,7 @@ class WandbStandIn(ThreadingHTTPServer):
     silent_after_rows = n  the same from the request on that brings row n + 1 of all runs
     drops_rows = True      it answers as if it had stored the rows, but has not
     errors = n             the next n requests are answered with status 500
+    delay = seconds        every answer takes so long, as over a network
     hides_rows = n         the last n rows of a run are counted, but not shown (a real server takes a while)
     """
 
@@ -81,19 +109,25 @@ class WandbStandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.runs: dict[str, ReceivedRun] = {}
-        self.artifacts: list[dict[str, Any]] = []
-        """What was said of each: artifactCollectionName, artifactTypeName, metadata, runName, ..."""
+        self.artifacts: list[ReceivedArtifact] = []
+        self.aliases: dict[tuple[str, str], ReceivedArtifact] = {}
+        """By project and name:alias."""
+        self.uses: list[tuple[str, str]] = []
+        """Runs, and the ids of the artifacts they started from."""
         self.views: dict[str, dict[str, Any]] = {}
         """Reports and saved views by id: type, displayName, spec, projectName, ..."""
         self.keys: set[str] = set()
         self.unknown: set[str] = set()
         """The operations it was asked for and does not know."""
+        self.refused: set[str] = set()
+        """Operations that the key is not allowed."""
         self.die_after_rows: int | None = None
         self.silent_after_rows: int | None = None
         self.drops_rows = False
         self.errors = 0
         self.silent = False
         self.hides_rows = 0
+        self.delay = 0.0
         self.lock = threading.Lock()
         self._rows = 0
         self._dead = threading.Event()
@@ -124,6 +158,7 @@ class WandbStandIn(ThreadingHTTPServer):
         """Whether a request is to be answered with an error; never returns while the server is silent."""
         if self.silent:
             self._dead.wait()
+        time.sleep(self.delay)
         self.errors -= (ill := self.errors > 0)
         return ill
 
@@ -186,11 +221,82 @@ class WandbStandIn(ThreadingHTTPServer):
         return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
 
     def _answer_CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """Says that its files are here already: how they are uploaded is W&B's affair."""
-        self.artifacts.append(variables["input"])
+        about = variables["input"]
+        mark = (about["projectName"], about["artifactCollectionName"], about["digest"])
+        artifact = next((one for one in self.artifacts if one.mark == mark and one.committed), None)
+        if artifact is None:
+            artifact = ReceivedArtifact(f"artifact{len(self.artifacts)}", mark)
+            self.artifacts.append(artifact)
+        artifact.about = about
+        if artifact.committed:
+            self._name(artifact)
+        state = "COMMITTED" if artifact.committed else "PENDING"
         sequence = {"id": "sequence", "latestArtifact": None}
-        artifact = {"id": "artifact", "state": "COMMITTED", "artifactSequence": sequence}
-        return {"createArtifact": {"artifact": artifact}}
+        return {
+            "createArtifact": {"artifact": {"id": artifact.id, "state": state, "artifactSequence": sequence}}
+        }
+
+    def _answer_CreateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        id_ = variables["artifactID"]
+        file = {"id": id_, "uploadUrl": self._artifact_url(id_, MANIFEST), "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": id_, "file": file}}}
+
+    def _answer_UpdateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        answer = self._answer_CreateArtifactManifest({"artifactID": variables["artifactManifestID"]})
+        return {"updateArtifactManifest": answer["createArtifactManifest"]}
+
+    def _answer_CreateArtifactFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+        nodes = [
+            {
+                **{"storagePath": file["name"], "uploadHeaders": [], "uploadMultipartUrls": None},
+                **{"uploadUrl": self._artifact_url(file["artifactID"], file["name"])},
+                **{"artifact": {"id": file["artifactID"]}},
+            }
+            for file in variables["input"]["artifactFiles"]
+        ]
+        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+
+    def _answer_CommitArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = self._artifact(variables["artifactID"])
+        artifact.committed = True
+        self._name(artifact)
+        return {"commitArtifact": {"artifact": {"id": artifact.id, "digest": artifact.about["digest"]}}}
+
+    def _name(self, artifact: "ReceivedArtifact") -> None:
+        """Moves the aliases asked for to this version."""
+        for alias in artifact.about["aliases"]:
+            project, name, _ = artifact.mark
+            self.aliases[project, f"{name}:{alias['alias']}"] = artifact
+
+    def _artifact(self, id_: str) -> "ReceivedArtifact":
+        return next(one for one in self.artifacts if one.id == id_)
+
+    def _artifact_url(self, id_: str, file: str) -> str:
+        return f"{self.url}/artifacts/{id_}/{urllib.parse.quote(file)}"
+
+    def _answer_ArtifactType(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = self.aliases.get((variables["project"], variables["name"]))
+        kind = {"artifactType": {"name": artifact.about["artifactTypeName"]}} if artifact else None
+        return {"project": {"artifact": kind}}
+
+    def _answer_ArtifactByID(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"artifact": self._artifact(variables["id"]).node()}
+
+    def _answer_ArtifactMembershipByName(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = self.aliases.get((variables["project"], variables["name"]))
+        membership = None
+        if artifact is not None:
+            node = artifact.node()
+            membership = {
+                **{"__typename": "ArtifactCollectionMembership", "id": artifact.id, "versionIndex": 0},
+                **{"createdAt": _date(0), "aliases": [], "artifact": node},
+                **{"artifactCollection": node["artifactSequence"]},
+            }
+        return {"project": {"artifactCollectionMembership": membership}}
+
+    def _answer_UseArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.uses.append((variables["runName"], variables["artifactID"]))
+        return {"useArtifact": {"artifact": self._artifact(variables["artifactID"]).node()}}
 
     # -- what wandb.Api asks --
 
@@ -205,7 +311,10 @@ class WandbStandIn(ThreadingHTTPServer):
             runs.sort(key=lambda run: _rank(run.get(key)), reverse=order.startswith("-"))
         first = int(variables.get("cursor") or 0)
         last = first + (variables.get("perPage") or 50)
-        edges = [{"node": self._run(run), "cursor": str(first)} for run in runs[first:last]]
+        edges = [
+            {"node": self._run(run), "cursor": str(place)}
+            for place, run in enumerate(runs[first:last], first + 1)
+        ]
         page = {"endCursor": str(last), "hasNextPage": last < len(runs)}
         found = {"runCount": len(runs), "readOnly": False, "runs": {"edges": edges, "pageInfo": page}}
         return {"project": {**_project(variables["project"]), **found}}
@@ -273,8 +382,10 @@ class WandbStandIn(ThreadingHTTPServer):
 
     _answer_upsertModel = _answer_CreateProject = _answer_UpsertModel
 
-    def _answer_upsertView(self, variables: dict[str, Any]) -> dict[str, Any]:
-        name = variables.get("id") or f"view{len(self.views)}"
+    def _answer_upsertView(self, variables: dict[str, Any]) -> dict[str, Any] | None:
+        if variables.get("id") and variables["id"] not in self.views:
+            return None
+        name = variables.get("id") or base64.b64encode(f"View:{len(self.views)}".encode()).decode()
         inserted = name not in self.views
         self.views[name] = self.views.get(name, {}) | variables
         view = {**variables, **{"id": name, "updatedAt": _date(0), "createdAt": _date(0), "user": _PERSON}}
@@ -282,6 +393,21 @@ class WandbStandIn(ThreadingHTTPServer):
         return {"upsertView": {"view": view, "inserted": inserted}}
 
     _answer_UpsertView2 = _answer_upsertView
+
+    def _answer_SpecificReport(self, variables: dict[str, Any]) -> dict[str, Any]:
+        view = self.views.get(variables["reportId"])
+        if view is None:
+            return {"view": None}
+        about = {"id": variables["reportId"], "createdAt": _date(0), "updatedAt": _date(0)}
+        return {"view": {**view, **about, "project": _project(view["projectName"])}}
+
+    def _answer_View(self, variables: dict[str, Any]) -> dict[str, Any]:
+        nodes = [
+            {"id": id_, "displayName": view["displayName"], "spec": view["spec"]}
+            for id_, view in self.views.items()
+            if view["name"] == variables["viewName"] and view["projectName"] == variables["projectName"]
+        ]
+        return {"project": {"allViews": {"edges": [{"node": node} for node in nodes]}}}
 
     # -- the parts of the answers --
 
@@ -410,8 +536,10 @@ class _Handler(BaseHTTPRequestHandler):
                     name = request.get("operationName") or ""
                     if not name and (found := self._OPERATION.search(request["query"])):
                         name = found[1]
-                    data = self.server.answer(name, request.get("variables") or {})
-                    errors = [{"message": f"the stand-in does not know {name!r}"}]
+                    refused = name in self.server.refused
+                    data = None if refused else self.server.answer(name, request.get("variables") or {})
+                    why = "permission denied" if refused else f"the stand-in does not know {name!r}"
+                    errors = [{"message": why}]
                     answer = {"errors": errors} if data is None else {"data": data}
                 else:
                     return self._reply({}, 404)
@@ -424,12 +552,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(answer)
 
     def do_PUT(self) -> None:
-        _, _, run, file = self.path.partition("?")[0].split("/", 3)
+        _, kind, owner, file = self.path.partition("?")[0].split("/", 3)
         content = self._body()
         if self.server.falls_ill():
             return self._reply({}, 500)
         with self.server.lock:
-            self.server.runs[run].files[urllib.parse.unquote(file)] = content
+            of = self.server.runs[owner] if kind == "files" else self.server._artifact(owner)
+            of.files[urllib.parse.unquote(file)] = content
         self._reply({})
 
     def do_GET(self) -> None:

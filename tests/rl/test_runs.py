@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.lab.wandb_stand_in import WandbStandIn
+
 REPO = Path(__file__).resolve().parents[2]
 TINY = {
     "pqn": [
@@ -279,3 +281,21 @@ def test_a_film_shows_the_game_and_the_q_values(unstopped: Callable[[str], Path]
     assert screen.std() > 10, "the game's picture"
     assert (np.abs(panel.astype(int) - (240, 160, 40)).sum(2) < 90).sum() > 30, "the chosen action's bar"
     assert not np.array_equal(frames[0][:, :320], frames[29][:, :320])
+
+
+def test_online_its_checkpoints_are_versions_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's server is a stand-in."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with WandbStandIn() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+        finish(start(tmp_path / "run", "pqn", "--tracking.wandb=online", "--total_steps=1024"))
+    info = json.loads((tmp_path / "run/run.json").read_text())
+    checkpoints = tmp_path / "run/checkpoints"
+    for alias, folder in (("latest", (checkpoints / "latest").resolve()), ("best", checkpoints / "best")):
+        sent = server.aliases["deep-rl-lab", f"{info['name']}-{info['id']}:{alias}"].files
+        assert sent["model.safetensors"] == (folder / "model.safetensors").read_bytes()

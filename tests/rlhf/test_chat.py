@@ -478,7 +478,15 @@ def test_in_a_real_terminal(folders: dict[str, Path]) -> None:
     endless = ("--max_new_tokens", "8000", "--temperature", "0")
     command = [sys.executable, "-c", code, str(folders["one"]), *endless]
     terminal, end = pty.openpty()
-    process = subprocess.Popen(command, cwd=REPO, stdin=end, stdout=end, stderr=end, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=REPO,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )
     os.close(end)
     seen = ""
 

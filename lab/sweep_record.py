@@ -1,0 +1,243 @@
+"""What is kept of a sweep: its settings, their runs, and how these ended.
+
+runs/pong_lr/
+  sweep.json                        what is kept here
+  learning_rate=0.0003__s0/         one run folder each, as `lab train` makes it
+  logs/learning_rate=0.0003__s0.log what that run said
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from lab import config
+from lab.errors import LabError, did_you_mean
+from lab.files import explain_write_errors, read_json, write_json
+from lab.run import Run, folder_name
+from lab.search import Setting, Tried
+from lab.sweep_file import Sweep, short_names, word
+from lab.tracking import read_metrics
+
+FORMAT = 1
+NAME_LENGTH = 120
+
+
+class MissingMetric(LabError):
+    """A run has no metric of that name."""
+
+
+@dataclass
+class Trial:
+    """One run: a setting with a seed."""
+
+    name: str
+    """Of its folder."""
+    seed: int | None
+    """None: the config's."""
+    state: str = "waiting"
+    """waiting, running, interrupted, finished or failed."""
+    value: float | None = None
+    """The metric's last value."""
+    error: str = ""
+
+
+@dataclass
+class Candidate:
+    """A setting and its runs."""
+
+    setting: Setting
+    trials: list[Trial]
+
+    @property
+    def scores(self) -> list[float]:
+        """Values of the runs that have one."""
+        return [trial.value for trial in self.trials if trial.value is not None]
+
+    @property
+    def pending(self) -> bool:
+        """Whether a run has not come to its end."""
+        return any(trial.state not in ("finished", "failed") for trial in self.trials)
+
+    def tried(self) -> Tried:
+        """For the search: the mean over the seeds, once all have ended."""
+        scores = self.scores
+        return Tried(self.setting, mean(scores) if scores and not self.pending else None, self.pending)
+
+
+@dataclass
+class Record:
+    """sweep.json."""
+
+    folder: Path
+    identity: dict[str, Any]
+    metric: str
+    """Whose values are kept."""
+    candidates: list[Candidate] = field(default_factory=list)
+    wandb: dict[str, str] | None = None
+    """The sweep at W&B: `path` (entity/project/id), `id` and `url`."""
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "sweep.json"
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All runs."""
+        return [trial for candidate in self.candidates for trial in candidate.trials]
+
+    def total(self, sweep: Sweep) -> int:
+        """How many runs there are to be; a sweep that was longer before keeps those."""
+        return max(sweep.count, len(self.candidates)) * (len(sweep.seeds) or 1)
+
+    def save(self) -> None:
+        """Writes it, atomically."""
+        with explain_write_errors(str(self.path), "Free some space; the same command goes on then."):
+            write_json(
+                self.path,
+                {
+                    "format": FORMAT,
+                    "identity": self.identity,
+                    "metric": self.metric,
+                    "wandb": self.wandb,
+                    "candidates": [asdict(candidate) for candidate in self.candidates],
+                },
+            )
+
+    @classmethod
+    def open(cls, folder: Path, sweep: Sweep) -> "Record":
+        """The sweep in `folder`, or a new one.
+
+        Raises:
+            LabError: the folder holds another sweep, or something else.
+        """
+        path, identity = folder / "sweep.json", sweep.identity()
+        if not path.exists():
+            if folder.exists() and not folder.is_dir():
+                raise LabError(f"{folder}: is a file. Choose another folder with --out.")
+            if folder.is_dir() and any(one.is_file() and one.name != ".lock" for one in folder.rglob("*")):
+                raise LabError(f"{folder}: is not empty and no sweep. Choose another folder with --out.")
+            return cls(folder, identity, sweep.metric)
+        raw = read_json(path, "the record of the sweep")
+        try:
+            if raw["format"] != FORMAT:
+                raise LabError(f"{path}: has format {raw['format']}, this version of the lab reads {FORMAT}.")
+            changed = config.differences(raw["identity"], identity)
+            candidates = [
+                Candidate(one["setting"], [Trial(**trial) for trial in one["trials"]])
+                for one in raw["candidates"]
+            ]
+            record = cls(folder, identity, raw["metric"], candidates, raw["wandb"])
+        except (KeyError, TypeError, AttributeError):
+            raise LabError(f"{path}: damaged. Restore it from a copy, or choose another folder.") from None
+        if changed:
+            key, (was, now) = next(iter(changed.items()))
+            raise LabError(
+                f"{folder}: holds another sweep: {key} was {was!r} there, now it is {now!r}. Set it back, or "
+                "choose another folder with --out."
+            )
+        return record
+
+    def revive(self, metric: str, retry: bool) -> None:
+        """Makes runs wait again that were stopped, and reads anew what came out of those that finished.
+
+        Args:
+            metric: may be another than before.
+            retry: failed runs wait again, too.
+
+        Raises:
+            LabError: no finished run has the metric.
+        """
+        problem: LabError | None = None
+        for trial in self.trials:
+            if trial.state in ("running", "interrupted") or (retry and trial.state == "failed"):
+                trial.state, trial.error = "waiting", ""
+            folder = self.folder / trial.name
+            if trial.state == "finished" and (folder.exists() or metric != self.metric):
+                try:
+                    trial.value = last_value(folder, metric)
+                except LabError as error:
+                    trial.value, problem = None, error
+        if problem and not any(trial.value is not None for trial in self.trials):
+            raise problem
+        self.metric = metric
+
+    def add(self, sweep: Sweep, setting: Setting) -> Candidate:
+        """Adds a setting with its runs, still to be made."""
+        names = {trial.name for trial in self.trials}
+        seeds: Sequence[int | None] = sweep.seeds or (None,)
+        base = setting_name(sweep, setting)
+        suffixes = [sweep.resolved.get("seed", 0) if seed is None else seed for seed in seeds]
+        if any(f"{base}__s{suffix}" in names for suffix in suffixes):  # 1 and "1" look alike
+            base += f"-{len(self.candidates)}"
+        trials = [Trial(f"{base}__s{suffix}", seed) for seed, suffix in zip(seeds, suffixes, strict=True)]
+        self.candidates.append(Candidate(setting, trials))
+        return self.candidates[-1]
+
+
+def setting_name(sweep: Sweep, setting: Setting) -> str:
+    """A setting as a folder name: the keys that vary, as short as they are clear."""
+    varying = [parameter.key for parameter in sweep.parameters if len(parameter.values) != 1]
+    texts = {key: word(setting[key]) for key in varying}
+    for key in varying:
+        if not isinstance(setting[key], int | float):  # a number may begin with its sign
+            texts[key] = folder_name(texts[key])
+    words = [f"{short}={texts[key]}" for key, short in short_names(varying).items()]
+    name = folder_name("__".join(words) or "config")
+    if len(name) <= NAME_LENGTH:
+        return name
+    return f"{name[: NAME_LENGTH - 9]}-{config.config_hash(setting, without=())}"
+
+
+# ---- what the runs left ----
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The run in a folder, or the runs of a recipe's stages in it, the one that wrote last behind."""
+    if (folder / "run.json").exists():
+        return [folder]
+    # `lab rlhf --from` puts stages aside as sft.old1.
+    stages = [path.parent for path in folder.glob("*/run.json") if not path.parent.suffix]
+    return sorted(stages, key=lambda stage: _last_time(stage / "metrics.jsonl"))
+
+
+def _last_time(path: Path) -> float:
+    return max((row.get("_time", 0.0) for row in read_metrics(path)), default=0.0)
+
+
+def states_of(folder: Path) -> set[str]:
+    """The states of the runs in a folder; an unreadable run.json counts as failed."""
+    states = set()
+    for path in runs_of(folder):
+        try:
+            states.add(str(Run.open(path).info["state"]))
+        except LabError:
+            states.add("failed")
+    return states
+
+
+def last_value(folder: Path, metric: str) -> float:
+    """The last value of a metric in a run or a recipe.
+
+    Raises:
+        LabError: it has no such metric, or the value is no finite number.
+    """
+    names: set[str] = set()
+    for path in reversed(runs_of(folder)):
+        for row in reversed(read_metrics(path / "metrics.jsonl")):
+            names |= row.keys()
+            if metric in row:
+                try:
+                    value = float(row[metric])
+                except (TypeError, ValueError):
+                    value = math.nan
+                if not math.isfinite(value):
+                    raise LabError(f"{folder}: its last {metric} is {row[metric]!r}, which is no number.")
+                return value
+    names -= {"_time"}
+    raise MissingMetric(
+        f"{folder}: has no metric {metric!r}, which metric.name asks for.{did_you_mean(metric, names)} "
+        f"It has {', '.join(sorted(names)) or 'none'}."
+    )
