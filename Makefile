@@ -26,7 +26,7 @@ demo: $(RUNTIME)  ## train Pong on the real game, evaluate, film; continues wher
 	@echo
 	@$(BIN)/lab play $(DEMO) --seed 20000
 	@echo "curve   $(DEMO)/media/learning_curve.png"
-	@echo "resume: make demo   play: $(BIN)/lab play $(DEMO)   W&B: $(BIN)/wandb sync $(DEMO)/wandb/offline-run-*"
+	@echo "resume: make demo   play: $(BIN)/lab play $(DEMO)   W&B: $(BIN)/lab sync $(DEMO)"
 
 check: $(DEV)  ## what CI runs before the tests: lint, format, import contract, types
 	@$(BIN)/ruff check .

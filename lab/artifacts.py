@@ -88,6 +88,7 @@ class Artifacts:
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._warn(f"W&B did not take all checkpoints within {seconds:g} s; they stay in the run folder")
+            self._warn = lambda _: None  # that says it for each of them
 
     def clear(self) -> None:
         """Removes the links, when W&B is done with them."""

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train": " Continue the run with --resume.",
             "rlhf": " The same command goes on where it stopped.",
             "sweep": " The same command goes on where it stopped.",
+            "sync": " The same command goes on where it stopped: no row is sent twice.",
         }.get(next(iter(arguments), ""), "")
         print(f"lab: stopped at once.{advice}", file=sys.stderr)
         return 130

@@ -189,8 +189,12 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def config_hash(values: Mapping[str, Any], without: Sequence[str] = ("seed", "name")) -> str:
-    """Eight hex digits naming a config but for its seed and name: runs alike but for these share it."""
+NOT_RESULTS = ("seed", "name", "tracking")
+"""Keys of a config that do not say which experiment a run is of."""
+
+
+def config_hash(values: Mapping[str, Any], without: Sequence[str] = NOT_RESULTS) -> str:
+    """Eight hex digits naming a config but for `NOT_RESULTS`: runs alike but for these share it."""
     kept = {key: value for key, value in values.items() if key not in without}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -571,7 +571,8 @@ def _online(query: Query, wanted: Sequence[str], columns: Collection[str]) -> Fo
         api = _connect()
         try:
             for run in api.runs(query.path, filters=query.filters, order="+created_at"):
-                runs.append(run)
+                if run.job_type != "comparison":  # what `lab compare --publish` left there
+                    runs.append(run)
         except ValueError as error:
             if "Could not find project" not in str(error):
                 raise

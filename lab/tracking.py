@@ -316,7 +316,7 @@ class Tracker:
             except TimeoutError:
                 self._warn(
                     f"W&B did not take the rest within {self._finish_seconds:g} s; nothing is lost: "
-                    f"`wandb sync {Path(self._wandb.dir).parent}` sends it later"
+                    f"`lab sync {self._path.parent}` sends it later"
                 )
                 self._wandb = None
             except Exception as error:
@@ -364,7 +364,7 @@ def rewind(path: Path, length: int) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a half-written last line (a run killed just then) is left out."""
     rows = []
-    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))

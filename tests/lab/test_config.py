@@ -212,7 +212,11 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, kind: s
 # ---- hashes and differences ----
 
 
-def test_the_hash_ignores_seed_and_name_and_nothing_else() -> None:
+def test_the_hash_is_the_same_wherever_a_run_is_tracked() -> None:
+    assert config.config_hash({"a": 1, "tracking": {"wandb": "online"}}) == config.config_hash({"a": 1})
+
+
+def test_the_hash_ignores_seed_and_name() -> None:
     base = config.config_hash(config.to_dict(build({})))
     assert config.config_hash(config.to_dict(build({"seed": 5, "name": "x"}))) == base
     assert config.config_hash(config.to_dict(build({"inner": {"rate": 0.2}}))) != base

@@ -59,7 +59,7 @@ def clean(home: Path) -> Iterator[pytest.MonkeyPatch]:
         for name, value in (("RETRY_MAX", 1), ("RETRY_WAIT_MIN_SECONDS", 1), ("RETRY_WAIT_MAX_SECONDS", 1)):
             patch.setenv(f"WANDB_X_GRAPHQL_{name}", str(value))
         patch.setenv("WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "1")
-        patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.5")  # else the killed run's rows never left
+        patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")  # else the killed run's rows never left
         patch.setattr(records, "API_SECONDS", 2)
         yield patch
         end_service()
@@ -171,7 +171,7 @@ def make_runs(root: Path, mode: str, server: WandbStandIn) -> None:
 
 def until(true: Callable[[], bool]) -> None:
     """Waits for something that soon is so."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -185,6 +185,7 @@ def kept(
     root = tmp_path_factory.mktemp("kept")
     with clean(root) as patch, WandbStandIn() as server:
         use(server, patch)
+        patch.setenv("WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "30")  # this server answers, if not at once
         make_runs(root / "runs", "online" if request.param == "online" else "offline", server)
         end_service()
         if request.param == "sync":

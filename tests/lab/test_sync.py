@@ -318,6 +318,9 @@ def test_nothing_counts_as_sent_before_the_server_shows_it(
     assert "not as here: W&B has all 5 rows, last step 4, and 1 row more: sent twice by something" in text
     [*_, last] = (runs / "pong/metrics.jsonl").read_text().splitlines(keepends=True)
     (runs / "pong/metrics.discarded.jsonl").write_text(last)  # unless a resumed run computed it anew
+    (runs / "pong/wandb/synced.json").mkdir(parents=True)
+    assert "pong: cannot be written: Is a directory. See to the disk" in synced(capsys, runs, code=2)
+    (runs / "pong/wandb/synced.json").rmdir()
     assert "already there: 5 rows" in synced(capsys, runs)
     stored[0]["train/loss"] = 0.5
     text = synced(capsys, runs, "--force", code=2)
