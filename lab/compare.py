@@ -273,7 +273,7 @@ def _grouped(records: Sequence[Record], by: Sequence[str]) -> dict[str, list[Rec
     labels: dict[str, list[Record]] = {}
     for mark, group in groups.items():
         values = described[mark]
-        if len(by) == 1:
+        if len(by) == 1 and _is_word(values[by[0]]):
             label = values[by[0]]
         elif by or differing:
             label = ", ".join(f"{_short(key, all_keys)}={values.get(key, '-')}" for key in (by or differing))
@@ -281,6 +281,15 @@ def _grouped(records: Sequence[Record], by: Sequence[str]) -> dict[str, list[Rec
             label = group[0].group or group[0].name
         labels.setdefault(label, []).extend(group)
     return labels
+
+
+def _is_word(value: str) -> bool:
+    """Whether a value says by itself what it is of, as an algorithm's name does and a number does not."""
+    try:
+        json.loads(value)
+    except ValueError:
+        return True
+    return False
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
@@ -365,7 +374,9 @@ def _rank(by_task: Mapping[str, Array], lower_is_better: bool) -> float:
 def _baseline(wanted: str, labels: Sequence[str]) -> str:
     if not wanted:
         return labels[-1]
-    fitting = [label for label in labels if label == wanted] or [label for label in labels if wanted in label]
+    fitting = [label for label in labels if label == wanted or label.endswith(f"={wanted}")] or [
+        label for label in labels if wanted in label
+    ]
     if len(fitting) != 1:
         what = "is no group" if not fitting else f"fits {len(fitting)} groups"
         raise LabError(

@@ -1,6 +1,7 @@
 """The command `lab compare`: what was asked, where the runs are, and where the answer goes."""
 
 import argparse
+import os
 import shlex
 import webbrowser
 from dataclasses import replace
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 USUAL_METRICS = ("eval/mean_reward", "eval/win_rate", "eval/accuracy", "eval/loss", "train/loss")
 """The first that a run has is compared if none is named."""
 DEFAULT_FOLDER = Path("runs/comparison")
+WIDTH_OF_A_FILE = 160
+"""Of the tables, in columns, where no terminal says how many it has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +59,8 @@ def do(options: argparse.Namespace) -> int:
 
     questions, found = _ask(options)
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_OF_A_FILE
     comparisons = [compare.compare(found.records, question, found.notes) for question in questions]
     for number, comparison in enumerate(comparisons):
         if number:

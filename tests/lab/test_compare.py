@@ -151,12 +151,13 @@ def test_less_is_better_for_losses() -> None:
     records = [record(f"{lr}", [loss], {"lr": lr}) for lr, loss in ((0.1, 2.0), (0.2, 1.0))]
     records = [Record(**{**vars(r), "series": {"eval/loss": r.series[METRIC]}}) for r in records]
     comparison = compare(records, Question(metric="eval/loss", by=("lr",)))
-    assert [group.label for group in comparison.groups] == ["0.2", "0.1"]
+    assert [group.label for group in comparison.groups] == ["lr=0.2", "lr=0.1"]
     better = comparison.groups[0].better_than_baseline
     assert better is not None
     assert better.point == 1.0
-    turned = compare(records, Question(metric="eval/loss", by=("lr",), goal="maximize"))
-    assert [group.label for group in turned.groups] == ["0.1", "0.2"]
+    turned = compare(records, Question(metric="eval/loss", by=("lr",), baseline="0.2", goal="maximize"))
+    assert turned.baseline == "lr=0.2"
+    assert [group.label for group in turned.groups] == ["lr=0.1", "lr=0.2"]
 
 
 @pytest.mark.parametrize(
