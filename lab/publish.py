@@ -36,7 +36,7 @@ from lab.compare import FIELDS, IGNORED, Comparison, score_of
 from lab.errors import LabError
 from lab.records import AXES, STEP, Record, flatten
 from lab.sync_server import Server, _says
-from lab.tracking import FINISH_SECONDS
+from lab.tracking import FINISH_SECONDS, unrecorded
 
 if TYPE_CHECKING:
     from wandb_workspaces import workspaces as ws
@@ -314,18 +314,7 @@ def _logging(**about: Any) -> Iterator[Any]:
             job_type=JOB_TYPE,
             mode="online",
             resume="allow",
-            settings=wandb.Settings(
-                init_timeout=60,
-                finish_timeout=FINISH_SECONDS,
-                finish_timeout_raises=True,
-                console="off",
-                disable_git=True,
-                save_code=False,
-                silent=True,
-                x_disable_meta=True,
-                x_disable_stats=True,
-                x_save_requirements=False,
-            ),
+            settings=unrecorded(FINISH_SECONDS),
         )
     except Exception:
         with contextlib.suppress(Exception):

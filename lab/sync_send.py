@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.tracking import AXIS_GROUPS, FINISH_SECONDS
+from lab.tracking import AXIS_GROUPS, FINISH_SECONDS, unrecorded
 
 if TYPE_CHECKING:
     from lab.sync_rows import Row
@@ -98,19 +98,7 @@ def _log_rows(message: Mapping[str, Any]) -> None:
         dir=".",
         mode="online",
         resume="allow",
-        settings=wandb.Settings(
-            init_timeout=60,
-            finish_timeout=FINISH_SECONDS + len(rows) / ROWS_A_SECOND,
-            finish_timeout_raises=True,
-            console="off",
-            disable_git=True,
-            save_code=False,
-            silent=True,
-            # They would be those of this process.
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-        ),
+        settings=unrecorded(FINISH_SECONDS + len(rows) / ROWS_A_SECOND),
     )
     run.define_metric("global_step")
     for group in AXIS_GROUPS:

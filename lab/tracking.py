@@ -361,6 +361,24 @@ def rewind(path: Path, length: int) -> None:
             os.truncate(path, length)
 
 
+def unrecorded(finish_seconds: float) -> Any:
+    """W&B's settings for a run that tells of something else than the process it is logged by."""
+    import wandb
+
+    return wandb.Settings(
+        init_timeout=60,
+        finish_timeout=finish_seconds,
+        finish_timeout_raises=True,
+        console="off",
+        disable_git=True,
+        save_code=False,
+        silent=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+    )
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a half-written last line (a run killed just then) is left out."""
     rows = []
