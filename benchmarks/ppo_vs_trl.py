@@ -134,7 +134,6 @@ def tiny_job(options: argparse.Namespace) -> Job:
         prompts=list(reviews.prompts()),
         answer_tokens=24,
         rollout=64,
-        micro_batch=32,
         epochs=2,
         learning_rate=5e-4,
         kl_coef=0.1,

@@ -17,8 +17,8 @@ from lab.tracking import read_metrics
 from rlhf.decode import end_tokens, sample
 from rlhf.labelers import Answer, Labeler, Quit, Scorer, Skip, Undo
 from rlhf.logprobs import add_logprob_head
-from rlhf.ppo import side_by_side
 from rlhf.scoring import RewardScorer, tokenize_prompt
+from rlhf.sequences import side_by_side
 
 BATCH_SIZE = 64
 BOOTSTRAP = 2_000
@@ -78,13 +78,8 @@ def answer_logprobs(model: Any, samples: Samples, pad_id: int) -> Tensor:
     for begin in range(0, len(samples.answer_ids), BATCH_SIZE):
         part = slice(begin, begin + BATCH_SIZE)
         packed = side_by_side(samples.prompt_ids[part], samples.answer_ids[part], pad_id, device)
-        logps, _ = model(
-            input_ids=packed.ids,
-            logprobs_of=packed.answers,
-            logprobs_at=packed.before,
-            shared=packed.shared,
-        )
-        sums.append((logps.double() * packed.mask).sum(1).cpu())
+        logps, _ = model(logprobs_of=packed)
+        sums.append(logps.double().sum(1).cpu())
     return torch.cat(sums)
 
 

@@ -46,6 +46,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from lab.errors import LabError
 from lab.files import explain_write_errors, read_json, sync_folder
+from supervised.backbones.ragged import Ragged, Tails
 from supervised.backbones.transformer import (
     INIT_STD,
     Block,
@@ -134,7 +135,7 @@ class LabGPTPreTrainedModel(PreTrainedModel):
 class LabGPTModel(LabGPTPreTrainedModel):
     """`LabGPT` (as `.gpt`) behind transformers' interface for models without a head."""
 
-    takes_output_at = True
+    takes_documents = True
 
     def __init__(self, config: LabGPTConfig) -> None:
         super().__init__(config)
@@ -159,7 +160,8 @@ class LabGPTModel(LabGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_at: Tensor | None = None,
+        documents: Ragged | None = None,
+        wanted: Tails | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Features of every token, as transformers' models compute them, with three rules of its own.
@@ -178,7 +180,7 @@ class LabGPTModel(LabGPTPreTrainedModel):
             past_key_values: keys and values of the past tokens.
             inputs_embeds: (batch, time, width).
             use_cache: make a cache if none is passed.
-            output_at: (batch, n) indices into time: the features of these tokens alone.
+            documents, wanted: see `LabGPT.forward`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -188,15 +190,16 @@ class LabGPTModel(LabGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         x, cache = inputs_embeds, past_key_values
         assert x is not None
-        mask = self._mask(x, attention_mask, position_ids, cache)
-        if position_ids is None:
+        mask = attention_mask if documents else self._mask(x, attention_mask, position_ids, cache)
+        if position_ids is None and documents is None:
             position_ids = _positions(x, attention_mask, cache)
         hidden = self.gpt(
             inputs_embeds=x,
             position_ids=position_ids,
             attention_mask=mask,
             past_key_values=cache,
-            output_at=output_at,
+            documents=documents,
+            wanted=wanted,
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 

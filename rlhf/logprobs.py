@@ -9,20 +9,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.prefix import hidden_states
+from rlhf.sequences import Sequences
 
 # Logits held at once, in numbers: 64 MB of float32.
 LOGITS_AT_ONCE = 2**24
 
 
 def add_logprob_head(model: Any, temperature: float = 1.0) -> None:
-    """Lets `model(input_ids=..., logprobs_of=tokens, logprobs_at=positions)` return log-probabilities.
+    """Lets `model(logprobs_of=sequences)` return the log-probabilities of their answers.
 
-    Then `forward` returns, instead of its output, two float32 tensors of the shape of `logprobs_of`
-    (batch, width): the log-probability of each token given what lies at and before its position, and the
-    entropy there (without gradient). Padding is on the right, if at all; `shared=n` says that the rows begin
-    with the same n tokens, before all positions. Only hidden states at those positions meet the vocabulary,
-    in blocks of at most `LOGITS_AT_ONCE` logits that are computed again in the backward pass. Being the
-    model's own forward, it works below DDP and PEFT wrappers.
+    Then `forward` returns, instead of its output, two float32 tensors (batch, longest answer): the
+    log-probability of each token given what stands before it, and the entropy there (without gradient); 0
+    behind an answer's end. Only hidden states that predict an answer's token meet the vocabulary, in blocks
+    of at most `LOGITS_AT_ONCE` logits that are computed again in the backward pass. Being the model's own
+    forward, it works below DDP and PEFT wrappers.
 
     Args:
         model: a transformers causal LM, wrapped or not.
@@ -32,30 +32,29 @@ def add_logprob_head(model: Any, temperature: float = 1.0) -> None:
     forward = inner.forward
 
     @functools.wraps(type(inner).forward)
-    def with_logprobs(
-        self: Any,
-        *args: Any,
-        logprobs_of: Tensor | None = None,
-        logprobs_at: Tensor | None = None,
-        shared: int = 0,
-        **kwargs: Any,
-    ) -> Any:
-        if logprobs_of is None or logprobs_at is None:
+    def with_logprobs(self: Any, *args: Any, logprobs_of: Sequences | None = None, **kwargs: Any) -> Any:
+        if logprobs_of is None:
             return forward(*args, **kwargs)
-        hidden = hidden_states(self.base_model, self.config, kwargs["input_ids"], logprobs_at, shared)
-        return token_logprobs(hidden, self.get_output_embeddings(), logprobs_of, temperature)
+        hidden = answer_states(self, logprobs_of)
+        numbers = token_logprobs(hidden, self.get_output_embeddings(), logprobs_of.answers, temperature)
+        return tuple(map(logprobs_of.rows.pad, numbers))
 
     inner.forward = types.MethodType(with_logprobs, inner)
 
 
+def answer_states(model: Any, of: Sequences) -> Tensor:
+    """Hidden states of a model with a head that predict each answer's tokens, (answer tokens, width)."""
+    read = [length - 1 for length in of.lengths]  # the last token predicts nothing that is asked for
+    return hidden_states(model.base_model, model.config, of.ids, read, of.answer_lengths, of.shared)
+
+
 def token_logprobs(hidden: Tensor, head: Any, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `tokens` (batch, width) from hidden states (batch, width, d), and entropies."""
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    """Log-probabilities of `tokens` (n,) from hidden states (n, width), and entropies."""
     rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     logprobs, entropies = [], []
-    for begin in range(0, len(flat), rows):
-        block = (flat[begin : begin + rows], head, wanted[begin : begin + rows], temperature)
-        whole = len(flat) <= rows  # one block fits in memory: nothing is gained by computing it twice
+    for begin in range(0, len(tokens), rows):
+        block = (hidden[begin : begin + rows], head, tokens[begin : begin + rows], temperature)
+        whole = len(tokens) <= rows  # one block fits in memory: nothing is gained by computing it twice
         logprob, entropy = (
             _block(*block)
             if whole or not torch.is_grad_enabled()
@@ -63,7 +62,7 @@ def token_logprobs(hidden: Tensor, head: Any, tokens: Tensor, temperature: float
         )
         logprobs.append(logprob)
         entropies.append(entropy)
-    return torch.cat(logprobs).view(tokens.shape), torch.cat(entropies).view(tokens.shape)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def _block(hidden: Tensor, head: Any, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

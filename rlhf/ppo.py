@@ -15,9 +15,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,9 +29,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from lab.device import attention_to_learn
 from lab.errors import LabError
 from rlhf.decode import DrawnLogprobs, sample
-from rlhf.logprobs import add_logprob_head
-from rlhf.prefix import hidden_states, shared_prefix
+from rlhf.logprobs import add_logprob_head, answer_states
 from rlhf.roles import AdapterClassifier, keeping_what_is_trained, own_parameters
+from rlhf.sequences import Sequences, side_by_side
 
 
 @dataclass
@@ -100,59 +100,6 @@ class PPOConfig(GRPOConfig):
         self.generation_batch_size //= 2
 
 
-class Sequences(NamedTuple):
-    """Prompts and answers side by side, padded on the right."""
-
-    ids: Tensor
-    """int64 (batch, prompt + answer + padding)."""
-    prompt_lengths: Tensor
-    """int64 (batch,)."""
-    answer_lengths: Tensor
-    """int64 (batch,), end token included; at least 1."""
-    width: int
-    """Tokens of the longest answer: the second axis of everything per token."""
-    shared: int
-    """Tokens with which every row begins, and which are worth reading but once; see `rlhf.prefix`."""
-
-    @property
-    def mask(self) -> Tensor:
-        """bool (batch, width): which answer tokens are real."""
-        return torch.arange(self.width, device=self.ids.device) < self.answer_lengths[:, None]
-
-    @property
-    def before(self) -> Tensor:
-        """int64 (batch, width): for each answer token, the position that predicts it."""
-        columns = torch.arange(self.width, device=self.ids.device)
-        return (self.prompt_lengths[:, None] - 1 + columns).clamp(max=self.ids.shape[1] - 1)
-
-    @property
-    def answers(self) -> Tensor:
-        """int64 (batch, width): the answer tokens, whatever lies behind an answer's end."""
-        return self.ids.gather(1, (self.before + 1).clamp(max=self.ids.shape[1] - 1))
-
-    def part(self, rows: Sequence[int], longest: int, width: int) -> "Sequences":
-        """Some of them, of at most `longest` tokens, `width` of them in the answer."""
-        at = torch.tensor(rows, device=self.ids.device)
-        return Sequences(
-            self.ids[at, :longest], self.prompt_lengths[at], self.answer_lengths[at], width, self.shared
-        )
-
-
-def side_by_side(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> Sequences:
-    """Packs token ids of prompts and answers."""
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max(map(len, rows))
-    return Sequences(
-        torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device),
-        torch.tensor([len(prompt) for prompt in prompts], device=device),
-        torch.tensor([len(answer) for answer in answers], device=device),
-        max(map(len, answers)),
-        shared_prefix(prompts, sum(map(len, rows))),
-    )
-
-
 class Critic(nn.Module):
     """A value per answer token from a transformers sequence classifier with one label.
 
@@ -166,13 +113,9 @@ class Critic(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, positions: Tensor, shared: int = 0) -> Tensor:
-        """Values at `positions` (batch, width) of `ids` (batch, time): float32 (batch, width).
-
-        All rows begin with the same `shared` tokens, and no position lies among them.
-        """
-        hidden = hidden_states(self.model.base_model, self.model.config, ids, positions, shared)
-        return self.model.score(hidden).squeeze(-1).float()
+    def forward(self, of: Sequences) -> Tensor:
+        """Values before each answer token, float32 (batch, longest answer); 0 behind an answer's end."""
+        return of.rows.pad(self.model.score(answer_states(self.model, of)).squeeze(-1).float())
 
 
 # ---- the arithmetic, all on tensors (batch, width) ----
@@ -398,7 +341,7 @@ class PPOTrainer(GRPOTrainer):
         with torch.no_grad():
             drawn = self._drawn[0] if len(self._drawn) == 1 else None
             if drawn is not None:  # sampled in one go in fp32: the sampler has seen them, exactly
-                logps, entropies = (x[:, : packed.width] * mask for x in (drawn.logprobs, drawn.entropies))
+                logps, entropies = (x[:, : mask.shape[1]] * mask for x in (drawn.logprobs, drawn.entropies))
             else:
                 logps, entropies = self._in_parts(lambda part: self._policy(self.model, part), packed)
             reference, _ = self._in_parts(self._reference, packed)
@@ -417,7 +360,7 @@ class PPOTrainer(GRPOTrainer):
             if a.missing_eos_penalty is not None:
                 scores = scores - a.missing_eos_penalty * (~ended).float()
             kl = (logps - reference) * mask
-            rewards = token_rewards(scores, kl, packed.answer_lengths, self.kl_coef)
+            rewards = token_rewards(scores, kl, packed.rows.counts, self.kl_coef)
             if a.whiten_rewards:
                 rewards = whiten(rewards, mask, shift=False, sums=self._sum)
             advantages = generalized_advantages(rewards, values, mask, a.gamma, a.lam)
@@ -441,7 +384,7 @@ class PPOTrainer(GRPOTrainer):
                     "objective/scores": self.accelerator.gather(raw_scores).mean(),
                     "val/explained_variance": explained,
                     "val/num_eos_tokens": self.accelerator.gather(ended.float()).mean(),
-                    "val/answer_tokens": self.accelerator.gather(packed.answer_lengths.float()).mean(),
+                    "val/answer_tokens": self.accelerator.gather(packed.rows.counts.float()).mean(),
                 },
             )
         self.rollout = {
@@ -459,8 +402,6 @@ class PPOTrainer(GRPOTrainer):
             "values": values,
             "advantages": advantages,
             "returns": returns,
-            "lengths": [len(p) + len(c) for p, c in zip(prompt_ids, answer_ids, strict=True)],
-            "answer_lengths": [len(c) for c in answer_ids],
         }
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -471,7 +412,7 @@ class PPOTrainer(GRPOTrainer):
         """
         if not self.model.training:
             rollout = self._generate_and_score_completions(generation_batch)
-            return self._micro_batch(rollout, list(range(len(rollout["lengths"]))), 1.0)
+            return self._micro_batch(rollout, list(range(len(rollout["values"]))), 1.0)
         per_epoch = self.args.steps_per_generation
         position = self._step % (per_epoch * self.num_iterations)
         if position == 0:
@@ -484,52 +425,45 @@ class PPOTrainer(GRPOTrainer):
 
     def _epoch_order(self, rollout: dict[str, Any], seed: int) -> list[tuple[list[int], float]]:
         """Rows of every micro-batch of an epoch, and the answer tokens of the mini-batch each belongs to."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(rollout["lengths"]), generator=generator).tolist()
+        packed: Sequences = rollout["packed"]
+        lengths, generator = packed.lengths, torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(lengths), generator=generator).tolist()
         micro, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         schedule: list[tuple[list[int], float]] = []
         for begin in range(0, len(order), micro * accumulation):
             batch = order[begin : begin + micro * accumulation]
-            n_tokens = float(sum(rollout["answer_lengths"][row] for row in batch))
-            batch.sort(key=lambda row: rollout["lengths"][row])
+            n_tokens = float(sum(packed.answer_lengths[row] for row in batch))
+            batch.sort(key=lengths.__getitem__)
             schedule += [(batch[i : i + micro], n_tokens) for i in range(0, len(batch), micro)]
         return schedule
 
     def _pack(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Sequences:
         packed = side_by_side(prompts, answers, self._tokenizer.pad_token_id, self.accelerator.device)
         # With gradient checkpointing models ignore the cache that a shared beginning is kept in.
-        return packed._replace(shared=0) if self.args.activation_checkpointing else packed
+        return replace(packed, shared=0) if self.args.activation_checkpointing else packed
 
     def _rows_seen(self) -> int:
         """A number that differs between the epochs of a run and is the same after a resume."""
         return self.state.global_step * 7919 + self.accelerator.process_index
 
     def _micro_batch(self, rollout: dict[str, Any], rows: list[int], n_tokens: float) -> dict[str, Any]:
-        longest = max(rollout["lengths"][row] for row in rows)
-        width = max(rollout["answer_lengths"][row] for row in rows)
-        packed: Sequences = rollout["packed"]
-        at = torch.tensor(rows, device=packed.ids.device)
+        packed: Sequences = rollout["packed"].part(rows)
+        at, width = torch.tensor(rows, device=packed.ids.device), packed.rows.shape[1]
         part = {name: rollout[name][at, :width] for name in ("old_logps", "values", "advantages", "returns")}
-        part["packed"] = packed.part(rows, longest, width)
-        part["n_tokens"] = n_tokens
-        return part
+        return {**part, "packed": packed, "n_tokens": n_tokens}
 
     def _in_parts(self, function: Any, packed: Sequences) -> tuple[Tensor, ...]:
         """Calls `function` on micro-batches of like length; its results (batch, width) in the old order."""
-        lengths = (packed.prompt_lengths + packed.answer_lengths).tolist()
-        answer_lengths = packed.answer_lengths.tolist()
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        order = sorted(range(len(packed.lengths)), key=packed.lengths.__getitem__)
         size = self.args.per_device_train_batch_size
         results: list[Tensor] = []
         for begin in range(0, len(order), size):
             rows = order[begin : begin + size]
-            width = max(answer_lengths[row] for row in rows)
-            part = packed.part(rows, max(lengths[row] for row in rows), width)
-            values = function(part)
+            values = function(packed.part(rows))
             if not results:
-                results = [value.new_zeros((len(order), packed.width)) for value in values]
+                results = [value.new_zeros(packed.rows.shape) for value in values]
             for result, value in zip(results, values, strict=True):
-                result[rows, :width] = value * part.mask
+                result[rows, : value.shape[1]] = value
         return tuple(results)
 
     # ---- the models ----
@@ -537,12 +471,7 @@ class PPOTrainer(GRPOTrainer):
     def _policy(self, model: Any, packed: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the answer tokens and entropies, float32 (batch, width)."""
         with self._computing(packed):
-            return model(
-                input_ids=packed.ids,
-                logprobs_of=packed.answers,
-                logprobs_at=packed.before,
-                shared=packed.shared,
-            )
+            return model(logprobs_of=packed)
 
     def _reference(self, packed: Sequences) -> tuple[Tensor, Tensor]:
         if self.ref_model is not None:
@@ -557,7 +486,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _values(self, packed: Sequences) -> Tensor:
         with self._computing(packed):
-            return self.critic(packed.ids, packed.before, packed.shared)
+            return self.critic(packed)
 
     @contextmanager
     def _computing(self, packed: Sequences) -> Iterator[None]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from supervised.backbones.transformer import take
+from supervised.backbones.ragged import Ragged
 
 WORTH = 1 / 8
 """The share of all tokens that must be saved: reading in two parts costs a little by itself."""
@@ -26,25 +26,38 @@ def shared_prefix(prompts: Sequence[Sequence[int]], n_tokens: int) -> int:
     return common if common * (len(prompts) - 1) >= WORTH * n_tokens else 0
 
 
-def hidden_states(base: Any, config: Any, ids: Tensor, at: Tensor, shared: int = 0) -> Tensor:
-    """Hidden states of some tokens of `ids` by a causal model without head, gradients included.
+def hidden_states(
+    base: Any, config: Any, ids: Tensor, lengths: Sequence[int], wanted: Sequence[int], shared: int = 0
+) -> Tensor:
+    """Hidden states of the last tokens of each row of `ids` by a causal model without head, with gradients.
 
     Args:
         base: transformers' model without its head, or what is called like one.
         config: its configuration, which says what kind of cache it has.
-        ids: (batch, time), padded on the right, if at all.
-        at: (batch, n) indices into time.
-        shared: so many tokens are the same in every row; `at` has none of them.
+        ids: (batch, time); what stands behind a row's length is not read.
+        lengths: tokens of each row.
+        wanted: of how many of its last tokens the hidden state is wanted, at least 1.
+        shared: so many tokens are the same in every row; none of them is wanted.
 
     Returns:
-        (batch, n, width)
+        (sum of wanted, width), one row's behind the other's.
     """
     cache = _cache_of_the_beginning(base, config, ids, shared) if shared else None
-    if cache is None:
-        return _read(base, at, input_ids=ids, use_cache=False)
-    positions = torch.arange(shared, ids.shape[1], device=ids.device)[None]
-    rest = {"input_ids": ids[:, shared:], "position_ids": positions}
-    return _read(base, at - shared, **rest, past_key_values=cache, use_cache=True)
+    begin = shared if cache is not None else 0
+    rows = Ragged([length - begin for length in lengths], ids.device)
+    tails = rows.tails(wanted)
+    inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+    end = begin + rows.shape[1]
+    if getattr(base, "takes_documents", False):  # a LabGPT: it computes no padding, and only what is wanted
+        tokens = rows.unpad(ids[:, begin:end])[None]
+        inputs |= {"input_ids": tokens, "documents": rows, "wanted": tails}
+        if cache is not None:
+            inputs["position_ids"] = begin + rows.columns[None]
+        return base(**inputs).last_hidden_state[0]
+    if cache is not None:
+        inputs["position_ids"] = torch.arange(begin, ids.shape[1], device=ids.device)[None]
+    hidden = base(input_ids=ids[:, begin:], **inputs).last_hidden_state
+    return tails.take(rows.unpad(hidden[:, : end - begin])[None])[0]
 
 
 def _cache_of_the_beginning(base: Any, config: Any, ids: Tensor, shared: int) -> Any:
@@ -61,9 +74,3 @@ def _cache_of_the_beginning(base: Any, config: Any, ids: Tensor, shared: int) ->
         layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
         layer.values = layer.values.expand(len(ids), -1, -1, -1)
     return cache
-
-
-def _read(base: Any, at: Tensor, **inputs: Any) -> Tensor:
-    if getattr(base, "takes_output_at", False):  # a LabGPT: it computes no more than is wanted of it
-        return base(**inputs, output_at=at).last_hidden_state
-    return take(base(**inputs).last_hidden_state, at)

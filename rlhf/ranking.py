@@ -132,7 +132,7 @@ class RankingTrainer(RewardTrainer):
         self.on_too_long = on_too_long
         collator = functools.partial(collate, multiple_of=int(args.pad_to_multiple_of or 1))
         super().__init__(model, args, data_collator=collator, train_dataset=train_dataset, **more)
-        _let_forward_go_by_mask(self.model)
+        _let_forward_go_by_length(self.model)
 
     def _prepare_dataset(
         self,
@@ -176,14 +176,12 @@ class RankingTrainer(RewardTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of a batch from `collate`; see `ranking_loss`."""
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], last_by_mask=True
-        )
+        outputs = model(input_ids=inputs["input_ids"], lengths=inputs["lengths"])
         rewards = outputs.logits[:, 0].float()
         sizes = inputs["sizes"]
         weights = pair_weights(inputs["ranks"], torch.repeat_interleave(sizes, output_size=len(rewards)))
@@ -261,34 +259,32 @@ def _tokenize_rows(
     return elements
 
 
-def collate(elements: Sequence[Mapping[str, Any]], multiple_of: int = 1) -> dict[str, Tensor]:
+def collate(elements: Sequence[Mapping[str, Any]], multiple_of: int = 1) -> dict[str, Any]:
     """A batch: each answer of each element is one row of `input_ids`, so it takes one forward pass.
 
     Returns:
-        input_ids and attention_mask (answers, time), see `pad_right`; ranks (answers,); sizes (elements,),
-        the number of answers of each element.
+        input_ids (answers, time), see `pad_right`; lengths, a list, of their tokens; ranks (answers,); sizes
+        (elements,), the number of answers of each element.
     """
-    input_ids, attention_mask = pad_right(
-        [ids for element in elements for ids in element["answer_ids"]], multiple_of
-    )
+    answers = [ids for element in elements for ids in element["answer_ids"]]
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
+        "input_ids": pad_right(answers, multiple_of),
+        "lengths": [len(ids) for ids in answers],
         "ranks": torch.tensor([rank for element in elements for rank in element["ranks"]]),
         "sizes": torch.tensor([len(element["ranks"]) for element in elements]),
     }
 
 
-def _let_forward_go_by_mask(model: nn.Module) -> None:
-    """Lets `model(input_ids=..., attention_mask=..., last_by_mask=True)` compute `last_token_scores`.
+def _let_forward_go_by_length(model: nn.Module) -> None:
+    """Lets `model(input_ids=..., lengths=...)` compute `last_token_scores`.
 
     Being the model's own forward, it runs below the wrappers around it: DDP, autocast, PEFT.
     """
 
-    def forward(self: Any, *args: Any, last_by_mask: bool = False, **kwargs: Any) -> Any:
-        if not last_by_mask:
+    def forward(self: Any, *args: Any, lengths: Sequence[int] | None = None, **kwargs: Any) -> Any:
+        if lengths is None:
             return type(self).forward(self, *args, **kwargs)
-        scores = last_token_scores(self, kwargs["input_ids"], kwargs["attention_mask"])
+        scores = last_token_scores(self, kwargs["input_ids"], lengths)
         return SequenceClassifierOutputWithPast(logits=scores)  # type: ignore[arg-type]
 
     classifier = sequence_classifier(model)

@@ -112,19 +112,17 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Any, **options: bool
         raise LabError(f"the chat template cannot render this conversation: {error}") from error
 
 
-def pad_right(rows: Sequence[Sequence[int]], multiple_of: int = 1) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask (1 token, 0 padding), both (rows, longest row, rounded up to `multiple_of`).
+def pad_right(rows: Sequence[Sequence[int]], multiple_of: int = 1) -> Tensor:
+    """Token ids (rows, longest row, rounded up to `multiple_of`).
 
-    The mask alone says what is padding. Its id is 0, whatever the tokenizer's, and no one should look for it:
-    where padding and end of sequence are one token, ids do not tell.
+    The rows' lengths alone say what is padding. Its id is 0, whatever the tokenizer's, and no one should look
+    for it: where padding and end of sequence are one token, ids do not tell.
     """
     longest = max(map(len, rows))
     input_ids = torch.zeros(len(rows), -(-longest // multiple_of) * multiple_of, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = torch.tensor(row)
-        attention_mask[i, : len(row)] = 1
-    return input_ids, attention_mask
+    return input_ids
 
 
 def sequence_classifier(model: nn.Module) -> Any:
@@ -142,7 +140,7 @@ def sequence_classifier(model: nn.Module) -> Any:
     return classifier
 
 
-def last_token_scores(classifier: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def last_token_scores(classifier: Any, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
     """What a sequence classifier's `score` layer says of each row's last token.
 
     transformers' own forward takes the last id that is not `pad_token_id` for the last token. Where padding
@@ -151,13 +149,14 @@ def last_token_scores(classifier: Any, input_ids: Tensor, attention_mask: Tensor
     Args:
         classifier: a causal model, from `sequence_classifier`.
         input_ids: (rows, time), padded on the right: the model is causal, and no token sees it.
-        attention_mask: (rows, time), 1 for tokens and 0 for padding.
+        lengths: tokens of each row.
 
     Returns:
         (rows, num_labels)
     """
-    last = attention_mask.sum(1, keepdim=True) - 1
-    return classifier.score(hidden_states(classifier.base_model, classifier.config, input_ids, last)[:, 0])
+    only_the_last = [1] * len(lengths)
+    base, config = classifier.base_model, classifier.config
+    return classifier.score(hidden_states(base, config, input_ids, lengths, only_the_last))
 
 
 class RewardScorer:
@@ -237,8 +236,9 @@ class RewardScorer:
         scores = torch.empty(len(rows), device=device)
         with _evaluating(self.model), torch.no_grad():
             for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-                input_ids, mask = (tensor.to(device) for tensor in pad_right([rows[i] for i in batch]))
-                scores[batch] = last_token_scores(self._classifier, input_ids, mask)[:, 0].float()
+                chosen = [rows[i] for i in batch]
+                input_ids, lengths = pad_right(chosen).to(device), [len(row) for row in chosen]
+                scores[batch] = last_token_scores(self._classifier, input_ids, lengths)[:, 0].float()
         return (scores.cpu() - self.shift) * self.scale
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from supervised.backbones.ragged import Ragged, Tails
+
 POSITIONS = ("rotary", "learned")
 NORM_POSITIONS = ("pre", "post")
 NORMS = ("rms", "layer")
@@ -87,28 +89,27 @@ class Attention(nn.Module):
         rotation: Rotation | None,
         mask: Tensor | None,
         cache: KVCache | None,
-        output_at: Tensor | None = None,
+        documents: Ragged | None = None,
+        wanted: Tails | None = None,
     ) -> Tensor:
-        inputs = (x if output_at is None else take(x, output_at), x, x)
-        layers = (self.q, self.k, self.v)
-        q, k, v = (
-            layer(input).unflatten(-1, (-1, self.head_dim))
-            for layer, input in zip(layers, inputs, strict=True)
-        )
+        queries = x if wanted is None else wanted.take(x)
+        q = self.q(queries).unflatten(-1, (-1, self.head_dim))
+        k = self.k(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v(x).unflatten(-1, (-1, self.head_dim))
         if rotation is not None:
-            q_rotation = rotation
-            if output_at is not None:
-                q_rotation = (take(rotation[0], output_at), take(rotation[1], output_at))
-            q, k = rotate(q, q_rotation), rotate(k, rotation)
+            cos, sin = rotation
+            q = rotate(q, rotation if wanted is None else (wanted.take(cos), wanted.take(sin)))
+            k = rotate(k, rotation)
+        outputs = documents if wanted is None else wanted.rows
+        if documents is not None and outputs is not None:
+            q, k, v = outputs.pad(q[0]), documents.pad(k[0]), documents.pad(v[0])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if mask is None and x.shape[1] > 1 and k.shape[2] != x.shape[1]:
+        if documents is not None:
+            mask = documents_mask(documents, wanted, k.shape[2])
+        elif mask is None and x.shape[1] > 1 and k.shape[2] != x.shape[1]:
             raise ValueError("several tokens behind a filled cache need an attention_mask")
-        if output_at is not None and mask is None:
-            mask = (torch.arange(k.shape[2], device=x.device) <= output_at[..., None])[:, None]
-        elif output_at is not None and mask is not None:
-            mask = take(mask.transpose(1, 2), output_at).transpose(1, 2)
         is_causal = mask is None and q.shape[2] > 1
         grouped = self.group > 1
         if grouped and mask is not None and q.device.type != "cpu":
@@ -124,7 +125,8 @@ class Attention(nn.Module):
             is_causal=is_causal,
             enable_gqa=grouped,
         )
-        return self.out(x.transpose(1, 2).flatten(2))
+        x = x.transpose(1, 2).flatten(2)
+        return self.out(x if outputs is None else outputs.unpad(x)[None])
 
 
 class FeedForward(nn.Module):
@@ -166,11 +168,12 @@ class Block(nn.Module):
         rotation: Rotation | None,
         mask: Tensor | None,
         past_key_values: KVCache | None = None,  # the name by which gradient checkpointing takes it away
-        output_at: Tensor | None = None,
+        documents: Ragged | None = None,
+        wanted: Tails | None = None,
     ) -> Tensor:
         inputs = x if self.post_norm else self.attention_norm(x)
-        attended = self.dropout(self.attention(inputs, rotation, mask, past_key_values, output_at))
-        x = attended + (x if output_at is None else take(x, output_at))
+        attended = self.attention(inputs, rotation, mask, past_key_values, documents, wanted)
+        x = self.dropout(attended) + (x if wanted is None else wanted.take(x))
         if self.post_norm:
             x = self.attention_norm(x)
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
@@ -298,7 +301,8 @@ class LabGPT(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: KVCache | None = None,
-        output_at: Tensor | None = None,
+        documents: Ragged | None = None,
+        wanted: Tails | None = None,
     ) -> Tensor:
         """Features of every token: it sees itself and what stands before it.
 
@@ -310,11 +314,15 @@ class LabGPT(nn.Module):
                 for keys to see; it must be causal itself. None: causal attention to all.
             past_key_values: a cache, whose keys and values stand before the new ones. None of its layers may
                 hold any when `attention_mask` is None and time > 1.
-            output_at: (batch, n) indices into time: the features of these tokens alone. The last block then
-                computes nothing but keys and values for the others.
+            documents: the input is a single row, and in it documents of these lengths stand one behind the
+                other; none sees another. Unlike a padded batch this costs no more than the tokens there are.
+                Positions count from 0 in each, unless given as (1, time); there is no attention_mask. What
+                a cache holds already stands before all of them.
+            wanted: `documents.tails(...)`: the features of these tokens alone. The last block then computes
+                nothing but keys and values for the others.
 
         Returns:
-            (batch, time or n, width), normalised.
+            (batch, time, width), or (1, tokens wanted, width), normalised.
 
         Raises:
             ValueError: an input is missing, ambiguous, too long or of the wrong shape.
@@ -327,28 +335,46 @@ class LabGPT(nn.Module):
             )
         x = inputs_embeds if ids is None else look_up(self.tokens, ids, "token ids")
         assert x is not None
+        if documents is not None and (attention_mask is not None or x.shape[:2] != (1, len(documents.at))):
+            raise ValueError(
+                f"documents of {len(documents.at)} tokens need (1, so many) and no attention_mask"
+            )
+        if documents is None and wanted is not None:
+            raise ValueError("wanted needs documents")
         if position_ids is None:
             if past_key_values is not None:
                 raise ValueError("give position_ids with a cache: it does not say how much it holds")
-            if self.positions is not None and x.shape[1] > self.max_positions:
-                raise ValueError(f"{x.shape[1]} tokens are more than max_positions {self.max_positions}")
-            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+            longest = x.shape[1] if documents is None else documents.shape[1]
+            if self.positions is not None and longest > self.max_positions:
+                raise ValueError(f"{longest} tokens are more than max_positions {self.max_positions}")
+            position_ids = torch.arange(longest, device=x.device) if documents is None else documents.columns
+            position_ids = position_ids[None]
         rotation = None
         if self.positions is None:
             rotation = rotary(position_ids, self.head_dim, self.rope_theta, x.dtype)
         else:
             x = x + look_up(self.positions, position_ids, "position ids")
         x = self.dropout(x)
+        shared: dict[str, Any] = {"past_key_values": past_key_values, "documents": documents}
         for block in self.blocks[:-1]:
-            x = block(x, rotation, attention_mask, past_key_values=past_key_values)
-        last = self.blocks[-1]
-        x = last(x, rotation, attention_mask, past_key_values=past_key_values, output_at=output_at)
-        return self.norm(x)
+            x = block(x, rotation, attention_mask, **shared)
+        return self.norm(self.blocks[-1](x, rotation, attention_mask, **shared, wanted=wanted))
 
 
-def take(x: Tensor, at: Tensor) -> Tensor:
-    """(batch or 1, time, ...) at the indices (batch, n) into time: (batch, n, ...)."""
-    return x.take_along_dim(at.view(*at.shape, *(1,) * (x.dim() - 2)), 1)
+def documents_mask(documents: Ragged, wanted: Tails | None, n_keys: int) -> Tensor | None:
+    """Causal attention of documents' queries to `n_keys` keys, the last of which are their own.
+
+    Returns:
+        bool (documents or 1, 1, queries, n_keys); None: plain causal attention says it.
+    """
+    past = n_keys - documents.shape[1]
+    if wanted is not None:
+        columns = wanted.columns
+    elif past:
+        columns = torch.arange(documents.shape[1], device=documents.device)[None]
+    else:
+        return None
+    return (torch.arange(n_keys, device=documents.device) <= past + columns[..., None])[:, None]
 
 
 def look_up(table: nn.Embedding, ids: Tensor, what: str) -> Tensor:

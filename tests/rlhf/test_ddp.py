@@ -122,8 +122,8 @@ def work(policy: Path, rewards: dict[str, Path], out: Path) -> None:
             scores.append(trainer.rollout["scores"])
             packed = output["packed"]
             own = [
-                ShareBelow().score_ids([[]], [answer[:n].tolist()]).item()
-                for answer, n in zip(packed.answers, packed.answer_lengths.tolist(), strict=True)
+                ShareBelow().score_ids([[]], [answer.tolist()]).item()
+                for answer in packed.answers.split(packed.answer_lengths)
             ]
             assert own == pytest.approx(scores[-1]), "each process gets the scores of its own answers"
             return output

@@ -379,7 +379,7 @@ def test_log_probabilities_of_a_rollout_are_those_of_each_answer_alone(tmp_path:
     )
     rollout = trainer._generate_and_score_completions(rows)
     packed, stock = rollout["packed"], models.open_policy(folder)[0].eval()
-    assert len(set(packed.prompt_lengths.tolist())) == 3
+    assert len(set(packed.prompt_lengths)) == 3
     for row, (begin, n) in enumerate(zip(packed.prompt_lengths, packed.answer_lengths, strict=True)):
         ids = packed.ids[row : row + 1, : begin + n]
         with torch.no_grad():

@@ -22,10 +22,10 @@ from rlhf.ppo import (
     adapt_kl_coef,
     generalized_advantages,
     masked_mean,
-    side_by_side,
     token_rewards,
     whiten,
 )
+from rlhf.sequences import side_by_side
 from tests.host_reads import HostReads
 
 pytestmark = pytest.mark.filterwarnings(
@@ -219,7 +219,7 @@ def test_log_probabilities_in_blocks_are_the_same_with_their_gradients(
     from rlhf import logprobs
 
     head = torch.nn.Linear(8, 50, bias=False)
-    hidden, tokens = torch.randn(3, 7, 8, requires_grad=True), torch.randint(50, (3, 7))
+    hidden, tokens = torch.randn(21, 8, requires_grad=True), torch.randint(50, (21,))
     results = []
     for at_once in (2**24, 50 * 4):
         monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", at_once)
@@ -350,7 +350,7 @@ def test_end_tokens_are_trained_on_where_padding_is_the_end_token(
     assert packed.mask.sum() == sum(len(answer) for _, answer in reward.asked)
     ended = [answer[-1] == same.eos_token_id for _, answer in reward.asked]
     assert any(ended)
-    last = packed.answers.gather(1, (packed.answer_lengths - 1)[:, None])[:, 0]
+    last = packed.answers[packed.rows.counts.cumsum(0) - 1]
     assert (last == same.eos_token_id).tolist() == ended
 
 
@@ -529,10 +529,10 @@ def test_rollout_and_losses_run_on_the_meta_device(save_tiny: Callable[..., Path
     critic = Critic(models.open_reward(save_tiny("labgpt", reward=True))[0].to("meta"))
     add_logprob_head(policy)
     packed = side_by_side([[5, 6], [7]], [[8], [9, 10, 1]], 0, torch.device("meta"))
-    logps, entropies = policy(input_ids=packed.ids, logprobs_of=packed.answers, logprobs_at=packed.before)
-    values = critic(packed.ids, packed.before)
+    logps, entropies = policy(logprobs_of=packed)
+    values = critic(packed)
     scores = torch.zeros(2, device="meta")
-    rewards = token_rewards(scores, logps.detach(), packed.answer_lengths, 0.1)
+    rewards = token_rewards(scores, logps.detach(), packed.rows.counts, 0.1)
     advantages = whiten(generalized_advantages(rewards, values, packed.mask, 1.0, 0.95), packed.mask)
     loss = masked_mean(advantages * logps + values.square() + entropies, packed.mask)
     loss.backward()

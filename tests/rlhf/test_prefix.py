@@ -1,5 +1,6 @@
 """A beginning that all prompts share is read once: same numbers, same gradients, every family of models."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from transformers import (
 
 from rlhf.labgpt import LabGPTConfig
 from rlhf.logprobs import add_logprob_head
-from rlhf.ppo import side_by_side
 from rlhf.prefix import WORTH, hidden_states, shared_prefix
+from rlhf.sequences import side_by_side
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
@@ -52,12 +53,10 @@ def test_log_probabilities_and_gradients_are_those_of_reading_every_row_whole(fa
     results = []
     for shared in (0, packed.shared):
         model.zero_grad()
-        logps, entropies = model(
-            input_ids=packed.ids, logprobs_of=packed.answers, logprobs_at=packed.before, shared=shared
-        )
-        (logps * packed.mask * torch.linspace(-1, 1, packed.width)).sum().backward()
+        logps, entropies = model(logprobs_of=replace(packed, shared=shared))
+        (logps * torch.linspace(-1, 1, logps.shape[1])).sum().backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append([(logps * packed.mask).detach(), (entropies * packed.mask).detach(), *gradients])
+        results.append([logps.detach(), entropies.detach(), *gradients])
     for whole, parted in zip(*results, strict=True):
         torch.testing.assert_close(whole, parted, rtol=1e-4, atol=2e-6)
 
@@ -67,7 +66,7 @@ def test_the_beginning_is_computed_for_one_row() -> None:
     seen: list[tuple[int, ...]] = []
     model.embed_tokens.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
     packed = side_by_side(PROMPTS, ANSWERS, 0, torch.device("cpu"))
-    hidden_states(model, model.config, packed.ids, packed.before, packed.shared)
+    hidden_states(model, model.config, packed.ids, packed.lengths, packed.answer_lengths, packed.shared)
     assert seen == [(1, 6), (3, packed.ids.shape[1] - 6)]
 
 

@@ -221,7 +221,7 @@ def test_all_answers_to_a_prompt_are_one_element_and_ends_are_where_answers_end(
     ]
     batch = collate(list(kwise), multiple_of=4)
     assert batch["input_ids"].shape == (3, 8)
-    assert batch["attention_mask"].sum(1).tolist() == [5, 3, 4]
+    assert batch["lengths"] == [5, 3, 4]
     assert batch["sizes"].tolist() == [3]
 
 

@@ -14,10 +14,11 @@ from lab.errors import LabError
 from rlhf import models, reviews
 from rlhf.config import ModelConfig, RLHFRun
 from rlhf.policy_optimization import RewardOfIds, in_reward_units
-from rlhf.ppo import PPOConfig, PPOTrainer, side_by_side
+from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ranking import init_head
 from rlhf.roles import AdapterClassifier, active_adapter, own_parameters
 from rlhf.scoring import RewardScorer
+from rlhf.sequences import side_by_side
 from rlhf.sft import lora
 
 pytestmark = pytest.mark.filterwarnings(

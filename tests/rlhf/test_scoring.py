@@ -259,7 +259,8 @@ def test_stock_transformers_reads_the_same_score_unless_padding_is_the_end_token
 ) -> None:
     def by_stock(model: Any) -> Tensor:
         rows = [[*p, *a] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
-        input_ids, mask = pad_right(rows)
+        input_ids = pad_right(rows)
+        mask = torch.stack([torch.arange(input_ids.shape[1]) < len(row) for row in rows]).long()
         input_ids[mask == 0] = model.config.pad_token_id
         with torch.no_grad():
             return model(input_ids=input_ids, attention_mask=mask).logits[:, 0]
@@ -308,7 +309,7 @@ def test_scoring_is_without_dropout_and_gradient_and_leaves_the_model_in_trainin
 
 def test_scores_have_gradients_for_training() -> None:
     model = llama()
-    last_token_scores(model, *pad_right(PROMPTS)).sum().backward()
+    last_token_scores(model, pad_right(PROMPTS), [len(prompt) for prompt in PROMPTS]).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 

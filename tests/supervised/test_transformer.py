@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lab.errors import LabError
 from supervised import backbones
+from supervised.backbones.ragged import Ragged
 from supervised.backbones.transformer import (
     GPT2_OPTIONS,
     INIT_STD,
@@ -255,38 +256,66 @@ def test_cached_steps_equal_one_pass(options: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+def packed(ids: Tensor, lengths: list[int]) -> Tensor:
+    """The first tokens of each row, one row's behind the other's: (1, tokens)."""
+    return torch.cat([row[:n] for row, n in zip(ids, lengths, strict=True)])[None]
+
+
 @each_variant
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_features_of_some_tokens_are_those_among_all(options: dict[str, Any], masked: bool) -> None:
-    model, ids = tiny(**options), some_ids()
-    at = torch.tensor([[0, 3, 3], [6, 2, 5]])
-    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
-    mask[1, :, 2:, 1] = False
-    every_token: dict[str, Any] = {"attention_mask": mask} if masked else {}
+@pytest.mark.parametrize("wanted", [None, [2, 1, 3]])
+@pytest.mark.parametrize("past", [False, True])
+def test_documents_in_one_row_are_each_as_if_alone(
+    options: dict[str, Any], wanted: list[int] | None, past: bool
+) -> None:
+    model, lengths = tiny(**options).double(), [4, 1, 6]
+    ids, beginning = some_ids(3), some_ids(1)[:, :3]
+    documents = Ragged(lengths)
+    tails = documents.tails(wanted) if wanted else None
+    together: dict[str, Any] = {"documents": documents, "wanted": tails}
+    if past:
+        cache = DictCache()
+        model(beginning, position_ids=torch.arange(3)[None], past_key_values=cache)
+        cache.seen = {
+            layer: (k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for layer, (k, v) in cache.seen.items()
+        }
+        together |= {"past_key_values": cache, "position_ids": 3 + documents.columns[None]}
+    alone = []
+    for row, n, k in zip(ids, lengths, wanted or lengths, strict=True):
+        whole = torch.cat([beginning[0], row[:n]]) if past else row[:n]
+        alone.append(model(whole[None])[0, -k:])
     results = []
-    for features in (
-        model(ids, **every_token)[torch.arange(2)[:, None], at],
-        model(ids, **every_token, output_at=at),
-    ):
+    for features in (torch.cat(alone), model(packed(ids, lengths), **together)[0]):
         model.zero_grad()
         (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
         results.append([features, *(p.grad for p in model.parameters() if p.grad is not None)])
     for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @each_variant
 def test_the_last_block_computes_but_keys_and_values_of_other_tokens(options: dict[str, Any]) -> None:
-    model = tiny(**options)
+    model, documents = tiny(**options), Ragged([4, 7])
     rows: dict[str, list[int]] = {}
     for name, module in model.blocks.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda _, x, __, name=name: rows.update({name: x[0].shape[1]}))
-    model(some_ids(), output_at=torch.tensor([[6], [2]]))
-    assert {name for name, n in rows.items() if n == 7} >= {"0.attention.q", "0.mlp.out", "1.attention.k"}
-    assert {name for name, n in rows.items() if n == 1 and name.startswith("1.")} == {
+    model(packed(some_ids(), [4, 7]), documents=documents, wanted=documents.tails([1, 2]))
+    assert {name for name, n in rows.items() if n == 11} >= {"0.attention.q", "0.mlp.out", "1.attention.k"}
+    assert {name for name, n in rows.items() if n == 3 and name.startswith("1.")} == {
         name for name in rows if name.startswith("1.") and name not in ("1.attention.k", "1.attention.v")
     }
+
+
+def test_documents_that_do_not_fit_the_input_are_refused() -> None:
+    model, documents = tiny(), Ragged([3, 4])
+    for inputs in (
+        {"ids": some_ids()},
+        {"ids": some_ids(1), "attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool)},
+    ):
+        with pytest.raises(ValueError, match="documents of 7 tokens need"):
+            model(**inputs, documents=documents)
+    with pytest.raises(ValueError, match="wanted needs documents"):
+        model(some_ids(), wanted=documents.tails([1, 1]))
 
 
 def test_embeddings_in_place_of_ids() -> None:
