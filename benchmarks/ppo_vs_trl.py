@@ -68,9 +68,7 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str,
                 f"{options.smollm2}: no SmolLM2, left out. `lab fetch smollm2-135m` gets it.", file=sys.stderr
             )
         else:
-            reward = Path(work) / "reward"
-            make_reward(options.smollm2, reward)
-            cases["smollm2"] = (smollm2_jobs(options, reward), options.smollm2_rounds)
+            cases["smollm2"] = (smollm2_jobs(options, Path(work)), options.smollm2_rounds)
         ran = {case: alternate(case, jobs, rounds, python) for case, (jobs, rounds) in cases.items()}
     results = {
         "machine": about,
@@ -143,12 +141,20 @@ def tiny_job(options: argparse.Namespace) -> Job:
     )
 
 
-def smollm2_jobs(options: argparse.Namespace, reward: Path) -> dict[str, Job]:
-    """TRL's full fine-tuning, and ours: the same, with LoRA, and in the format that `auto` chooses."""
+def smollm2_jobs(options: argparse.Namespace, work: Path) -> dict[str, Job]:
+    """TRL's full fine-tuning, and ours: the same, with LoRA, and in the format that `auto` chooses.
+
+    Both sides get what the recipe's first two stages would leave, as folders below `work`.
+    """
     from lab.device import DeviceConfig, resolve
 
+    policy, reward = work / "policy", work / "reward"
+    save_policy(options.smollm2, policy)
+    make_reward(policy, reward)
+    adapted = work / "adapted_reward"
+    make_reward(options.smollm2, adapted, LORA_RANK)
     job = Job(
-        policy=str(options.smollm2.absolute()),
+        policy=str(policy),
         reward=str(reward),
         prompts=[[{"role": "user", "content": prompt}] for prompt in everyday.prompts()],
         answer_tokens=16,
@@ -160,7 +166,13 @@ def smollm2_jobs(options: argparse.Namespace, reward: Path) -> dict[str, Job]:
         updates=options.smollm2_updates,
         threads=options.threads,
     )
-    lora = replace(job, lora_rank=LORA_RANK, learning_rate=1e-4)
+    lora = replace(
+        job,
+        policy=str(options.smollm2.absolute()),
+        reward=str(adapted),
+        lora_rank=LORA_RANK,
+        learning_rate=1e-4,
+    )
     jobs = {"trl": job, "ours": job, "ours, LoRA": lora}
     precision = resolve(DeviceConfig(device="cpu", threads=options.threads)).precision
     if precision != job.precision:
@@ -169,8 +181,18 @@ def smollm2_jobs(options: argparse.Namespace, reward: Path) -> dict[str, Job]:
     return jobs
 
 
-def make_reward(base: Path, folder: Path) -> None:
-    """A reward model with a random score layer: as a stock folder, and the same as an adapter for LoRA."""
+def save_policy(base: Path, folder: Path) -> None:
+    """The model as full fine-tuning would leave it, had it not moved a weight."""
+    from rlhf import models
+    from rlhf.config import ModelConfig
+    from rlhf.stage import quiet_transformers
+
+    with quiet_transformers():
+        models.save(*models.start(ModelConfig(path=str(base)), [], "", 0), folder)
+
+
+def make_reward(base: Path, folder: Path, lora_rank: int = 0) -> None:
+    """A reward model with a random score layer; with LoRA also as an adapter."""
     import peft
     import torch
 
@@ -182,8 +204,10 @@ def make_reward(base: Path, folder: Path) -> None:
     torch.manual_seed(0)
     with quiet_transformers():
         model, tokenizer = models.open_reward(base)
-        adapters: Any = lora(ModelConfig(lora_rank=LORA_RANK), "SEQ_CLS", model)
-        models.save(peft.get_peft_model(model, adapters), tokenizer, folder)
+        if lora_rank:
+            adapters: Any = lora(ModelConfig(lora_rank=lora_rank), "SEQ_CLS", model)
+            model = peft.get_peft_model(model, adapters)
+        models.save(model, tokenizer, folder)
 
 
 def alternate(case: str, jobs: dict[str, Job], rounds: int, python: Path) -> dict[str, list[dict[str, Any]]]:

@@ -510,6 +510,17 @@ def load(folder: str | Path, head: Head = "causal_lm") -> LabModel:
     return model.eval()
 
 
+def computes(folder: Path) -> bool:
+    """Whether the folder holds a model that `load` opens as a LabGPT which is trained as the original is."""
+    if not (folder / "config.json").is_file():
+        return False
+    with contextlib.suppress(LabError):
+        stock = _read_config(folder)
+        only_in_attention = stock.model_type == "llama"  # where a LabGPT has dropout in other places, too
+        return not (_lab_config(stock, folder).dropout and only_in_attention)
+    return False
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars and tables of keys; what matters of these is in our errors."""

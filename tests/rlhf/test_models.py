@@ -14,6 +14,7 @@ from datasets import Dataset
 from lab.errors import LabError
 from rlhf import models, reviews
 from rlhf.config import ModelConfig
+from rlhf.labgpt import LabGPTForCausalLM
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -122,6 +123,29 @@ def test_saved_and_opened_is_the_same(tmp_path: Path, save_tiny: Callable[..., P
 
 
 # ---- LabGPT from nothing ----
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_full_fine_tuning_computes_as_a_labgpt_what_one_can(
+    tmp_path: Path, save_tiny: Callable[..., Path], family: str
+) -> None:
+    """The same logits, quicker; adapters are for the model by its own names."""
+    folder = save_tiny(family)
+    full, adapted = (
+        models.start(ModelConfig(path=str(folder), lora_rank=rank), [], "", 0)[0] for rank in (0, 2)
+    )
+    assert isinstance(full, LabGPTForCausalLM)
+    assert type(adapted).__module__.startswith("transformers.")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(full(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    settings = json.loads((other / "config.json").read_text())
+    key = {"llama": "attention_dropout", "gpt2": "attn_pdrop"}[
+        family
+    ]  # a LabGPT would have it elsewhere, too
+    (other / "config.json").write_text(json.dumps({**settings, key: 0.1}))
+    assert not isinstance(models.start(ModelConfig(path=str(other)), [], "", 0)[0], LabGPTForCausalLM)
 
 
 def test_the_seed_alone_decides_labgpts_first_weights() -> None:
