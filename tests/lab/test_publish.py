@@ -4,10 +4,8 @@ The runs are made by the lab's own tracker, the report and the view by the real 
 reads them back; only the server is a stand-in.
 """
 
-import contextlib
 import copy
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,39 +20,11 @@ from lab.cli import main
 from lab.run import Run
 from tests.lab.runs import make_run
 from tests.lab.wandb_stand_in import ReceivedRun, WandbStandIn
+from tests.lab.wandb_world import KEY, use, wandb_world
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
-KEY = "0123456789abcdef0123456789abcdef01234567"
 PROJECT = "tester/lab-tests"
 ASKED = ("--by=agent.algorithm", "--baseline=dqn", "--metric=eval/mean_reward")
-
-
-def end_service() -> None:
-    if "wandb" in sys.modules:
-        import wandb
-
-        with contextlib.suppress(Exception):
-            wandb.teardown()
-
-
-@contextlib.contextmanager
-def clean(home: Path) -> Iterator[pytest.MonkeyPatch]:
-    """No key, no settings and no home of this machine; little patience; W&B's service is gone afterwards."""
-    before = dict(os.environ)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        patch.setenv("HOME", str(home))
-        patch.setenv("NETRC", str(home / ".netrc"))
-        patch.setenv("WANDB_API_KEY", KEY)
-        for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER"):
-            for name in ("MAX", "WAIT_MIN_SECONDS", "WAIT_MAX_SECONDS"):
-                patch.setenv(f"WANDB_X_{part}_RETRY_{name}", "1")
-            patch.setenv(f"WANDB_X_{part}_TIMEOUT_SECONDS", "2")
-        yield patch
-        end_service()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +34,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, R
     They come to 10, 11, 12 (dqn) and 20, 21, 25 (rainbow); only the dqn runs have a loss.
     """
     home = tmp_path_factory.mktemp("publish")
-    with WandbStandIn() as server, clean(home) as patch:
-        patch.setenv("WANDB_BASE_URL", server.url)
+    with WandbStandIn() as server, wandb_world(home, timeout_seconds=2) as patch:
+        use(server, patch)
         for algorithm, scores in (("dqn", (10, 11, 12)), ("rainbow", (20, 21, 25))):
             for seed, score in enumerate(scores):
                 rows: list[tuple[int, dict[str, Any]]] = [
@@ -83,8 +53,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, R
 @pytest.fixture
 def server(tracked: tuple[Path, dict[str, ReceivedRun]], tmp_path: Path) -> Iterator[WandbStandIn]:
     """A server that has the runs."""
-    with WandbStandIn() as stand_in, clean(tmp_path) as patch:
-        patch.setenv("WANDB_BASE_URL", stand_in.url)
+    with WandbStandIn() as stand_in, wandb_world(tmp_path, timeout_seconds=2) as patch:
+        use(stand_in, patch)
         patch.chdir(tmp_path)
         stand_in.runs = copy.deepcopy(tracked[1])
         yield stand_in

@@ -7,7 +7,6 @@ The client is the real `wandb.Api`, and what it reads was logged by the lab's ow
 import contextlib
 import json
 import math
-import os
 import subprocess
 import sys
 import textwrap
@@ -27,9 +26,9 @@ from lab.records import Record, load
 from lab.run import Run
 from tests.lab.runs import log
 from tests.lab.wandb_stand_in import ENTITY, ReceivedRun, WandbStandIn
+from tests.lab.wandb_world import end_service, use, wandb_world
 
 METRIC = "eval/mean_reward"
-KEY = "0123456789abcdef0123456789abcdef01234567"
 CONFIG: dict[str, Any] = {
     **{
         "env": {"game": "pong", "n_envs": 8.0},
@@ -46,38 +45,13 @@ NAN, INF = math.nan, math.inf
 
 
 @contextlib.contextmanager
-def clean(home: Path) -> Iterator[pytest.MonkeyPatch]:
-    """No key, no settings and no home of this machine; little patience; W&B's service is gone afterwards."""
-    before = dict(os.environ)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        patch.setenv("HOME", str(home))
-        patch.setenv("NETRC", str(home / ".netrc"))
+def impatient(home: Path) -> Iterator[pytest.MonkeyPatch]:
+    """`wandb_world` with little patience, and tables as wide as they like."""
+    with wandb_world(home, timeout_seconds=1) as patch:
         patch.setenv("COLUMNS", "400")
-        # Below one second, and from no retry at all, W&B would make its own defaults.
-        for name, value in (("RETRY_MAX", 1), ("RETRY_WAIT_MIN_SECONDS", 1), ("RETRY_WAIT_MAX_SECONDS", 1)):
-            patch.setenv(f"WANDB_X_GRAPHQL_{name}", str(value))
-        patch.setenv("WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "1")
         patch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")  # else the killed run's rows never left
         patch.setattr(records, "API_SECONDS", 2)
         yield patch
-        end_service()
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-
-
-def end_service() -> None:
-    if "wandb" in sys.modules:
-        import wandb
-
-        with contextlib.suppress(Exception):
-            wandb.teardown()
-
-
-def use(server: WandbStandIn, patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("WANDB_BASE_URL", server.url)
-    patch.setenv("WANDB_API_KEY", KEY)
 
 
 # ---- the same from everywhere ----
@@ -183,7 +157,7 @@ def kept(
 ) -> Iterator[tuple[WandbStandIn, Path]]:
     """A server and a folder with the same runs: tracked online, or offline and then sent by `wandb sync`."""
     root = tmp_path_factory.mktemp("kept")
-    with clean(root) as patch, WandbStandIn() as server:
+    with impatient(root) as patch, WandbStandIn() as server:
         use(server, patch)
         patch.setenv("WANDB_X_GRAPHQL_TIMEOUT_SECONDS", "30")  # this server answers, if not at once
         make_runs(root / "runs", "online" if request.param == "online" else "offline", server)
@@ -279,7 +253,7 @@ def test_runs_from_both_places_make_one_group(kept: tuple[WandbStandIn, Path]) -
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[WandbStandIn]:
     """A server with three runs of twelve rows in project lab, and two in the project of somebody else."""
-    with clean(tmp_path) as patch, WandbStandIn() as stand_in:
+    with impatient(tmp_path) as patch, WandbStandIn() as stand_in:
         use(stand_in, patch)
         for seed in range(3):
             add(stand_in, f"run{seed}", "lab", {"seed": seed, "algo": "dqn"}, METRIC, seed)

@@ -29,8 +29,8 @@ from lab.sync_rows import identity
 from lab.sync_source import Source, locked
 from lab.tracking import Tracker, read_metrics
 from tests.lab.wandb_stand_in import WandbStandIn
+from tests.lab.wandb_world import end_service, use, wandb_world
 
-KEY = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import argparse, sys
 from lab import sync
@@ -41,25 +41,12 @@ sys.exit(sync.do(parser.parse_args()))
 
 
 @pytest.fixture(autouse=True)
-def quick_and_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No key, no settings and no home of this machine; little patience; W&B's service is gone afterwards."""
-    before = dict(os.environ)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
+def impatient(tmp_path: Path) -> Iterator[None]:
     (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
-    for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER"):
-        # Below one second, and from no retry at all, W&B would make its own defaults.
-        for name, value in (("MAX", 1), ("WAIT_MIN_SECONDS", 1), ("WAIT_MAX_SECONDS", 1)):
-            monkeypatch.setenv(f"WANDB_X_{part}_RETRY_{name}", str(value))
-        monkeypatch.setenv(f"WANDB_X_{part}_TIMEOUT_SECONDS", "2")
-    monkeypatch.setattr(sync_verify, "SETTLE_SECONDS", 0.2)
-    monkeypatch.setattr(sync_server, "API_SECONDS", 2)
-    yield
-    end_service()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
+    with wandb_world(tmp_path / "home", timeout_seconds=2) as patch:
+        patch.setattr(sync_verify, "SETTLE_SECONDS", 0.2)
+        patch.setattr(sync_server, "API_SECONDS", 2)
+        yield
 
 
 @pytest.fixture
@@ -70,12 +57,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStandIn]:
         yield stand_in
 
 
-def use(server: WandbStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    end_service()  # it remembers the server before
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-
-
 @contextlib.contextmanager
 def restarted(server: WandbStandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStandIn]:
     """A server that knows what the one before it stored."""
@@ -83,14 +64,6 @@ def restarted(server: WandbStandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator
         again.runs = server.runs
         use(again, monkeypatch)
         yield again
-
-
-def end_service() -> None:
-    if "wandb" in sys.modules:
-        import wandb
-
-        with contextlib.suppress(Exception):
-            wandb.teardown()
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from lab.errors import LabError
 from lab.run import Run
 from lab.tracking import Tracker, choose_mode, read_metrics, rewind
 from tests.lab.wandb_stand_in import MANIFEST, WandbStandIn
+from tests.lab.wandb_world import KEY, end_service, use, wandb_world
 
-KEY = "0123456789abcdef0123456789abcdef01234567"
 IDENTITY = {
     **{"project": "lab-tests", "entity": None, "id": "run00001", "name": "pong__dqn__s1"},
     **{"group": "pong__dqn__abc", "job_type": "train", "tags": ["a", "b"]},
@@ -34,31 +34,17 @@ IDENTITY = {
 
 
 @pytest.fixture(autouse=True)
-def no_wandb_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No key, no settings and no home of this machine; W&B's service is gone afterwards."""
-    before = dict(os.environ)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("NETRC", str(home / ".netrc"))
-    yield
-    if "wandb" in sys.modules:
-        import wandb
-
-        with contextlib.suppress(Exception):
-            wandb.teardown()
-    for name in set(os.environ) - set(before):  # the tracker sets some for the service
-        del os.environ[name]
+def no_wandb_settings(tmp_path: Path) -> Iterator[None]:
+    (tmp_path / "home").mkdir()
+    with wandb_world(tmp_path / "home"):
+        yield
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStandIn]:
     """A live server, and a key for it."""
     with WandbStandIn() as stand_in:
-        monkeypatch.setenv("WANDB_BASE_URL", stand_in.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        use(stand_in, monkeypatch)
         yield stand_in
 
 
@@ -82,13 +68,6 @@ def folder(tmp_path: Path) -> Path:
 
 def tracker(folder: Path, mode: str, config: dict[str, Any] | None = None, **kwargs: Any) -> Tracker:
     return Tracker(folder, config or {"seed": 1}, mode, IDENTITY, **kwargs)
-
-
-def end_service() -> None:
-    """What happens when a process exits: the service writes the last rows of its log and ends."""
-    import wandb
-
-    wandb.teardown()
 
 
 def strict(line: str) -> Any:

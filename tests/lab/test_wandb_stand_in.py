@@ -3,8 +3,6 @@
 What `wandb.init` and `wandb sync` do with it is in test_tracking.py and test_sync.py.
 """
 
-import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 
 from lab.tracking import Tracker
 from tests.lab.wandb_stand_in import ENTITY, WandbStandIn
+from tests.lab.wandb_world import use, wandb_world
 
 PATH = f"{ENTITY}/lab-tests"
 UNNEEDED = {"OrganizationCoreWeaveOrganizationID"}
@@ -20,16 +19,10 @@ UNNEEDED = {"OrganizationCoreWeaveOrganizationID"}
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStandIn]:
+def server(tmp_path: Path) -> Iterator[WandbStandIn]:
     """A server with three runs, run0 to run2, of twelve rows each."""
-    before = dict(os.environ)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    with WandbStandIn() as stand_in:
-        monkeypatch.setenv("WANDB_BASE_URL", stand_in.url)
-        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    with wandb_world(tmp_path) as patch, WandbStandIn() as stand_in:
+        use(stand_in, patch)
         for number in range(3):
             about = {"project": "lab-tests", "id": f"run{number}", "name": f"pong s{number}", "group": "pong"}
             config = {"seed": number, "agent": {"lr": number / 4}}
@@ -43,12 +36,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbSta
                     track.log(step * 10, {"train/loss": 1 / step})
             track.finish(number, {"best": 11 * number})
         yield stand_in
-    import wandb
-
-    with contextlib.suppress(Exception):
-        wandb.teardown()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 def api() -> Any:
