@@ -91,6 +91,7 @@ class LabGPTConfig(PreTrainedConfig):
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     dropout: float = 0.0
+    embedding_norm: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -611,6 +612,8 @@ def _stock_config(config: LabGPTConfig) -> GPT2Config | LlamaConfig | None:
         **_extras(config),
     }
     assert config.mlp_width is not None  # filled in by the configuration itself
+    if config.embedding_norm:
+        return None
     kind = (config.positions, config.norm_position, config.norm, config.mlp)
     if kind == ("learned", "pre", "layer", "gelu_tanh") and config.bias and config.n_kv_head == config.n_head:
         return GPT2Config(

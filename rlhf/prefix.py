@@ -42,22 +42,20 @@ def hidden_states(
     Returns:
         (sum of wanted, width), one row's behind the other's.
     """
+    if getattr(base, "takes_documents", False):  # a LabGPT: it computes no padding, and only what is wanted
+        rows = Ragged([length - shared for length in lengths], ids.device, lead=shared)
+        own = rows.unpad(ids[:, shared : shared + rows.shape[1]])
+        tokens = torch.cat((ids[0, :shared], own))[None]
+        read = base(input_ids=tokens, documents=rows, wanted=rows.tails(wanted), use_cache=False)
+        return read.last_hidden_state[0]
     cache = _cache_of_the_beginning(base, config, ids, shared) if shared else None
     begin = shared if cache is not None else 0
     rows = Ragged([length - begin for length in lengths], ids.device)
-    tails = rows.tails(wanted)
     inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
-    end = begin + rows.shape[1]
-    if getattr(base, "takes_documents", False):  # a LabGPT: it computes no padding, and only what is wanted
-        tokens = rows.unpad(ids[:, begin:end])[None]
-        inputs |= {"input_ids": tokens, "documents": rows, "wanted": tails}
-        if cache is not None:
-            inputs["position_ids"] = begin + rows.columns[None]
-        return base(**inputs).last_hidden_state[0]
     if cache is not None:
         inputs["position_ids"] = torch.arange(begin, ids.shape[1], device=ids.device)[None]
     hidden = base(input_ids=ids[:, begin:], **inputs).last_hidden_state
-    return tails.take(rows.unpad(hidden[:, : end - begin])[None])[0]
+    return rows.tails(wanted).take(rows.unpad(hidden[:, : rows.shape[1]])[None])[0]
 
 
 def _cache_of_the_beginning(base: Any, config: Any, ids: Tensor, shared: int) -> Any:

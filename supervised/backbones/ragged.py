@@ -13,10 +13,13 @@ class Ragged:
 
     Args:
         lengths: of the rows, each at least 1. They come from the host, so that nothing asks the device.
+        lead: entries before the first row's in the flat row, which are in no rectangle.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None) -> None:
-        self.lengths, self.device = tuple(lengths), device
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device | str | None = None, lead: int = 0
+    ) -> None:
+        self.lengths, self.device, self.lead = tuple(lengths), device, lead
         self.shape = len(lengths), max(lengths)
         counts, n_entries = torch.tensor(lengths), sum(lengths)
         self._ends = counts.cumsum(0)
@@ -38,8 +41,8 @@ class Ragged:
         return self.at % self.shape[1]
 
     def pad(self, flat: Tensor) -> Tensor:
-        """(entries, ...) -> (rows, longest, ...), zeros where no entry lies."""
-        return _Pad.apply(flat, self.at, self.shape)  # type: ignore[return-value]
+        """(lead + entries, ...) -> (rows, longest, ...), zeros where no entry lies."""
+        return _Pad.apply(flat[self.lead :], self.at, self.shape)  # type: ignore[return-value]
 
     def unpad(self, rectangle: Tensor) -> Tensor:
         """(rows, longest, ...) -> (entries, ...)."""
@@ -48,7 +51,7 @@ class Ragged:
     def tails(self, lengths: Sequence[int]) -> "Tails":
         """The last so many entries of each row, at least 1."""
         rows, n_entries = Ragged(lengths, self.device), sum(lengths)
-        shifts = self._ends - rows._ends
+        shifts = self.lead + self._ends - rows._ends
         shifts = shifts.repeat_interleave(torch.tensor(lengths), output_size=n_entries)
         at = (torch.arange(n_entries) + shifts).to(self.device)
         firsts = self.counts - rows.counts
@@ -60,12 +63,12 @@ class Tails(NamedTuple):
 
     rows: Ragged
     at: Tensor
-    """int64 (entries,): where each lies among the flat entries of the whole rows."""
+    """int64 (entries,): where each lies in the flat row of the whole rows, its lead included."""
     columns: Tensor
     """int64 (rows, longest): each one's place in its whole row; behind a row's end it goes on counting."""
 
     def take(self, flat: Tensor) -> Tensor:
-        """(1, entries of the whole rows, ...) -> (1, entries, ...)."""
+        """(1, lead + entries of the whole rows, ...) -> (1, entries, ...)."""
         return _Unpad.apply(flat, self.at)[None]  # type: ignore[index]
 
 

@@ -1,6 +1,7 @@
 """A decoder-only transformer of which GPT-1, GPT-2, GPT-3 and Llama are settings."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -9,10 +10,10 @@ from torch.nn import functional as F
 
 from supervised.backbones.ragged import Ragged, Tails
 
-POSITIONS = ("rotary", "learned")
+POSITIONS = ("rotary", "learned", "alibi")
 NORM_POSITIONS = ("pre", "post")
 NORMS = ("rms", "layer")
-MLPS = ("swiglu", "gelu_tanh")
+MLPS = ("swiglu", "gelu_tanh", "gelu", "relu")
 
 INIT_STD = 0.02
 """Standard deviation of GPT-2's initial weights (Radford et al. 2019, section 2.3, and their code)."""
@@ -72,8 +73,10 @@ class Attention(nn.Module):
         dropout: float,
         layer: int,
         out_std: float,
+        alibi: bool = False,
     ) -> None:
         super().__init__()
+        self.alibi = alibi
         self.head_dim = width // n_head
         self.group = n_head // n_kv_head
         self.dropout = dropout
@@ -82,6 +85,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(width, n_kv_head * self.head_dim, bias=bias)
         self.v = nn.Linear(width, n_kv_head * self.head_dim, bias=bias)
         self.out = ScaledLinear(width, width, bias, out_std)
+        self.kept: list[Tensor] | None = None
 
     def forward(
         self,
@@ -100,17 +104,46 @@ class Attention(nn.Module):
             cos, sin = rotation
             q = rotate(q, rotation if wanted is None else (wanted.take(cos), wanted.take(sin)))
             k = rotate(k, rotation)
-        outputs = documents if wanted is None else wanted.rows
-        if documents is not None and outputs is not None:
-            q, k, v = outputs.pad(q[0]), documents.pad(k[0]), documents.pad(v[0])
+        if documents is not None:
+            return self.out(self._attend_in_documents(q[0], k[0], v[0], documents, wanted)[None])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if documents is not None:
-            mask = documents_mask(documents, wanted, k.shape[2])
-        elif mask is None and x.shape[1] > 1 and k.shape[2] != x.shape[1]:
+        if mask is None and x.shape[1] > 1 and k.shape[2] != x.shape[1]:
             raise ValueError("several tokens behind a filled cache need an attention_mask")
-        is_causal = mask is None and q.shape[2] > 1
+        at = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=x.device)[None]
+        return self.out(self.attend_causally(q, k, v, mask, at))
+
+    def _attend_in_documents(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Ragged, wanted: Tails | None
+    ) -> Tensor:
+        """(tokens, heads, head_dim) of a single row each -> (tokens of q, width)."""
+        lead, (n, longest) = documents.lead, documents.shape
+        rows = wanted.rows if wanted else documents
+        queries, keys, values = rows.pad(q), documents.pad(k), documents.pad(v)
+        if lead:
+            keys = torch.cat((k[:lead].expand(n, -1, -1, -1), keys), 1)
+            values = torch.cat((v[:lead].expand(n, -1, -1, -1), values), 1)
+        places = torch.arange(lead + longest, device=q.device)
+        at = lead + wanted.columns if wanted else places[None, lead:]
+        mask = (places <= at[..., None])[:, None] if lead or wanted else None
+        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+        attended = rows.unpad(self.attend_causally(queries, keys, values, mask, at))
+        if not lead or wanted:
+            return attended
+        q, k, v = (x[None, :lead].transpose(1, 2) for x in (q, k, v))
+        return torch.cat((self.attend_causally(q, k, v, None, places[None, :lead])[0], attended))
+
+    def attend_causally(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Tensor) -> Tensor:
+        """`attend`, causal unless the mask says more; `at` (batch or 1, time of q): places among the keys."""
+        if self.alibi:
+            mask = linear_biases(mask, at, q.shape[1], k.shape[2]).to(q.dtype)
+        return self.attend(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Values weighted by attention: (batch, heads, time, head_dim) each -> (batch, time of q, width)."""
+        if self.kept is not None:
+            self.kept.append(attention_weights(q, repeat_heads(k, self.group), mask, is_causal))
         grouped = self.group > 1
         if grouped and mask is not None and q.device.type != "cpu":
             # CUDA's fast kernels know groups only without a mask; the CPU's knows both.
@@ -125,15 +158,15 @@ class Attention(nn.Module):
             is_causal=is_causal,
             enable_gqa=grouped,
         )
-        x = x.transpose(1, 2).flatten(2)
-        return self.out(x if outputs is None else outputs.unpad(x)[None])
+        return x.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
-    """The MLP of a block: W_out (silu(W_gate x) * W_up x), or W_out gelu(W_up x)."""
+    """The MLP of a block: W_out (silu(W_gate x) * W_up x), or W_out f(W_up x) with f a GELU or ReLU."""
 
     def __init__(self, kind: str, width: int, mlp_width: int, bias: bool, out_std: float) -> None:
         super().__init__()
+        self.kind = kind
         self.gate = nn.Linear(width, mlp_width, bias=bias) if kind == "swiglu" else None
         self.up = nn.Linear(width, mlp_width, bias=bias)
         self.out = ScaledLinear(mlp_width, width, bias, out_std)
@@ -141,7 +174,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is not None:
             return self.out(F.silu(self.gate(x)) * self.up(x))
-        return self.out(F.gelu(self.up(x), approximate="tanh"))
+        if self.kind == "relu":
+            return self.out(F.relu(self.up(x)))
+        return self.out(F.gelu(self.up(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class Block(nn.Module):
@@ -184,8 +219,8 @@ class LabGPT(nn.Module):
     """A decoder-only transformer, from token ids to features of every token; heads are other modules' work.
 
     Its settings cover Llama (the defaults; arXiv 2302.13971), GPT-2 (`PRESETS`; Radford et al. 2019), GPT-3
-    but for its sparse attention (arXiv 2005.14165) and, with post-norm, GPT-1 (Radford et al. 2018). Weights
-    start as GPT-2's do.
+    but for its sparse attention (arXiv 2005.14165), BLOOM by "alibi" and `embedding_norm` (arXiv 2211.05100)
+    and, with post-norm, GPT-1 (Radford et al. 2018). Weights start as GPT-2's do.
 
     Args:
         vocab_size: number of tokens.
@@ -195,17 +230,19 @@ class LabGPT(nn.Module):
         n_kv_head: heads of keys and values, each shared by n_head / n_kv_head heads of queries (grouped-query
             attention, arXiv 2305.13245); None: n_head.
         mlp_width: hidden units of a block's MLP; None: `default_mlp_width`.
-        max_positions: the longest sequence. With learned positions this is a hard limit; rotary ones go on
+        max_positions: the longest sequence. With learned positions this is a hard limit; others go on
             beyond it, untrained.
-        positions: "rotary" (arXiv 2104.09864, in Llama's layout) or "learned" (a table added to the tokens).
+        positions: "rotary" (arXiv 2104.09864, in Llama's layout), "learned" (a table added to the tokens) or
+            "alibi" (attention falls with the distance; arXiv 2108.12409).
         norm_position: "pre" normalises what enters attention and MLP, and once more at the end; "post"
             normalises each sum with the residual (Vaswani et al. 2017), the last of which is the end.
         norm: "rms" (arXiv 1910.07467) or "layer".
-        mlp: "swiglu" (arXiv 2002.05202) or "gelu_tanh" (GPT-2's "gelu_new").
+        mlp: "swiglu" (arXiv 2002.05202), "gelu_tanh" (GPT-2's "gelu_new"), "gelu" or "relu".
         bias: whether linear layers and layer norms have biases.
         rope_theta: base of the rotary wavelengths.
         norm_eps: added to the variance in norms.
         dropout: probability, on the embeddings, attention weights and what is added to the residual.
+        embedding_norm: whether the embeddings are normalised, too.
 
     Raises:
         ValueError: an option that does not exist, or numbers that do not divide.
@@ -231,6 +268,7 @@ class LabGPT(nn.Module):
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
+        embedding_norm: bool = False,
     ) -> None:
         super().__init__()
         n_kv_head = n_head if n_kv_head is None else n_kv_head
@@ -267,10 +305,12 @@ class LabGPT(nn.Module):
         self.rope_theta = rope_theta
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Embedding(max_positions, width) if positions == "learned" else None
+        self.rotary = positions == "rotary"
+        self.embedding_norm = make_norm() if embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             self.block_class(
-                Attention(width, n_head, n_kv_head, bias, dropout, layer, out_std),
+                Attention(width, n_head, n_kv_head, bias, dropout, layer, out_std, positions == "alibi"),
                 FeedForward(mlp, width, mlp_width, bias, out_std),
                 make_norm(),
                 make_norm(),
@@ -309,15 +349,16 @@ class LabGPT(nn.Module):
         Args:
             ids: (batch, time) token ids.
             inputs_embeds: (batch, time, width) in their place.
-            position_ids: (batch or 1, time); None: 0, 1, 2 ... Required with a cache.
+            position_ids: (batch or 1, time); None: 0, 1, 2 ... Required with a cache. Of no account to ALiBi,
+                which knows distances alone.
             attention_mask: (batch or 1, 1, time, keys), added to the attention scores, or boolean with True
                 for keys to see; it must be causal itself. None: causal attention to all.
             past_key_values: a cache, whose keys and values stand before the new ones. None of its layers may
                 hold any when `attention_mask` is None and time > 1.
             documents: the input is a single row, and in it documents of these lengths stand one behind the
-                other; none sees another. Unlike a padded batch this costs no more than the tokens there are.
-                Positions count from 0 in each, unless given as (1, time); there is no attention_mask. What
-                a cache holds already stands before all of them.
+                other; none sees another, and their lead, if any, stands before each of them. Unlike a padded
+                batch this costs no more than the tokens there are. Positions count from 0, and there is
+                neither attention_mask nor cache.
             wanted: `documents.tails(...)`: the features of these tokens alone. The last block then computes
                 nothing but keys and values for the others.
 
@@ -335,46 +376,94 @@ class LabGPT(nn.Module):
             )
         x = inputs_embeds if ids is None else look_up(self.tokens, ids, "token ids")
         assert x is not None
-        if documents is not None and (attention_mask is not None or x.shape[:2] != (1, len(documents.at))):
-            raise ValueError(
-                f"documents of {len(documents.at)} tokens need (1, so many) and no attention_mask"
-            )
         if documents is None and wanted is not None:
             raise ValueError("wanted needs documents")
+        if documents is not None:
+            n_tokens = documents.lead + len(documents.at)
+            if x.shape[:2] != (1, n_tokens):
+                raise ValueError(f"documents of {n_tokens} tokens need an input of (1, so many)")
+            if attention_mask is not None or past_key_values is not None or position_ids is not None:
+                raise ValueError("documents say themselves who sees whom: no mask, cache or position_ids")
         if position_ids is None:
             if past_key_values is not None:
                 raise ValueError("give position_ids with a cache: it does not say how much it holds")
-            longest = x.shape[1] if documents is None else documents.shape[1]
+            longest = x.shape[1] if documents is None else documents.lead + documents.shape[1]
             if self.positions is not None and longest > self.max_positions:
                 raise ValueError(f"{longest} tokens are more than max_positions {self.max_positions}")
-            position_ids = torch.arange(longest, device=x.device) if documents is None else documents.columns
-            position_ids = position_ids[None]
+            position_ids = torch.arange(longest, device=x.device)[None]
+            if documents is not None:
+                lead = position_ids[0, : documents.lead]
+                position_ids = torch.cat((lead, documents.lead + documents.columns))[None]
         rotation = None
-        if self.positions is None:
+        if self.rotary:
             rotation = rotary(position_ids, self.head_dim, self.rope_theta, x.dtype)
-        else:
+        elif self.positions is not None:
             x = x + look_up(self.positions, position_ids, "position ids")
-        x = self.dropout(x)
+        x = self.dropout(self.embedding_norm(x))
         shared: dict[str, Any] = {"past_key_values": past_key_values, "documents": documents}
         for block in self.blocks[:-1]:
             x = block(x, rotation, attention_mask, **shared)
         return self.norm(self.blocks[-1](x, rotation, attention_mask, **shared, wanted=wanted))
 
+    def attention_maps(self, ids: Tensor) -> Tensor:
+        """Where each token of ids (batch, time) looked: (n_layer, batch, n_head, time, time)."""
+        blocks: Any = self.blocks
+        return attention_maps({"self": [block.attention for block in blocks]}, lambda: self(ids))["self"]
 
-def documents_mask(documents: Ragged, wanted: Tails | None, n_keys: int) -> Tensor | None:
-    """Causal attention of documents' queries to `n_keys` keys, the last of which are their own.
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """softmax(q k / sqrt(head_dim)), which torch's fused attention does not tell."""
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
+
+
+def attention_maps(layers: Mapping[str, Sequence[Any]], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """The weights of `Attention`s while `run` runs: by name (layers, batch, heads, queries, keys)."""
+    kept: dict[str, list[Tensor]] = {name: [] for name in layers}
+    every = [(name, layer) for name, named in layers.items() for layer in named]
+    try:
+        for name, layer in every:
+            layer.kept = kept[name]
+        with torch.no_grad():
+            run()
+    finally:
+        for _, layer in every:
+            layer.kept = None
+    return {name: torch.stack(weights) for name, weights in kept.items()}
+
+
+def linear_biases(mask: Tensor | None, at: Tensor, n_head: int, n_keys: int) -> Tensor:
+    """Adds to a mask what ALiBi adds to attention scores: -slope * distance (arXiv 2108.12409, section 3).
+
+    A distance that is wrong by the same for all keys of a query changes nothing but the rounding, so that
+    places among the keys do, whatever of them is padding.
+
+    Args:
+        mask: as `LabGPT.forward`'s attention_mask; None: causal attention.
+        at: (rows or 1, queries), the place of each query among the keys.
+        n_head: heads, each of which has its slope.
+        n_keys: keys.
 
     Returns:
-        bool (documents or 1, 1, queries, n_keys); None: plain causal attention says it.
+        (rows or 1, n_head, queries, n_keys), to be added to the scores.
     """
-    past = n_keys - documents.shape[1]
-    if wanted is not None:
-        columns = wanted.columns
-    elif past:
-        columns = torch.arange(documents.shape[1], device=documents.device)[None]
-    else:
-        return None
-    return (torch.arange(n_keys, device=documents.device) <= past + columns[..., None])[:, None]
+    distances = (torch.arange(n_keys, device=at.device) - at[..., None])[:, None]
+    biases = alibi_slopes(n_head, at.device)[:, None, None] * distances
+    mask = distances <= 0 if mask is None else mask
+    return biases.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else biases + mask
+
+
+def alibi_slopes(n_head: int, device: torch.device | str | None = None) -> Tensor:
+    """2^(-8 i / n_head) for i = 1 ... n_head, if that is a power of two (arXiv 2108.12409, section 3); else
+    those of the next lower power, and every other one of the next higher (the paper's code)."""
+    power = 2 ** (n_head.bit_length() - 1)
+    slopes = 2.0 ** (-8 / power * torch.arange(1, power + 1, device=device))
+    others = 2.0 ** (-4 / power * torch.arange(1, 2 * power, 2, device=device))
+    return torch.cat((slopes, others[: n_head - power]))
 
 
 def look_up(table: nn.Embedding, ids: Tensor, what: str) -> Tensor:

@@ -16,6 +16,7 @@ from supervised.backbones.transformer import (
     GPT2_OPTIONS,
     INIT_STD,
     PRESETS,
+    FeedForward,
     LabGPT,
     repeat_heads,
     rotary,
@@ -27,6 +28,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama, grouped": {"n_kv_head": 2},
     "gpt2": {**GPT2_OPTIONS, "vocab_size": 50, "max_positions": 16},
     "gpt1": {**GPT2_OPTIONS, "vocab_size": 50, "max_positions": 16, "norm_position": "post"},
+    "bloom": {
+        **GPT2_OPTIONS,
+        "vocab_size": 50,
+        "max_positions": 16,
+        "positions": "alibi",
+        "embedding_norm": True,
+    },
     "post-norm, rotary": {"norm_position": "post", "norm": "layer", "bias": True},
 }
 GPT1 = {**PRESETS["gpt2"], "vocab_size": 40_478, "max_positions": 512, "norm_position": "post"}
@@ -263,28 +271,23 @@ def packed(ids: Tensor, lengths: list[int]) -> Tensor:
 
 @each_variant
 @pytest.mark.parametrize("wanted", [None, [2, 1, 3]])
-@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("lead", [False, True])
 def test_documents_in_one_row_are_each_as_if_alone(
-    options: dict[str, Any], wanted: list[int] | None, past: bool
+    options: dict[str, Any], wanted: list[int] | None, lead: bool
 ) -> None:
     model, lengths = tiny(**options).double(), [4, 1, 6]
-    ids, beginning = some_ids(3), some_ids(1)[:, :3]
-    documents = Ragged(lengths)
-    tails = documents.tails(wanted) if wanted else None
-    together: dict[str, Any] = {"documents": documents, "wanted": tails}
-    if past:
-        cache = DictCache()
-        model(beginning, position_ids=torch.arange(3)[None], past_key_values=cache)
-        cache.seen = {
-            layer: (k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for layer, (k, v) in cache.seen.items()
-        }
-        together |= {"past_key_values": cache, "position_ids": 3 + documents.columns[None]}
+    ids, beginning = some_ids(3), some_ids(1)[:, : 3 if lead else 0]
+    documents = Ragged(lengths, lead=beginning.shape[1])
+    row = torch.cat((beginning, packed(ids, lengths)), 1)
+    together = model(row, documents=documents, wanted=documents.tails(wanted) if wanted else None)[0]
+    if lead and not wanted:
+        torch.testing.assert_close(together[:3], model(beginning)[0], rtol=1e-9, atol=1e-9)
+        together = together[3:]
     alone = []
-    for row, n, k in zip(ids, lengths, wanted or lengths, strict=True):
-        whole = torch.cat([beginning[0], row[:n]]) if past else row[:n]
-        alone.append(model(whole[None])[0, -k:])
+    for own, n, k in zip(ids, lengths, wanted or lengths, strict=True):
+        alone.append(model(torch.cat((beginning[0], own[:n]))[None])[0, -k:])
     results = []
-    for features in (torch.cat(alone), model(packed(ids, lengths), **together)[0]):
+    for features in (torch.cat(alone), together):
         model.zero_grad()
         (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
         results.append([features, *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -308,14 +311,34 @@ def test_the_last_block_computes_but_keys_and_values_of_other_tokens(options: di
 
 def test_documents_that_do_not_fit_the_input_are_refused() -> None:
     model, documents = tiny(), Ragged([3, 4])
-    for inputs in (
-        {"ids": some_ids()},
-        {"ids": some_ids(1), "attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool)},
-    ):
-        with pytest.raises(ValueError, match="documents of 7 tokens need"):
-            model(**inputs, documents=documents)
+    with pytest.raises(ValueError, match="documents of 7 tokens need"):
+        model(some_ids(), documents=documents)
+    with pytest.raises(ValueError, match="no mask, cache or position_ids"):
+        model(some_ids(1), documents=documents, past_key_values=DictCache())
     with pytest.raises(ValueError, match="wanted needs documents"):
         model(some_ids(), wanted=documents.tails([1, 1]))
+
+
+@each_variant
+def test_attention_maps_are_the_weights_of_the_values(options: dict[str, Any]) -> None:
+    model, ids = tiny(**options), some_ids()
+    block: Any = model.blocks[0]
+    taken: list[Tensor] = []
+    block.attention.v.register_forward_hook(lambda _, __, out: taken.append(out))
+    block.attention.out.register_forward_hook(lambda _, inputs, __: taken.append(inputs[0]))
+    maps = model.attention_maps(ids)
+    assert maps.shape == (2, 2, 4, 7, 7)
+    values = taken[0].view(2, 7, -1, 8).transpose(1, 2)
+    values = repeat_heads(values, 4 // values.shape[1])
+    torch.testing.assert_close((maps[0] @ values).transpose(1, 2).flatten(2), taken[1])
+    assert block.attention.kept is None
+
+
+@pytest.mark.parametrize(("mlp", "by_hand"), [("relu", F.relu), ("gelu", F.gelu)])
+def test_other_nonlinearities(mlp: str, by_hand: Any) -> None:
+    net = FeedForward(mlp, 8, 16, True, 0.02)
+    x = torch.randn(3, 8)
+    assert torch.equal(net(x), net.out(by_hand(net.up(x))))
 
 
 def test_embeddings_in_place_of_ids() -> None:
@@ -380,10 +403,10 @@ def test_initial_weights_are_gpt2s() -> None:
         ({"width": 30, "n_head": 4}, "width 30 must be divisible by n_head 4"),
         ({"n_head": 4, "n_kv_head": 3}, "n_head 4 must be divisible by n_kv_head 3"),
         ({"width": 12, "n_head": 4}, "heads of even width"),
-        ({"positions": "alibi"}, "positions 'alibi' is none of"),
+        ({"positions": "sinusoidal"}, "positions 'sinusoidal' is none of"),
         ({"norm_position": "mid"}, "norm_position 'mid' is none of"),
         ({"norm": "batch"}, "norm 'batch' is none of"),
-        ({"mlp": "relu"}, "mlp 'relu' is none of"),
+        ({"mlp": "elu"}, "mlp 'elu' is none of"),
         ({"n_layer": 0}, "at least 1"),
         ({"dropout": 1.0}, "dropout 1.0"),
         ({"n_heads": 2}, "Did you mean 'n_head'"),
