@@ -168,6 +168,7 @@ class StageTrainer:
             }
             (aside / "state.json").write_text(json.dumps(state))
         checkpoint.point(run.checkpoints, "latest", name)
+        self.stage.tracker.log_checkpoint(run.checkpoints / name)
         checkpoint.prune(run.checkpoints, self.stage.keep)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
