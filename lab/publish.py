@@ -105,7 +105,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except LabError as error:
-        raise LabError(f"--publish: {str(error).removeprefix('lab sync: ')}") from error
+        raise LabError(f"--publish: {error}") from error
     except Exception as error:
         if not isinstance(error, OSError) and not type(error).__module__.startswith("wandb"):
             raise  # our own mistake

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from lab import locks
 from lab.errors import LabError, did_you_mean, first_line
 from lab.tracking import ENDED, INTERRUPTED, choose_mode
 
@@ -327,7 +328,7 @@ def _read_folder(folder: Path, wanted: Collection[str]) -> Record | str:
         return str(error)
     except (AttributeError, TypeError, LookupError):
         return f"{folder / 'run.json'}: damaged: not what the lab writes. Restore it from a copy."
-    if about["state"] == "running" and not _is_locked(folder / ".lock"):
+    if about["state"] == "running" and not locks.is_locked(folder / ".lock"):
         about["state"] = "crashed"
     series, metrics, notes = _read_metrics(folder / "metrics.jsonl", wanted)
     return Record(**about, source=str(folder), series=series, metrics=metrics, notes=notes)
@@ -382,20 +383,6 @@ def _metric_names(keys: Iterable[str]) -> frozenset[str]:
     return frozenset(
         key for key in keys if not key.startswith(("_", *media)) and f"{key}." not in media and key != STEP
     )
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a run."""
-    try:
-        import fcntl
-
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):
-        pass
-    return False
 
 
 def _size(path: Path) -> int:

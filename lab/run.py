@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lab import checkpoint
+from lab import checkpoint, locks
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors, read_json, write_json
 from lab.tracking import Tracker, rewind, scrub, scrub_argv
@@ -227,18 +227,12 @@ class Run:
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / ".lock").open("w")
-        try:
-            import fcntl
-        except ImportError:  # Windows has no flock; two processes in one folder are then not caught
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not locks.lock(self._lock):
             self._release_lock()
             pid = (self.info["sessions"] or [{}])[-1].get("pid", "?")
             raise LabError(
                 f"{self.folder}: is running just now (process {pid}). Wait for it, or stop it first."
-            ) from None
+            )
 
     def _release_lock(self) -> None:
         if self._lock is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from lab import locks
 from lab.errors import LabError
 from lab.files import explain_write_errors
 from lab.interrupt import StopRequest
@@ -253,32 +254,11 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock: IO[str] = (folder / ".lock").open("w")
     with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError:
-            raise LabError(
-                f"{folder}: another process runs this sweep. Wait for it, or stop it first."
-            ) from None
+        if not locks.lock(lock):
+            raise LabError(f"{folder}: another process runs this sweep. Wait for it, or stop it first.")
         yield
 
 
 def _is_busy(folder: Path) -> bool:
     """Whether a process runs in a run folder or one of its stages."""
-    return any(_is_locked(path) for path in (folder / ".lock", *folder.glob("*/.lock")))
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        import fcntl
-
-        with path.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, FileNotFoundError):
-        return False
-    except OSError:
-        return True
-    return False
+    return any(locks.is_locked(path) for path in (folder / ".lock", *folder.glob("*/.lock")))

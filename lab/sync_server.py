@@ -51,7 +51,7 @@ class Server:
             asked = why == "asked for"
             why = f"WANDB_MODE is {os.environ.get('WANDB_MODE', mode)!r}" if asked else why
             advice = "Unset it" if asked else "Run `wandb login`, or see to the network"
-            raise NoServer(f"lab sync: {why}. {advice}, then run it again: nothing is lost.")
+            raise NoServer(f"{why}. {advice}, then run it again: nothing is lost.")
         for name, value in {"WANDB_SILENT": "true", **_PATIENCE}.items():
             os.environ.setdefault(name, value)
         import wandb
@@ -59,7 +59,7 @@ class Server:
         try:
             self._api = wandb.Api(timeout=API_SECONDS)
         except Exception as error:
-            raise NoServer(f"lab sync: {_says(error)}. Run it again later: nothing is lost.") from error
+            raise NoServer(f"{_says(error)}. Run it again later: nothing is lost.") from error
         return self._api
 
     def entity(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab import records
+from lab import locks, records
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors, sha256_file
 from lab.sync_rows import Row, identity, without
@@ -101,16 +101,7 @@ def locked(folder: Path) -> Iterator[tuple[int, ...] | None]:
     with explain_write_errors(str(path), "lab sync must be able to lock a run: send a copy of it."):
         file = path.open("ab")
     with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock
-            yield ()
-        except BlockingIOError:
-            yield None
-        else:
-            yield (file.fileno(),)
+        yield (file.fileno(),) if locks.lock(file) else None
 
 
 def find(paths: Sequence[Path]) -> list[Path]:

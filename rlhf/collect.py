@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
+from lab import locks
 from lab.errors import LabError
 from lab.files import explain_write_errors, sync_folder, written_aside
 from lab.progress import Progress
@@ -314,14 +315,8 @@ class _RankingsFile:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; two processes in one folder are then not caught
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise LabError(f"{path}: another process is writing it. Wait for it, or stop it first.") from None
+    if not locks.lock(file):
+        raise LabError(f"{path}: another process is writing it. Wait for it, or stop it first.")
 
 
 def _check_same(
