@@ -38,7 +38,7 @@ test: check  ## everything but the tests that train for minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test-slow: $(DEV)  ## the tests that train for minutes
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow --timeout=0
 
 bench: $(DEV)  ## side by side with Stable-Baselines3, results in benchmarks/results/
 	@$(BIN)/python -m benchmarks.dqn_vs_sb3
