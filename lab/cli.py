@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from lab import comparing, sweep, sync
 from lab.errors import LabError
 
-KINDS = ("algorithms", "backbones", "configs", "games", "labelers")
+KINDS = ("algorithms", "backbones", "configs", "datasets", "games", "labelers", "objectives")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,7 +86,7 @@ def _build_parser() -> _Parser:
         "train",
         _train,
         "Train what a config describes.",
-        usage="lab train CONFIG [--out DIR] [--resume] [--print_config] [--KEY=VALUE ...]",
+        usage="lab train CONFIG [--out DIR] [--resume] [--smoke] [--print_config] [--KEY=VALUE ...]",
         epilog="Any key of the config can be overridden: lab train configs/rl/pong.yaml --agent.n_step=3 "
         "--seed=1. `lab train CONFIG --print_config` shows them all.",
     )
@@ -95,6 +95,11 @@ def _build_parser() -> _Parser:
     train.add_argument("--out", type=Path, metavar="DIR", help="the run folder; default runs/<name>")
     train.add_argument("--resume", action="store_true", help="continue the run in the run folder")
     train.add_argument("--print_config", action="store_true", help="show the resolved config and stop")
+    train.add_argument(
+        "--smoke",
+        action="store_true",
+        help="seconds instead of hours, on data that is there: does it all work?",
+    )
 
     evaluate = command(
         "evaluate",
@@ -175,7 +180,10 @@ def _train(options: argparse.Namespace) -> int:
     else:
         source = str(options.config)
         values = config.read_yaml(options.config)
-    chosen, resolved = pipeline.configured(values, config.split_overrides(options.overrides), source)
+    overrides = config.split_overrides(options.overrides)
+    if options.smoke:
+        values = pipeline.find(values.get("pipeline", "rl"), source).smoke(values)
+    chosen, resolved = pipeline.configured(values, overrides, source)
     if options.print_config:
         print(config.to_yaml(resolved), end="")
         return 0

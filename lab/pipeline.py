@@ -21,6 +21,10 @@ class Pipeline(Protocol):
         """The frozen dataclass for these raw config values; `source_of` says where a key was set."""
         ...
 
+    def smoke(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """These raw config values changed into those of a run of seconds, on data that every machine has."""
+        ...
+
     def train(self, config: Any, folder: Path | None, resume: bool) -> None:
         """Trains into `folder`; None takes runs/<name of the config>."""
         ...

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lab import checkpoint, locks
+from lab.config import differences
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors, read_json, write_json
 from lab.tracking import Tracker, rewind, scrub, scrub_argv
@@ -154,6 +155,17 @@ class Run:
             there = f"It has {', '.join(names)}." if names else "It has none yet: let it train further."
             raise LabError(f"{self.folder}: no checkpoint {which!r}. {there}")
         return path
+
+    def refuse_other_config(self, values: Mapping[str, Any], may_change: tuple[str, ...]) -> None:
+        """Raises a `LabError` if the run was started with another config, but for keys that begin so."""
+        old, new = self.info["config"], scrub(dict(values))
+        for key, (before, now) in differences(old, new).items():
+            if not key.startswith(may_change):
+                self._release_lock()
+                raise LabError(
+                    f"{self.folder}: was started with {key} = {before!r}, now it is {now!r}. Resume with the same "
+                    "config, or start another run with --out."
+                )
 
     def continue_from(self, metrics_bytes: int) -> None:
         """Marks the run as running again, its metrics cut back to where the checkpoint was taken."""

@@ -41,7 +41,7 @@ class RLPipeline:
         values = config.to_dict(settings)
         if resume:
             run = Run.resume(folder)
-            _refuse_other_config(run, values)
+            run.refuse_other_config(values, MAY_CHANGE)
             run.info["config"] = tracking.scrub(values)
             latest = checkpoint.find(run.checkpoints)
             saved = checkpoint.load(latest) if latest is not None else None
@@ -114,21 +114,6 @@ class RLPipeline:
         from rl.export import export_sb3
 
         return export_sb3(run, options.checkpoint, options.out or folder / "agent_sb3.zip")
-
-
-def _refuse_other_config(run: Run, values: Mapping[str, Any]) -> None:
-    """A resumed run must be the same run: only what `MAY_CHANGE` lists may differ."""
-    differing = {
-        key: pair
-        for key, pair in config.differences(run.info["config"], tracking.scrub(dict(values))).items()
-        if not key.startswith(MAY_CHANGE)
-    }
-    if differing:
-        key, (old, new) = next(iter(differing.items()))
-        raise LabError(
-            f"{run.folder}: was started with {key} = {old!r}, now it is {new!r}. Resume with the same "
-            "config, or start another run with --out."
-        )
 
 
 PIPELINE = RLPipeline()

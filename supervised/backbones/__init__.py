@@ -8,16 +8,45 @@ attribute `takes_bytes`.
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from lab.errors import LabError, did_you_mean
 
-# name -> module and class; the module is imported when the backbone is built, so that listing is free.
+# name -> module and class; the module is imported when the backbone is built, so that listing is free. A name
+# that stands for settings of a class has them in the module's table PRESETS.
 _REGISTRY = {
     "mlp": ("supervised.backbones.mlp", "MLP"),
     "nature_cnn": ("supervised.backbones.cnn", "NatureCNN"),
     "impala_cnn": ("supervised.backbones.cnn", "ImpalaCNN"),
+    **{f"lenet{n}": ("supervised.backbones.plain", "LeNet") for n in (1, 4, 5)},
+    "alexnet": ("supervised.backbones.plain", "AlexNet"),
+    **{
+        f"vgg{n}{suffix}": ("supervised.backbones.plain", "VGG")
+        for n in (11, 13, 16, 19)
+        for suffix in ("", "_bn")
+    },
+    "googlenet": ("supervised.backbones.inception", "GoogLeNet"),
+    "googlenet_bn": ("supervised.backbones.inception", "GoogLeNet"),
+    "inception_bn": ("supervised.backbones.inception", "InceptionBN"),
+    "inception_v3": ("supervised.backbones.inception", "InceptionV3"),
+    **{
+        f"resnet{n}": ("supervised.backbones.resnet", "ResNet")
+        for n in (8, 18, 20, 32, 34, 44, 50, 56, 101, 110, 152)
+    },
+    **{
+        f"convnext_{size}": ("supervised.backbones.convnext", "ConvNeXt")
+        for size in ("tiny", "small", "base", "large", "xlarge")
+    },
+    **{f"vit_{size}": ("supervised.backbones.vit", "ViT") for size in ("tiny", "small", "base", "large")},
     "gpt": ("supervised.backbones.transformer", "LabGPT"),
+    "transformer": ("supervised.backbones.encoder_decoder", "Transformer"),
+    "transformer_encoder": ("supervised.backbones.encoder_decoder", "TransformerEncoder"),
+    "transformer_decoder": ("supervised.backbones.encoder_decoder", "TransformerDecoder"),
+    "rnn": ("supervised.backbones.recurrent", "RNN"),
+    "lstm": ("supervised.backbones.recurrent", "LSTM"),
+    "gru": ("supervised.backbones.recurrent", "GRU"),
+    "seq2seq": ("supervised.backbones.seq2seq", "Seq2Seq"),
 }
 
 
@@ -34,6 +63,19 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """What the backbone `name` takes, by name, with its defaults.
+
+    Raises:
+        LabError: there is no such backbone.
+    """
+    cls, preset = _find(name)
+    return {
+        key: argument.replace(default=preset.get(key, argument.default))
+        for key, argument in inspect.signature(cls).parameters.items()
+    }
+
+
 def build(name: str, **spec: Any) -> Any:
     """Builds the backbone `name`, a `torch.nn.Module` that satisfies `Backbone`.
 
@@ -44,7 +86,7 @@ def build(name: str, **spec: Any) -> Any:
     Raises:
         LabError: unknown name, or an argument the backbone does not take or cannot use.
     """
-    cls = _find(name)
+    cls, preset = _find(name)
     accepted = list(inspect.signature(cls).parameters)
     for key in spec:
         if key not in accepted:
@@ -53,17 +95,19 @@ def build(name: str, **spec: Any) -> Any:
                 f"It takes {', '.join(accepted)}."
             )
     try:
-        backbone = cls(**spec)
+        backbone = cls(**{**preset, **spec})
     except (TypeError, ValueError) as error:
         raise LabError(f"backbone {name}: {error}") from None
     backbone.spec = {key: list(value) if isinstance(value, tuple) else value for key, value in spec.items()}
     return backbone
 
 
-def _find(name: str) -> type:
+def _find(name: str) -> tuple[type, Mapping[str, Any]]:
+    """The class that `name` stands for, and the settings of it."""
     if name not in _REGISTRY:
         raise LabError(
             f"unknown backbone {name!r}.{did_you_mean(name, names())} `lab list backbones` shows them all."
         )
-    module, cls = _REGISTRY[name]
-    return getattr(importlib.import_module(module), cls)
+    path, cls = _REGISTRY[name]
+    module = importlib.import_module(path)
+    return getattr(module, cls), getattr(module, "PRESETS", {}).get(name, {})

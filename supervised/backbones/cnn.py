@@ -93,7 +93,7 @@ class NatureCNN(nn.Module):
         if not len(channels) == len(kernels) == len(strides) == len(paddings):
             raise ValueError("channels, kernels, strides and paddings must be equally long")
         least = _least_input(kernels, strides, paddings)
-        self.pad = _padding_to(image_size(img_size), least)
+        self.pad = padding_to(image_size(img_size), least)
         layers: list[nn.Module] = []
         before = in_chans
         for out, kernel, stride, padding in zip(channels, kernels, strides, paddings, strict=True):
@@ -187,7 +187,7 @@ def _least_input(kernels: Sequence[int], strides: Sequence[int], paddings: Seque
     return side
 
 
-def _padding_to(size: tuple[int, int], least: int) -> tuple[int, int, int, int]:
+def padding_to(size: tuple[int, int], least: int) -> tuple[int, int, int, int]:
     """Zero padding (left, right, top, bottom) that brings each side to at least `least`."""
     (height, width) = size
     vertical, horizontal = max(least - height, 0), max(least - width, 0)

@@ -1,0 +1,306 @@
+"""What can be set of a supervised run. Imports nothing heavy: a mistake is reported before torch is loaded."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lab.config import require
+from lab.device import DeviceConfig
+from lab.errors import LabError, did_you_mean
+from lab.tracking import TrackingConfig
+from supervised.data.config import DataConfig
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    backbone: str
+    """One of `lab list backbones`."""
+    spec: dict[str, Any] = field(default_factory=dict)
+    """The backbone's own arguments, e.g. {width: 256}; what follows from the data is left out."""
+    dropout: float = 0.0
+    """In front of the last layer."""
+    start_from: str | None = None
+    """A finished run whose backbone's weights this one begins with."""
+    adapt: str = "full"
+    """What of the backbone learns: full, lora (adapters beside frozen weights, arXiv 2106.09685) or probe
+    (nothing: only the head does)."""
+    lora_rank: int = 8
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, "model.dropout", f"{self.dropout} must be at least 0 and below 1")
+        require(
+            self.adapt in ("full", "lora", "probe"),
+            "model.adapt",
+            f"{self.adapt!r} is none of full, lora, probe",
+        )
+        require(self.lora_rank >= 1, "model.lora_rank", "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights move."""
+
+    name: str = "adamw"
+    """adamw, adam, or sgd (plain gradient descent without momentum)."""
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    """Of the learning rate after the warm-up: constant, linear or cosine, to `final_share` of it."""
+    warmup_steps: int = 0
+    final_share: float = 0.0
+    weight_decay: float = 0.0
+    """Not on biases, norms and other vectors."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    momentum: float = 0.0
+    """Of sgd."""
+    max_grad_norm: float | None = None
+    """Clip the gradient's norm to this; null for no clipping."""
+
+    def __post_init__(self) -> None:
+        for key, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+            value = getattr(self, key)
+            require(value in known, f"optimizer.{key}", f"{value!r} is none of {', '.join(known)}")
+        require(self.learning_rate > 0, "optimizer.learning_rate", f"{self.learning_rate} must be positive")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", "must not be negative")
+        require(0 <= self.final_share <= 1, "optimizer.final_share", f"{self.final_share} must lie in 0 to 1")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optimizer.betas",
+            f"{self.betas} must be two numbers of at least 0 and below 1",
+        )
+        require(self.eps > 0, "optimizer.eps", "must be positive")
+        require(
+            0 <= self.momentum < 1, "optimizer.momentum", f"{self.momentum} must be at least 0 and below 1"
+        )
+        require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "optimizer.max_grad_norm",
+            "must be positive, or null for no clipping",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on held-out data, with the averaged weights if there are any."""
+
+    every_epochs: float = 1.0
+    """Epochs between evaluations; the last one is always made."""
+    batch_size: int = 0
+    """0: as in training."""
+    stop_at: float | None = None
+    """Finish once the objective's headline number is this good; null trains to the end."""
+    patience: int | None = None
+    """Finish after so many evaluations without a better one; null: never."""
+
+    def __post_init__(self) -> None:
+        require(self.every_epochs > 0, "eval.every_epochs", "must be positive")
+        require(self.batch_size >= 0, "eval.batch_size", "must be 0 (as in training) or more")
+        require(self.patience is None or self.patience >= 1, "eval.patience", "must be at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often to save, and how much to keep."""
+
+    every_epochs: float = 1.0
+    """Epochs between checkpoints; the last one is always made."""
+    keep: int = 2
+    """Newest checkpoints that stay; the best by evaluation stays besides."""
+
+    def __post_init__(self) -> None:
+        require(self.every_epochs > 0, "checkpoint.every_epochs", "must be positive")
+        require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What every learning problem has; the rest stands beside its objective."""
+
+    name: str
+    """One of `lab list objectives`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedRun:
+    """One training run on a data set."""
+
+    objective: ObjectiveConfig
+    data: DataConfig
+    model: ModelConfig
+    pipeline: str = "supervised"
+    name: str | None = None
+    """Name of the run and, unless --out says otherwise, of its folder below runs/."""
+    seed: int = 0
+    epochs: float = 10.0
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Optimiser steps at most; null: as many as the epochs have."""
+    batch_size: int = 128
+    """Samples an optimiser step learns from; 0: all there are (plain gradient descent)."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after the other, to fit into memory."""
+    ema_decay: float = 0.0
+    """Of the running average of the weights that is evaluated and kept; 0: none."""
+    compile: bool = False
+    """torch.compile: half a minute at the start, for long runs on a GPU."""
+    log_every_steps: int = 50
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "seed", f"{self.seed} must be between 0 and 2^31 - 1")
+        require(self.epochs > 0, "epochs", f"{self.epochs} must be positive")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be at least 1, or null")
+        require(self.batch_size >= 0, "batch_size", "must be 0 (all) or more")
+        require(self.accumulate >= 1, "accumulate", "must be at least 1")
+        require(0 <= self.ema_decay < 1, "ema_decay", f"{self.ema_decay} must be at least 0 and below 1")
+        require(self.log_every_steps >= 1, "log_every_steps", "must be at least 1")
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or {data}__{backbone}__s{seed}."""
+        return self.name or f"{self.data.source.split('/')[-1]}__{self.model.backbone}__s{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(ObjectiveConfig):
+    """Which class an image, a row of a table or a sequence is of."""
+
+    name: str = "classification"
+    label_smoothing: float = 0.0
+    aux_weight: float = 0.3
+    """Of the auxiliary classifiers' losses, where the backbone has any (GoogLeNet, section 5: 0.3)."""
+    rows: bool = False
+    """Give the rows of an image to the backbone one after the other, as a sequence."""
+
+    def __post_init__(self) -> None:
+        smoothing = self.label_smoothing
+        require(
+            0 <= smoothing < 1, "objective.label_smoothing", f"{smoothing} must be at least 0 and below 1"
+        )
+        require(self.aux_weight >= 0, "objective.aux_weight", "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRun(SupervisedRun):
+    """A run of classification."""
+
+    objective: ClassificationConfig = field(default_factory=ClassificationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig(ObjectiveConfig):
+    """Numbers from numbers, by least squares."""
+
+    name: str = "regression"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionRun(SupervisedRun):
+    """A run of regression."""
+
+    objective: RegressionConfig = field(default_factory=RegressionConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(ObjectiveConfig):
+    """The next token of a text."""
+
+    name: str = "language_model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelRun(SupervisedRun):
+    """A run of language modelling."""
+
+    objective: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationConfig(ObjectiveConfig):
+    """A sentence in another language."""
+
+    name: str = "translation"
+    label_smoothing: float = 0.1
+    """Vaswani et al. 2017, section 5.4: 0.1."""
+    beam: int = 1
+    """Translations looked at side by side in evaluations; 1: always the likeliest token."""
+    length_penalty: float = 0.6
+    """Exponent by which longer translations are favoured (arXiv 1609.08144, equation 14)."""
+
+    def __post_init__(self) -> None:
+        smoothing = self.label_smoothing
+        require(
+            0 <= smoothing < 1, "objective.label_smoothing", f"{smoothing} must be at least 0 and below 1"
+        )
+        require(self.beam >= 1, "objective.beam", "must be at least 1")
+        require(self.length_penalty >= 0, "objective.length_penalty", "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationRun(SupervisedRun):
+    """A run of translation."""
+
+    objective: TranslationConfig = field(default_factory=TranslationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTaskConfig(ObjectiveConfig):
+    """A question about texts, in the four forms of Radford et al. 2018 (GPT-1), figure 1."""
+
+    name: str = "text_task"
+    language_model_weight: float = 0.0
+    """Of the language-model loss beside the task's (section 3.2; there 0.5)."""
+
+    def __post_init__(self) -> None:
+        require(self.language_model_weight >= 0, "objective.language_model_weight", "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTaskRun(SupervisedRun):
+    """A run of fine-tuning on a task."""
+
+    objective: TextTaskConfig = field(default_factory=TextTaskConfig)
+
+
+_RUNS: dict[str, type[SupervisedRun]] = {
+    "classification": ClassificationRun,
+    "language_model": LanguageModelRun,
+    "regression": RegressionRun,
+    "text_task": TextTaskRun,
+    "translation": TranslationRun,
+}
+
+
+def objectives() -> list[str]:
+    """The values of objective.name."""
+    return sorted(_RUNS)
+
+
+def run_config_class(values: Mapping[str, Any], source_of: Callable[[str], str]) -> type[SupervisedRun]:
+    """The config class for these values, which `objective.name` decides.
+
+    Args:
+        values: the raw config.
+        source_of: where a dotted key was set, for errors.
+
+    Raises:
+        LabError: no such objective.
+    """
+    objective = values.get("objective")
+    name = objective.get("name") if isinstance(objective, Mapping) else None
+    if not isinstance(name, str) or name not in _RUNS:
+        raise LabError(
+            f"{source_of('objective.name')}: objective.name = {name!r}: no such objective."
+            f"{did_you_mean(str(name), _RUNS)} Known: {', '.join(objectives())}."
+        )
+    return _RUNS[name]

@@ -1,0 +1,84 @@
+"""Data sets of the Hub, or in a local folder in its format, by the library `datasets`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.errors import LabError, first_line
+from supervised.data.config import DataConfig
+from supervised.data.images import read_pictures
+from supervised.data.raw import Columns, Raw
+from supervised.data.texts import assemble
+
+
+def read_hub(name: str, config: DataConfig) -> Raw:
+    """All splits of OWNER/NAME or OWNER/NAME#CONFIG; what they hold decides the kind of data set.
+
+    Images need a column of pictures, and one of classes to have labels. Texts, pairs (also a column
+    `translation` by language) and tasks have the keys that rows of JSONL have.
+
+    Raises:
+        LabError: it cannot be loaded, or holds nothing that is known.
+    """
+    path, _, subset = name.partition("#")
+    if not (path and Path(path).is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise LabError(f"hub:{name}: not understood. A data set on the Hub is hub:OWNER/NAME[#CONFIG].")
+
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(path, subset or None)
+    except Exception as error:  # each mishap with network, name, configuration or files has its class
+        raise LabError(
+            f"hub:{name}: cannot be loaded: {first_line(error).rstrip('.')}. Check the name and the "
+            "network, or name a file."
+        ) from None
+    features = next(iter(splits.values())).features
+    pictures = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    if pictures:
+        labels = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        classes = tuple(features[labels[0]].names) if labels else ()
+        parts: dict[str, Columns] = {}
+        for part, rows in splits.items():
+            where = f"hub:{name}, {part}"
+            columns: Columns = {"inputs": _images(rows, pictures[0], config, where)}
+            if labels:
+                columns["labels"] = np.array(rows[labels[0]], np.int64)
+            parts[str(part)] = columns
+        return Raw(kind="images", parts=parts, classes=classes)
+    names = {key: kind for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    located = {
+        str(part): [
+            (f"hub:{name}, {part}, row {i}", _flat(row, names)) for i, row in enumerate(rows.to_list(), 1)
+        ]
+        for part, rows in splits.items()
+    }
+    return assemble(located, config)
+
+
+def _images(rows: Any, column: str, config: DataConfig, where: str) -> np.ndarray:
+    """The pictures of a column, each decoded when it is its turn."""
+    grey = all(rows[i][column].mode in ("L", "1") for i in range(min(len(rows), 8)))
+    if grey and not config.grayscale:  # three equal channels would be a waste
+        import dataclasses
+
+        config = dataclasses.replace(config, grayscale=True)
+
+    def opened(index: int) -> Any:
+        try:
+            return rows[index][column]
+        except Exception as error:  # Pillow's and pyarrow's
+            raise LabError(f"{where}, row {index + 1}: cannot be opened: {first_line(error)}.") from None
+
+    return read_pictures(range(len(rows)), opened, config, lambda i: f"{where}, row {i + 1}")
+
+
+def _flat(row: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
+    """A row with languages as its own keys, and classes by name."""
+    row = {**row, **row["translation"]} if isinstance(row.get("translation"), dict) else row
+    return {
+        key: names[key].int2str(v) if key in names and v is not None and v >= 0 else v
+        for key, v in row.items()
+    }

@@ -1,0 +1,77 @@
+"""Where data sets are found: by name, as a file or folder, on the Hub."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lab.errors import LabError, did_you_mean
+from supervised.data import bundled, images, texts
+from supervised.data.config import DataConfig
+from supervised.data.raw import Raw, bare_suffix
+
+_READERS: dict[str, Callable[[Path, DataConfig], Raw]] = {
+    "idx": images.read_idx_folder,
+    "image_folder": images.read_image_folder,
+    "npz": images.read_npz,
+    "text": texts.read_texts,
+    "aligned": texts.read_aligned,
+    "rows": texts.read_rows,
+}
+
+
+def names() -> list[str]:
+    """The data sets that are there by name."""
+    return sorted(bundled.READERS)
+
+
+def check(config: DataConfig) -> None:
+    """Raises if there is no such source, before anything heavy is loaded."""
+    if config.source in bundled.READERS or config.source.startswith("hub:"):
+        return
+    path = Path(config.source)
+    if not path.exists():
+        nearby = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(config.source, [*names(), *nearby])
+        raise LabError(
+            f"data.source = {config.source!r}: no such data set, file or folder.{hint} By name there are "
+            f"{', '.join(names())}; on the Hub, hub:OWNER/NAME."
+        )
+
+
+def read(config: DataConfig) -> Raw:
+    """What a config names, as it is there.
+
+    Raises:
+        LabError: it is not there, or cannot be used.
+    """
+    check(config)
+    if config.source in bundled.READERS:
+        return bundled.READERS[config.source](config)
+    if config.source.startswith("hub:"):
+        from supervised.data.hub import read_hub
+
+        return read_hub(config.source.removeprefix("hub:"), config)
+    path = Path(config.source)
+    form = config.format if config.format != "auto" else _recognise(path, config)
+    if form in (("npz",) if path.is_dir() else ("idx", "image_folder", "aligned")):
+        raise LabError(
+            f"{path}: data.format = {form!r} is of a {'file' if form == 'npz' else 'folder'}. Name one."
+        )
+    return _READERS[form](path, config)
+
+
+def _recognise(path: Path, config: DataConfig) -> str:
+    """The format of a file by its suffix, of a folder by what lies in it."""
+    if path.is_file():
+        suffix = bare_suffix(path)
+        return "npz" if suffix == ".npz" else "rows" if suffix in texts.ROWS else "text"
+    if not any(path.iterdir()):
+        raise LabError(f"{path}: the folder is empty. Name another.")
+    if images.find_idx(path):
+        return "idx"
+    if texts.find_aligned(path, config.pair):
+        return "aligned"
+    if texts.find_rows(path):
+        return "rows"
+    if images.holds_pictures(path):
+        return "image_folder"
+    return "text"

@@ -1,0 +1,48 @@
+"""A finished or running run judged again on the held-out data."""
+
+from typing import Any
+
+import torch
+
+from lab import config
+from lab.checkpoint import Checkpoint
+from lab.device import resolve
+from lab.run import Run
+from supervised import objectives
+from supervised.config import SupervisedRun, run_config_class
+from supervised.data import load
+from supervised.objectives.base import Objective
+from supervised.trainer import part_of
+
+
+def run_config(run: Run) -> SupervisedRun:
+    """The config of a run."""
+    values, source = run.info["config"], str(run.folder / "run.json")
+    return config.build(run_config_class(values, lambda _: source), values, {}, source)
+
+
+def open_objective(run: Run, saved: Checkpoint, device: torch.device) -> Objective:
+    """The objective of a run with a checkpoint's weights: averaged, where there is an average."""
+    settings = run_config(run)
+    objective = objectives.make(settings, load(settings.data, run.folder))
+    files = {path.stem for path in saved.path.glob("*.safetensors")}
+    weights = saved.tensors("average" if "average" in files else "model")
+    for name, module in objective.players.items():
+        module.load_state_dict(part_of(weights, name))
+        module.to(device).eval()
+    return objective
+
+
+def evaluate_run(run: Run, saved: Checkpoint) -> dict[str, Any]:
+    """Evaluates a checkpoint on the run's held-out data; returns one JSON object."""
+    compute = resolve(run_config(run).device)
+    objective = open_objective(run, saved, compute.device)
+    with torch.inference_mode(), compute.autocast():
+        numbers = objective.evaluate(objective.players, objective.batches("test", compute.device).epoch(0))
+    return {
+        "run": str(run.folder),
+        "data": objective.data.name,
+        "checkpoint": saved.path.name,
+        "step": saved.state.get("step", saved.state.get("trainer", {}).get("step")),
+        "eval": numbers,
+    }

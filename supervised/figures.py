@@ -1,0 +1,125 @@
+"""Pictures of what a model was shown, made and learned."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.files import explain_write_errors, written_aside
+
+BLUE, ORANGE, GREY = "#2a6fbb", "#e08a1e", "#666666"
+
+
+@contextmanager
+def drawn(path: Path, width: float, height: float) -> Iterator[Any]:
+    """Yields a matplotlib figure of this size in inches; what is drawn on it becomes a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure
+    with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
+        figure.savefig(aside, format="png")
+
+
+def image_grid(
+    path: Path,
+    images: np.ndarray,
+    titles: Sequence[str] | None = None,
+    columns: int = 8,
+    wrong: Sequence[bool] = (),
+) -> Path:
+    """Images side by side.
+
+    Args:
+        images: (n, channels, height, width), 0..255 or 0..1.
+        titles: one each.
+        wrong: whose title is to be orange.
+    """
+    rows = -(-len(images) // columns)
+    high = 1.0 if titles is None else 1.25
+    with drawn(path, 1.1 * columns, 1.1 * high * rows) as figure:
+        for i, image in enumerate(images):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            _show(axes, image)
+            if titles is not None:
+                color = ORANGE if wrong and wrong[i] else "black"
+                axes.set_title(titles[i], fontsize=7, color=color, pad=2)
+    return path
+
+
+def confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Path:
+    """How often a class (row) is taken for another (column), of all its samples."""
+    n = len(classes)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = max(3.5, 0.45 * n + 1.5)
+    with drawn(path, size + 0.6, size) as figure:
+        axes = figure.add_subplot()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(n), classes, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(range(n), classes, fontsize=8)
+        axes.set(xlabel="taken for", ylabel="is")
+        if n <= 20:
+            for row in range(n):
+                for column in range(n):
+                    if shares[row, column] >= 0.005:
+                        color = "white" if shares[row, column] > 0.5 else "black"
+                        text = f"{100 * shares[row, column]:.0f}"
+                        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+        axes.set_title(
+            f"per cent of each class; {np.trace(counts) / max(counts.sum(), 1):.1%} right in all", fontsize=9
+        )
+    return path
+
+
+def curves(
+    path: Path, lines: dict[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False
+) -> Path:
+    """Lines by name, (xs, ys) each."""
+    with drawn(path, 6, 3.8) as figure:
+        axes = figure.add_subplot()
+        for color, (name, (xs, ys)) in zip(
+            (BLUE, ORANGE, GREY, "#3a8f5c", "#a04fa0"), lines.items(), strict=False
+        ):
+            axes.plot(xs, ys, color=color, label=name)
+        axes.set(xlabel=x, ylabel=y, **({"yscale": "log"} if log else {}))
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return path
+
+
+def filters(path: Path, kernels: np.ndarray) -> Path:
+    """Kernels of a first layer, (n, channels, height, width), each stretched to its own range."""
+    low, high = (f(kernels, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
+    return image_grid(path, (kernels - low) / np.maximum(high - low, 1e-12))
+
+
+def attention(
+    path: Path, weights: np.ndarray, columns: Sequence[str], rows: Sequence[str], title: str = ""
+) -> Path:
+    """Attention weights (rows, columns): how much each row's token looks at each column's."""
+    with drawn(path, 0.32 * len(columns) + 2, 0.32 * len(rows) + 1.6) as figure:
+        axes = figure.add_subplot()
+        axes.imshow(weights, cmap="Blues", vmin=0)
+        axes.set_xticks(range(len(columns)), map(_label, columns), rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(rows)), map(_label, rows), fontsize=8)
+        axes.set_title(title, fontsize=9)
+    return path
+
+
+def _label(token: str) -> str:
+    """A token as a font can show it."""
+    return token if token.isprintable() else repr(token)[1:-1]
+
+
+def _show(axes: Any, image: np.ndarray) -> None:
+    """One image (channels, height, width)."""
+    shown = image.transpose(1, 2, 0) if len(image) in (3, 4) else image.mean(0)
+    whole = 255 if image.dtype == np.uint8 else 1.0
+    axes.imshow(np.clip(shown / whole, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.axis("off")

@@ -1,0 +1,66 @@
+"""Backbones for objectives: built for the data, begun from another run's weights, adapted."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lab import checkpoint
+from lab.errors import LabError
+from lab.run import Run
+from supervised import backbones
+from supervised.config import ModelConfig
+
+
+def make_backbone(config: ModelConfig, **of_data: Any) -> tuple[nn.Module, list[dict[str, str]]]:
+    """The backbone of a config, ready to learn.
+
+    Args:
+        of_data: arguments that follow from the data; only those the backbone takes are passed on.
+
+    Returns:
+        The module, and the runs its weights come from, as run.json names them.
+
+    Raises:
+        LabError: no such backbone, arguments it does not take, or `start_from` names no fitting run.
+    """
+    takes = backbones.arguments(config.backbone)
+    if given := sorted(config.spec.keys() & of_data.keys()):
+        raise LabError(f"model.spec.{given[0]}: follows from the data. Leave it out.")
+    backbone = backbones.build(
+        config.backbone, **{key: value for key, value in of_data.items() if key in takes}, **config.spec
+    )
+    parents = [_start_from(backbone, Path(config.start_from))] if config.start_from else []
+    if config.adapt == "probe":
+        backbone.requires_grad_(False)
+    elif config.adapt == "lora":
+        _add_lora(backbone, config.lora_rank)
+    return backbone, parents
+
+
+def _start_from(backbone: nn.Module, folder: Path) -> dict[str, str]:
+    """Gives the backbone a run's best weights; returns what run.json says of that run."""
+    run = Run.open(folder)
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    mark = ".backbone."
+    weights = {key.partition(mark)[2]: value for key, value in saved.tensors("model").items() if mark in key}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise LabError(
+            f"model.start_from = {folder}: its backbone is another one ({first}). Use the same model.backbone and "
+            "model.spec, and data of the same shape."
+        ) from None
+    return {"run_id": run.info["id"], "stage": "pretraining", "sha256": checkpoint.weights_hash(saved.path)}
+
+
+def _add_lora(backbone: nn.Module, rank: int) -> None:
+    """Freezes the backbone and puts adapters beside its linear layers (arXiv 2106.09685, section 4)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    if not targets:
+        raise LabError("model.adapt = 'lora': this backbone has no linear layers. Use full or probe.")
+    backbone.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), backbone)

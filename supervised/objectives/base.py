@@ -1,0 +1,95 @@
+"""What a learning problem is to the loop: players that learn in turns, their losses, and a verdict."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lab.errors import LabError
+from supervised.config import SupervisedRun
+from supervised.data import Batches, DataSet
+
+Batch = dict[str, Tensor]
+Players = Mapping[str, nn.Module]
+
+
+class Loss(NamedTuple):
+    """What a player has to make smaller, and numbers for the record."""
+
+    value: Tensor
+    metrics: dict[str, Tensor]
+    """Detached scalars; nothing here waits for the device."""
+
+
+class Objective(ABC):
+    """One learning problem.
+
+    The loop knows nothing of it but this: in every step each of `turns` is asked for its `loss` on the
+    batch, and the weights of that player move. A classifier is one player; a GAN is two with a loss and an
+    optimiser each; a diffusion model is one whose batches get their noise in `loss`. Whatever is drawn
+    there comes from torch's global generators, which the loop seeds anew in every step: so a resumed run
+    draws what one never stopped would have drawn.
+    """
+
+    headline: str
+    """The number of `evaluate` that says which weights are best, e.g. "accuracy"."""
+    higher_is_better: bool
+
+    players: dict[str, nn.Module]
+    """The modules that learn, by name. The loop may wrap them; `loss` must call these."""
+
+    parents: Sequence[dict[str, str]] = ()
+    """The runs whose weights this one begins with, as run.json names them."""
+
+    longest_attention = 0
+    """Tokens a row of attention may have; 0: few."""
+
+    def __init__(self, settings: SupervisedRun, data: DataSet) -> None:
+        self.settings, self.data = settings, data
+
+    def batches(self, part: str, device: torch.device) -> Batches:
+        """The batches of "train", shuffled, or of "test", in order."""
+        s, d = self.settings, self.settings.data
+        more = {"context": d.context, "batch_tokens": d.batch_tokens}
+        if part == "train":
+            return Batches(self.data.train, s.batch_size, device, seed=s.seed, drop_last=True, **more)
+        size = s.eval.batch_size or s.batch_size
+        return Batches(self.data.test, size, device, shuffle=False, **more)
+
+    def turns(self, step: int) -> Sequence[str]:
+        """The players whose weights move in this step, one after the other."""
+        return tuple(self.players)
+
+    @abstractmethod
+    def loss(self, player: str, batch: Batch) -> Loss:
+        """A mean over the batch's samples, with gradients for this player's weights."""
+
+    @abstractmethod
+    def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
+        """Numbers on held-out batches, `headline` among them, by these players: those that are averaged, or
+        those that learn. Each sample counts once."""
+
+    def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
+        """Draws figures into the folder; yields (name, file) of each."""
+        return iter(())
+
+    def spec(self) -> dict[str, Any]:
+        """Facts found in the data that a checkpoint must carry to be used without it, as JSON."""
+        return {}
+
+
+def samples_in(batch: Batch) -> int:
+    """How many samples a batch has."""
+    return len(next(iter(batch.values())))
+
+
+def require_kind(data: DataSet, kinds: Sequence[str], objective: str) -> None:
+    """Raises unless the data are of one of these kinds."""
+    if data.kind not in kinds:
+        raise LabError(
+            f"data.source = {data.name!r}: holds {data.kind}, and {objective} learns from {' or '.join(kinds)}. "
+            "Name another data set, or another objective.name."
+        )

@@ -1,0 +1,111 @@
+"""Which class an image, a row of a table or a sequence is of."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.errors import LabError
+from supervised import figures
+from supervised.classifier import Classifier
+from supervised.config import ClassificationRun
+from supervised.data import DataSet
+from supervised.data.augment import Augment, Normalize
+from supervised.models import make_backbone
+from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
+
+SHOWN = 32
+
+
+class Classification(Objective):
+    """Cross entropy, with label smoothing (arXiv 1512.00567, section 7) and auxiliary classifiers."""
+
+    headline = "accuracy"
+    higher_is_better = True
+
+    def __init__(self, settings: ClassificationRun, data: DataSet) -> None:
+        super().__init__(settings, data)
+        require_kind(data, ("images", "table"), "classification")
+        self.config = settings.objective
+        shape = data.train.tensors["inputs"].shape[1:]
+        if self.config.rows and data.kind != "images":
+            raise LabError(f"objective.rows: is for images, and {data.name} holds {data.kind}. Leave it out.")
+        self.normalize = Normalize.of(data.train.tensors["inputs"])
+        self.augment = Augment(settings.data.augment)
+        of_data: dict[str, Any] = {"in_features": shape[0]}
+        if data.kind == "images":
+            channels, height, width = shape
+            of_data = {"in_chans": channels, "img_size": [height, width]}
+            if self.config.rows:
+                of_data = {"in_features": channels * width}
+        backbone, self.parents = make_backbone(settings.model, **of_data)
+        self.players = {"model": Classifier(backbone, data.num_classes, settings.model.dropout)}
+
+    def _shaped(self, inputs: Tensor) -> Tensor:
+        """As the backbone takes them; as rows: (batch, height, channels * width)."""
+        return inputs.transpose(1, 2).flatten(2) if self.config.rows else inputs
+
+    def _logits(self, players: Players, inputs: Tensor) -> Tensor:
+        return players["model"](self._shaped(self.normalize(inputs))).float()
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        labels, smoothing = batch["labels"], self.config.label_smoothing
+        images = self.augment(self.normalize(batch["inputs"]))
+        images, targets = self.augment.mix(images, labels, self.data.num_classes)
+        logits, *aux = self.players[player](self._shaped(images), with_aux=True)
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        metrics = {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
+        for other in aux:
+            loss = loss + self.config.aux_weight * F.cross_entropy(other, targets, label_smoothing=smoothing)
+        return Loss(loss, metrics)
+
+    def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
+        counts, loss = self._count(players, batches)
+        n = counts.sum()
+        return {"accuracy": float(counts.trace() / n), "loss": float(loss / n)}
+
+    def _count(self, players: Players, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """How often each class (row) was taken for each (column), and the summed cross entropy in nats."""
+        n = self.data.num_classes
+        counts, loss = torch.zeros(n * n), torch.zeros(())
+        for batch in batches:
+            logits, labels = self._logits(players, batch["inputs"]), batch["labels"]
+            hits = torch.ones_like(labels, dtype=torch.float)
+            counts = counts.to(labels.device).scatter_add(0, labels * n + logits.argmax(1), hits)
+            loss = loss.to(labels.device) + F.cross_entropy(logits, labels, reduction="sum")
+        return counts.view(n, n), loss
+
+    def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
+        """The confusion matrix; of images also some, with what they were taken for, and the first kernels."""
+        kept = list(batches)
+        counts, _ = self._count(players, kept)
+        names = self.data.classes or tuple(map(str, range(self.data.num_classes)))
+        yield "confusion", figures.confusion(folder / "confusion.png", counts.cpu().numpy(), names)
+        if self.data.kind != "images":
+            return
+        images, labels = kept[0]["inputs"][:SHOWN], kept[0]["labels"][:SHOWN].tolist()
+        found = self._logits(players, images).argmax(1).tolist()
+        wrong = [a != b for a, b in zip(labels, found, strict=True)]
+        titles = [
+            names[b] if a == b else f"{names[b]} ({names[a]})" for a, b in zip(labels, found, strict=True)
+        ]
+        yield "samples", figures.image_grid(folder / "samples.png", images.cpu().numpy(), titles, wrong=wrong)
+        kernels = _first_kernels(players["model"])
+        if kernels is not None:
+            yield "filters", figures.filters(folder / "filters.png", kernels)
+
+    def spec(self) -> dict[str, Any]:
+        return {"classes": list(self.data.classes), **self.normalize.spec()}
+
+
+def _first_kernels(model: nn.Module) -> np.ndarray | None:
+    """The kernels of the first convolution, at most 64, if they are large enough to show anything."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            kernels = module.weight.detach()[:64]
+            return kernels.float().cpu().numpy() if min(kernels.shape[2:]) >= 3 else None
+    return None

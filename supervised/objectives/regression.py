@@ -1,0 +1,71 @@
+"""Numbers from numbers, by least squares."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.tracking import read_metrics
+from supervised import figures
+from supervised.classifier import Classifier
+from supervised.config import SupervisedRun
+from supervised.data import DataSet
+from supervised.data.augment import Normalize
+from supervised.models import make_backbone
+from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
+
+
+class Regression(Objective):
+    """Mean squared error; judged by the share of the variance that is explained, R^2."""
+
+    headline = "r2"
+    higher_is_better = True
+
+    def __init__(self, settings: SupervisedRun, data: DataSet) -> None:
+        super().__init__(settings, data)
+        require_kind(data, ("table",), "regression")
+        backbone, self.parents = make_backbone(
+            settings.model, in_features=data.train.tensors["inputs"].shape[1]
+        )
+        targets = data.train.tensors["targets"]
+        self.inputs = Normalize.of(data.train.tensors["inputs"])
+        self.targets = Normalize.of(targets)
+        self.players: dict[str, nn.Module] = {
+            "model": Classifier(backbone, targets.shape[1], settings.model.dropout)
+        }
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        loss = F.mse_loss(*self._pair(self.players[player], batch))
+        return Loss(loss, {"loss": loss})
+
+    def _pair(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the model says and what it should say, both in standard deviations from the mean."""
+        return model(self.inputs(batch["inputs"])).float(), self.targets(batch["targets"])
+
+    def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
+        pairs = [self._pair(players["model"], batch) for batch in batches]
+        found, targets = (torch.cat(column) for column in zip(*pairs, strict=True))
+        error = (found - targets).square().mean()
+        variance = (targets - targets.mean(0)).square().mean()
+        return {"r2": float(1 - error / variance), "loss": float(error)}
+
+    def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
+        """The cost falling, step by step."""
+        lines = {}
+        for name, key in (("training", "train/loss"), ("held-out", "eval/loss")):
+            rows = [row for row in read_metrics(folder.parent / "metrics.jsonl") if key in row]
+            lines[name] = ([row["global_step"] for row in rows], [row[key] for row in rows])
+        path = figures.curves(
+            folder / "cost.png",
+            lines,
+            "optimiser steps",
+            "mean squared error, shares of the variance",
+            log=True,
+        )
+        yield "cost", path
+
+    def spec(self) -> dict[str, Any]:
+        return {"inputs": self.inputs.spec(), "targets": self.targets.spec()}

@@ -1,0 +1,92 @@
+"""GPT-1's way of answering questions about texts (Radford et al. 2018, section 3.2 and figure 1).
+
+A task becomes one or several texts that end in a token where the answer is read off: a text to classify; a
+premise, a delimiter and a hypothesis; two texts to compare, in both orders, whose features are added; a
+context with each of the answers to choose from, each scored by itself.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from supervised.config import TextTaskRun
+from supervised.data import DataSet
+from supervised.models import make_backbone
+from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
+
+
+class TaskModel(nn.Module):
+    """A decoder with a linear layer on the features of each text's last token.
+
+    Shapes: ids (batch, group, time) padded, last (batch, group) -> logits (batch, classes), and the features
+    of all tokens (batch * group, time, width).
+    """
+
+    def __init__(self, backbone: Any, form: str, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.backbone, self.form = backbone, form
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(backbone.num_features, 1 if form == "choice" else num_classes)
+
+    def forward(self, ids: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        batch, group = last.shape
+        hidden = self.backbone(ids.flatten(0, 1))
+        at = last.flatten()[:, None, None].expand(-1, 1, hidden.shape[-1])
+        features = self.dropout(hidden.gather(1, at).view(batch, group, -1))
+        if self.form == "choice":
+            return self.head(features).squeeze(-1), hidden
+        return self.head(features.sum(1)), hidden
+
+
+class TextTask(Objective):
+    """Cross entropy of the right answer (of a similarity in numbers: squared error), and if asked for that of
+    the texts themselves."""
+
+    higher_is_better = True
+
+    def __init__(self, settings: TextTaskRun, data: DataSet) -> None:
+        super().__init__(settings, data)
+        require_kind(data, ("tasks",), "text_task")
+        self.config, self.padding = settings.objective, data.tokenizer.pad_id
+        self.longest_attention = settings.data.context
+        sizes = {"vocab_size": data.tokenizer.vocab_size, "max_positions": settings.data.context}
+        backbone, self.parents = make_backbone(settings.model, **sizes)
+        self.headline = "accuracy" if data.classes else "pearson"
+        model = TaskModel(backbone, data.form, data.num_classes or 1, settings.model.dropout)
+        self.players: dict[str, nn.Module] = {"model": model}
+
+    def _asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """ids (batch, group, time), and the place of each text's last token (batch, group)."""
+        ids = batch["ids"] if batch["ids"].dim() == 3 else batch["ids"][:, None]
+        return ids, (ids != self.padding).sum(2) - 1
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        ids, last = self._asked(batch)
+        logits, hidden = self.players[player](ids, last)
+        if "targets" in batch:
+            loss = F.mse_loss(logits[:, 0].float(), batch["targets"].float())
+            metrics = {"loss": loss}
+        else:
+            loss = F.cross_entropy(logits, batch["labels"])
+            metrics = {"loss": loss, "accuracy": (logits.argmax(1) == batch["labels"]).float().mean()}
+        if self.config.language_model_weight:
+            model: Any = self.players[player]
+            next_tokens = F.linear(hidden[:, :-1], model.backbone.tokens.weight)
+            targets = ids.flatten(0, 1)[:, 1:].flatten()
+            text_loss = F.cross_entropy(next_tokens.flatten(0, 1), targets, ignore_index=self.padding)
+            loss = loss + self.config.language_model_weight * text_loss
+            metrics["text_loss"] = text_loss
+        return Loss(loss, metrics)
+
+    def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
+        key = "labels" if self.data.classes else "targets"
+        pairs = [(players["model"](*self._asked(batch))[0].float(), batch[key]) for batch in batches]
+        logits, wanted = (torch.cat(column) for column in zip(*pairs, strict=True))
+        if key == "labels":
+            right = (logits.argmax(1) == wanted).float().mean()
+            return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, wanted))}
+        both = torch.stack((logits[:, 0], wanted.float()))
+        return {"pearson": float(torch.corrcoef(both)[0, 1]), "loss": float(F.mse_loss(*both))}

@@ -1,0 +1,147 @@
+"""A sentence in one language from one in another."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.files import write_atomic
+from supervised import figures
+from supervised.config import TranslationRun
+from supervised.data import DataSet
+from supervised.decoding import beam_search, greedy
+from supervised.models import make_backbone
+from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
+
+SHOWN = 40
+THE_ANIMAL = "The animal didn't cross the street because it was too tired"
+"""The sentence whose "it" everybody asks about."""
+
+
+class Translator(nn.Module):
+    """An encoder-decoder, and logits by the embedding of its target tokens (arXiv 1608.05859).
+
+    Shapes: source ids (batch, time), target ids (batch, target_time) -> (batch, target_time, vocab_size).
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, source: Tensor, target: Tensor, source_mask: Tensor) -> Tensor:
+        return self.head(self.backbone(source, target, source_mask))
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of features (..., num_features)."""
+        return F.linear(features, self.backbone.tokens.weight)
+
+
+class Translation(Objective):
+    """Cross entropy of the next target token with label smoothing; judged by BLEU of whole sentences.
+
+    BLEU is sacrebleu's, on text as it was before tokenisation (arXiv 1804.08771).
+    """
+
+    headline = "bleu"
+    higher_is_better = True
+
+    def __init__(self, settings: TranslationRun, data: DataSet) -> None:
+        super().__init__(settings, data)
+        require_kind(data, ("pairs",), "translation")
+        self.config, self.tokens = settings.objective, data.tokenizer
+        longest = settings.data.context + 1
+        backbone, self.parents = make_backbone(
+            settings.model, vocab_size=data.tokenizer.vocab_size, max_positions=longest
+        )
+        self.players: dict[str, nn.Module] = {"model": Translator(backbone)}
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        logits, targets = self._logits(self.players[player], batch)
+        smoothing = self.config.label_smoothing
+        loss = F.cross_entropy(logits, targets, ignore_index=self.tokens.pad_id, label_smoothing=smoothing)
+        return Loss(loss, {"loss": loss})
+
+    def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (tokens, vocab_size) and the tokens they are for, padding included."""
+        source, target = batch["source"], batch["target"]
+        logits = model(source, target[:, :-1], source != self.tokens.pad_id)
+        return logits.flatten(0, 1), target[:, 1:].flatten()
+
+    def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
+        import sacrebleu
+
+        nats, n_tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.long)
+        found: list[str] = []
+        wanted: list[str] = []
+        for batch in batches:
+            logits, targets = self._logits(players["model"], batch)
+            real = targets != self.tokens.pad_id
+            loss = F.cross_entropy(logits.float(), targets, reduction="none") * real
+            nats = nats.to(loss.device) + loss.sum(dtype=torch.float64)
+            n_tokens = n_tokens.to(loss.device) + real.sum()
+            found += self._translate(players, batch["source"])
+            wanted += [self.tokens.decode(self._words(row)) for row in batch["target"].tolist()]
+        bleu = sacrebleu.corpus_bleu(found, [wanted])
+        return {"bleu": bleu.score, "loss": float(nats / n_tokens)}
+
+    def _translate(self, players: Players, source: Tensor) -> list[str]:
+        model: Any = players["model"]
+        c, tokens = self.config, self.tokens
+        ends = {"bos_id": tokens.bos_id, "eos_id": tokens.eos_id}
+        longest = min(self.settings.data.context, source.shape[1] * 2 + 10)
+        asked = (model.backbone, model.head, source, source != tokens.pad_id)
+        if c.beam == 1:
+            targets = greedy(*asked, **ends, max_length=longest)
+        else:
+            targets = beam_search(*asked, **ends, max_length=longest, beam=c.beam, alpha=c.length_penalty)
+        return [tokens.decode(ids) for ids in targets]
+
+    def _words(self, ids: list[int]) -> list[int]:
+        """Without start, end and padding."""
+        special = (self.tokens.bos_id, self.tokens.eos_id, self.tokens.pad_id)
+        return [token for token in ids if token not in special]
+
+    def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
+        """Translations beside their references, and where the decoder looks."""
+        device = next(players["model"].parameters()).device
+        batch = next(iter(batches))
+        source, target = batch["source"][:SHOWN], batch["target"][:SHOWN]
+        lines = []
+        rows = zip(source.tolist(), self._translate(players, source), target.tolist(), strict=True)
+        for asked, found, wanted in rows:
+            texts = [self.tokens.decode(self._words(asked)), found, self.tokens.decode(self._words(wanted))]
+            lines += [
+                f"{mark} {text}"
+                for mark, text in zip(("source   ", "ours     ", "reference"), texts, strict=True)
+            ]
+            lines.append("")
+        write_atomic(folder / "translations.txt", "\n".join(lines).encode())
+        yield "translations", folder / "translations.txt"
+        asked = torch.tensor([[*self.tokens.encode(THE_ANIMAL), self.tokens.eos_id]], device=device)
+        first = source[:1, : int((source[0] != self.tokens.pad_id).sum())]
+        for name, ids in (("attention", first), ("attention_the_animal", asked)):
+            for kind, path in self._draw_attention(players, ids, folder, name):
+                yield kind, path
+
+    def _draw_attention(
+        self, players: Players, source: Tensor, folder: Path, name: str
+    ) -> Iterator[tuple[str, Path]]:
+        """Of the last layer, all heads together: from target to source, and within the source."""
+        model: Any = players["model"]
+        text = self._translate(players, source)[0]
+        target = torch.tensor([[self.tokens.bos_id, *self.tokens.encode(text)]], device=source.device)
+        maps = model.backbone.attention_maps(source, target)
+        labels = {
+            "source": [self.tokens.decode([i]) or "<end>" for i in source[0].tolist()],
+            "target": [
+                self.tokens.decode([i]) or "<end>" for i in [*target[0, 1:].tolist(), self.tokens.eos_id]
+            ],
+        }
+        for kind, rows in (("cross", "target"), ("encoder", "source")):
+            if kind in maps:
+                weights = maps[kind][-1, 0].float().mean(0).cpu().numpy()
+                path = folder / f"{name}_{kind}.png"
+                yield f"{name}_{kind}", figures.attention(path, weights, labels["source"], labels[rows])

@@ -1,0 +1,118 @@
+"""What `lab train`, `evaluate` and the rest do for a supervised run."""
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lab import checkpoint, config, tracking
+from lab.device import check_without_torch, quiet_threads
+from lab.errors import LabError, did_you_mean
+from lab.files import explain_write_errors
+from lab.pipeline import refuse_options
+from lab.run import Run, folder_name
+from supervised import backbones
+from supervised.config import SupervisedRun, run_config_class
+
+SMOKE_DATA = {
+    "classification": "digits",
+    "language_model": "python_library",
+    "regression": "diabetes",
+    "text_task": "python_origin",
+    "translation": "number_words",
+}
+"""What is on every machine, for `lab train CONFIG --smoke`."""
+
+SMOKE_SAMPLES = 5_000
+
+# What may change between the sessions of one run: none of it alters what was computed so far.
+MAY_CHANGE = ("eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name")
+
+
+class SupervisedPipeline:
+    """Learning from data sets."""
+
+    def config_class(self, values: Mapping[str, Any], source_of: Callable[[str], str]) -> type:
+        return run_config_class(values, source_of)
+
+    def smoke(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        never = {"every_epochs": 1e6}
+        problem, data, model = (values.get(key) or {} for key in ("objective", "data", "model"))
+        source = SMOKE_DATA.get(problem.get("name"))
+        kept = ("augment", "context", "batch_tokens", "tokenizer", "vocab_size")
+        about = {key: data[key] for key in kept if key in data}
+        size = {"img_size": 28} if source == "digits" else {}
+        return {
+            **values,
+            **{"max_steps": 3, "log_every_steps": 1, "compile": False, "tracking": {"wandb": "disabled"}},
+            **{"eval": never, "checkpoint": never},
+            "data": {**about, **size, "source": source or data.get("source"), "limit": SMOKE_SAMPLES},
+            "model": {**model, "start_from": None},
+        }
+
+    def train(self, config_: SupervisedRun, folder: Path | None, resume: bool) -> None:
+        """Everything that can be wrong is found before torch is loaded or anything is written."""
+        name = config_.model.backbone
+        if name not in backbones.names():
+            raise LabError(
+                f"model.backbone = {name!r}: no such backbone.{did_you_mean(name, backbones.names())} "
+                "`lab list backbones` shows them all."
+            )
+        folder = folder or Path("runs") / folder_name(config_.run_name)
+        values = config.to_dict(config_)
+        run, saved = None, None
+        if resume:
+            run = Run.resume(folder)
+            run.refuse_other_config(values, MAY_CHANGE)
+            run.info["config"] = tracking.scrub(values)
+            latest = checkpoint.find(run.checkpoints)
+            saved = checkpoint.load(latest) if latest is not None else None
+        else:
+            Run.check_new(folder)
+        check_without_torch(config_.device)
+        mode, why = tracking.choose_mode(config_.tracking.wandb)
+
+        quiet_threads()
+        from supervised.train import train
+
+        train(config_, folder, run, saved, mode, why)
+
+    def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
+        only_elsewhere = ("prompts", "samples", "episodes", "epsilon")
+        refuse_options(options, only_elsewhere, "is for agents and chats; this run learned from a data set")
+        run = Run.open(folder)
+        saved = checkpoint.load(run.find_checkpoint(options.checkpoint))
+        quiet_threads()
+        from supervised.evaluate import evaluate_run
+
+        result = evaluate_run(run, saved)
+        path = folder / "evaluations.jsonl"
+        with (
+            explain_write_errors(str(path), "Free some space and try again."),
+            path.open("a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps({**result, "_time": time.time()}) + "\n")
+        return result
+
+    def describe_evaluation(self, result: Mapping[str, Any]) -> str:
+        width = max(map(len, result["eval"]))
+        return "\n".join(
+            [
+                f"{result['data']}, held-out part: checkpoint {result['checkpoint']}",
+                *(f"  {name:<{width}}  {value:>10.4g}" for name, value in result["eval"].items()),
+            ]
+        )
+
+    def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
+        raise LabError(f"{folder}: learned from a data set and plays no game. Its pictures are in media/.")
+
+    def export(self, folder: Path, options: Namespace) -> Path:
+        raise LabError(
+            f"{folder}: no agent for Stable-Baselines3. Its weights are checkpoints/best/model.safetensors, "
+            "and model.start_from trains on from them."
+        )
+
+
+PIPELINE = SupervisedPipeline()

@@ -1,0 +1,222 @@
+"""A supervised run: the trainer iterates, this file watches, records, judges and saves."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lab import checkpoint, config
+from lab.checkpoint import Checkpoint
+from lab.device import Compute, resolve
+from lab.interrupt import StopRequest
+from lab.progress import Progress, duration
+from lab.run import Run
+from lab.seeding import seed_everything
+from lab.tracking import Tracker
+from supervised import objectives
+from supervised.config import SupervisedRun
+from supervised.data import DataSet, load
+from supervised.objectives.base import Objective
+from supervised.trainer import Trainer
+
+
+def train(
+    settings: SupervisedRun, folder: Path, run: Run | None, saved: Checkpoint | None, mode: str, why: str
+) -> Run:
+    """Trains to the end, or to the next SIGINT or SIGTERM.
+
+    Args:
+        settings: the resolved config.
+        folder: of the run.
+        run: the run to continue, or None to create one.
+        saved: its latest checkpoint, verified; None starts from the beginning.
+        mode, why: W&B's, from `tracking.choose_mode`.
+
+    Raises:
+        LabError: anything the user can mend; the run is then marked `failed` and can be resumed.
+    """
+    compute = resolve(settings.device, run.info["compute"] if run is not None else None)
+    data = load(settings.data, folder)  # a resumed run has its tokenizer there
+    seed_everything(settings.seed)
+    objective = objectives.make(settings, data)
+    values = config.to_dict(settings)
+    if run is None:
+        run = Run.create(
+            folder,
+            config=values,
+            pipeline="supervised",
+            job_type="train",
+            name=settings.run_name,
+            group=f"{data.name}__{settings.model.backbone}__{config.config_hash(values)}",
+            x_axis="optimizer_steps",
+            compute=compute.describe(),
+            parents=objective.parents,
+        )
+    else:
+        run.continue_from(saved.state["metrics_bytes"] if saved else 0)
+    with run.recording_its_end():
+        t = settings.tracking
+        tracker = run.tracker(mode, why, t.project, t.entity, t.tags)
+        exit_code = 1
+        try:
+            session = _Session(settings, compute, data, objective, run, tracker)
+            if data.tokenizer is not None:
+                data.tokenizer.save(run.folder)
+            if saved is not None:
+                session.restore(saved)
+            session.run_to_end()
+            exit_code = 0 if run.info["state"] == "finished" else 255
+        finally:
+            tracker.finish(exit_code, run.info["summary"])
+    return run
+
+
+class _Session:
+    """One process's share of a run."""
+
+    def __init__(
+        self,
+        settings: SupervisedRun,
+        compute: Compute,
+        data: DataSet,
+        objective: Objective,
+        run: Run,
+        tracker: Tracker,
+    ) -> None:
+        self.settings, self.compute, self.data, self.objective = settings, compute, data, objective
+        self.run, self.tracker = run, tracker
+        self.trainer = Trainer(objective, objective.batches("train", compute.device), settings, compute)
+        self.held_out = objective.batches("test", compute.device)
+        self.best: float | None = None
+        self.without_better = 0
+        self.seconds_before = 0.0
+        self.began = time.monotonic()
+
+    # ---- the loop ----
+
+    def run_to_end(self) -> None:
+        s, trainer = self.settings, self.trainer
+        per_epoch = trainer.steps_per_epoch
+        with StopRequest() as stop, Progress(trainer.total_steps, trainer.step) as progress:
+            progress.say(self._headline())
+            for step in () if self._done() else trainer.iterate():
+                last = step >= trainer.total_steps
+                if last or step % s.log_every_steps == 0:
+                    self._log(progress)
+                if last or _due(step, s.eval.every_epochs, per_epoch):
+                    self._evaluate(progress)
+                    last = last or self._done()
+                if last or stop or _due(step, s.checkpoint.every_epochs, per_epoch):
+                    self._save()
+                if stop and not last:
+                    self._interrupted(stop, progress)
+                    return
+                progress.update(step)
+                if last:
+                    break
+            self._finished(progress)
+
+    def _done(self) -> bool:
+        """The run is as good as it was to become, or gets no better."""
+        e, best = self.settings.eval, self.best
+        if e.patience is not None and self.without_better >= e.patience:
+            return True
+        return best is not None and e.stop_at is not None and not self._better(e.stop_at, best)
+
+    def _better(self, a: float, b: float) -> bool:
+        return a > b if self.objective.higher_is_better else a < b
+
+    def _headline(self) -> str:
+        s, c, t = self.settings, self.compute, self.trainer
+        verb = "resuming at" if t.step else "training from"
+        n_parameters = sum(p.numel() for module in t.bare.values() for p in module.parameters())
+        return (
+            f"{self.data.name} with {s.model.backbone} ({n_parameters:,} parameters): {verb} step {t.step:,} "
+            f"of {t.total_steps:,}, {t.steps_per_epoch:,} an epoch\n"
+            f"run     {self.run.folder}\n"
+            f"device  {c.device}, {c.precision}, {c.threads} threads ({c.reason})\n"
+            f"W&B     {self.tracker.mode} ({self.run.info['wandb']['why']})"
+        )
+
+    def _elapsed(self) -> float:
+        return self.seconds_before + time.monotonic() - self.began
+
+    def _log(self, progress: Progress) -> None:
+        trainer = self.trainer
+        row: dict[str, Any] = {f"train/{name}": value for name, value in trainer.means.take().items()}
+        row["train/learning_rate"] = trainer.learning_rate
+        row["epoch"] = trainer.step / trainer.steps_per_epoch
+        row["samples"] = trainer.samples
+        row["time/elapsed_seconds"] = round(self._elapsed(), 1)
+        self.tracker.log(trainer.step, row)
+        progress.update(trainer.step, f"loss {row['train/loss']:.4g}" if "train/loss" in row else None)
+
+    def _evaluate(self, progress: Progress) -> None:
+        objective, step = self.objective, self.trainer.step
+        with self.trainer.judged() as players:
+            numbers = objective.evaluate(players, self.held_out.epoch(0))
+        self.tracker.log(step, {f"eval/{name}": value for name, value in numbers.items()})
+        score = numbers[objective.headline]
+        better = self.best is None or self._better(score, self.best)
+        self.without_better = 0 if better else self.without_better + 1
+        if better:
+            self.best = score
+            weights = self.trainer.weights(judged=True)
+            state = {"step": step, **numbers, "spec": objective.spec()}
+            path = checkpoint.save(self.run.checkpoints, "best", {"model": weights}, state)
+            self.tracker.log_checkpoint(path, "best")
+        self.run.summarize(
+            **{f"eval/{name}": value for name, value in numbers.items()},
+            **{f"eval/best_{objective.headline}": self.best, "global_step": step},
+        )
+        progress.say(
+            f"{step:>10,}  evaluation "
+            + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            + ("  (best so far)" if better else "")
+            + f"  {duration(self._elapsed())}"
+        )
+
+    # ---- saving ----
+
+    def _save(self) -> None:
+        tensors, state = self.trainer.capture()
+        state = {
+            "trainer": state,
+            "metrics_bytes": self.tracker.sync(),
+            "best": self.best,
+            "without_better": self.without_better,
+            "elapsed_seconds": self._elapsed(),
+            "spec": self.objective.spec(),
+        }
+        root, name = self.run.checkpoints, checkpoint.step_name(self.trainer.step)
+        path = checkpoint.save(root, name, tensors, state)
+        checkpoint.point(root, "latest", name)
+        self.tracker.log_checkpoint(path)
+        checkpoint.prune(root, self.settings.checkpoint.keep)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Goes back to a checkpoint."""
+        files = [path.stem for path in saved.path.glob("*.safetensors")]
+        self.trainer.restore({name: saved.tensors(name) for name in files}, saved.state["trainer"])
+        self.best, self.without_better = saved.state["best"], saved.state["without_better"]
+        self.seconds_before = saved.state["elapsed_seconds"]
+
+    # ---- ends ----
+
+    def _interrupted(self, stop: StopRequest, progress: Progress) -> None:
+        self.run.end("interrupted", reason=stop.signal_name)
+        progress.say(f"{stop.signal_name}: saved. Continue with: lab train {self.run.folder} --resume")
+
+    def _finished(self, progress: Progress) -> None:
+        with self.trainer.judged() as players:
+            for name, path in self.objective.draw(players, self.held_out.epoch(0), self.run.media):
+                if path.suffix == ".png":
+                    self.tracker.log_media(self.trainer.step, f"media/{name}", path)
+        self.run.summarize(**{"time/elapsed_seconds": round(self._elapsed(), 1)})
+        self.run.end("finished")
+        progress.say(f"finished in {duration(self._elapsed())}. Figures: {self.run.media}")
+
+
+def _due(step: int, every_epochs: float, steps_per_epoch: int) -> bool:
+    """Whether a multiple of so many epochs ends with this step."""
+    interval = max(1, round(every_epochs * steps_per_epoch))
+    return step % interval == 0

@@ -1,0 +1,671 @@
+"""Data sets: every format in, and every mistake one line that names its place."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lab import config
+from lab.config import ConfigError
+from lab.errors import LabError
+from supervised.data import DataSet, bundled, load, sources
+from supervised.data.config import AugmentConfig, DataConfig
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def read(source: object, **settings: Any) -> DataSet:
+    return load(DataConfig(source=str(source), **settings))
+
+
+def error(source: object, **settings: Any) -> str:
+    with pytest.raises(LabError) as caught:
+        read(source, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---- by name ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "n_train", "n_test", "num_classes", "shape"),
+    [
+        ("digits", "images", 1438, 359, 10, (1, 8, 8)),
+        ("iris", "table", 120, 30, 3, (4,)),
+        ("wine", "table", 142, 36, 3, (13,)),
+        ("breast_cancer", "table", 456, 113, 2, (30,)),
+        ("diabetes", "table", 354, 88, 0, (10,)),
+        ("photographs", "images", 360, 24, 0, (3, 64, 64)),
+    ],
+)
+def test_what_comes_with_scikit_learn(
+    name: str, kind: str, n_train: int, n_test: int, num_classes: int, shape: tuple[int, ...]
+) -> None:
+    data = read(name)
+    assert (data.name, data.kind, data.num_classes) == (name, kind, num_classes)
+    assert (len(data.train), len(data.test)) == (n_train, n_test)
+    inputs = data.train.tensors["inputs"]
+    assert inputs.shape[1:] == shape
+    assert inputs.dtype == (torch.uint8 if kind == "images" else torch.float32)
+    assert read(name).sha256 == data.sha256
+
+
+def test_held_out_digits_are_a_fifth_of_each_class() -> None:
+    from sklearn.datasets import load_digits
+
+    theirs: Any = load_digits()
+    data = read("digits")
+    counts = torch.bincount(data.test.tensors["labels"])
+    assert counts.tolist() == [round(n / 5) for n in np.bincount(theirs.target)]
+    both = torch.cat([data.train.tensors["inputs"], data.test.tensors["inputs"]]).flatten(1)
+    assert sorted(both.sum(1).tolist()) == sorted(np.rint(theirs.data * 255 / 16).sum(1).tolist())
+    other = read("digits", split_seed=1)
+    assert not torch.equal(other.test.tensors["inputs"], data.test.tensors["inputs"])
+    assert other.sha256 != data.sha256
+
+
+def test_patches_of_photographs_do_not_cross_the_border() -> None:
+    data = read("photographs", img_size=40, held_out=0.25)
+    assert data.test.tensors["inputs"].shape == (2 * 10 * 4, 3, 40, 40)  # 160 of 640 columns, 427 rows
+    held_out = {bytes(patch.numpy()) for patch in data.test.tensors["inputs"].flatten(1)}
+    assert not held_out & {bytes(patch.numpy()) for patch in data.train.tensors["inputs"].flatten(1)}
+    assert "data.img_size = 200: no such patch fits" in error("photographs", img_size=200)
+
+
+def test_the_python_library_is_split_by_file() -> None:
+    data = read("python_library", held_out=0.1, limit=200_000)
+    assert data.kind == "text"
+    whole = data.tokenizer.decode(data.train.ids.tolist())
+    starts = data.train.documents.tolist()
+    assert starts[0] == 0
+    assert all(data.train.ids[start - 1] == data.tokenizer.eos_id for start in starts[1:])
+    assert len(whole) == 200_000
+    assert len(data.test.ids) >= 200_000  # bytes, of at most as many characters, and ends
+
+
+def test_a_share_of_documents_is_held_out(tmp_path: Path) -> None:
+    for i in range(40):
+        write(tmp_path / f"{i:02}.txt", f"{i:02}" * 50)
+    data = read(tmp_path, held_out=0.2)
+    sides = [set(split.ids.view(-1, 101)[:, :2].flatten().tolist()) for split in (data.train, data.test)]
+    texts = [split.ids.view(-1, 101)[:, :2].tolist() for split in (data.train, data.test)]
+    assert sides[0]
+    assert len(texts[0]) == 32
+    assert len(texts[1]) == 8
+    assert not {tuple(t) for t in texts[0]} & {tuple(t) for t in texts[1]}
+    assert read(tmp_path, held_out=0.2).sha256 == data.sha256
+
+
+def test_fashion_mnist_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    idx_folder(tmp_path / "fashion_mnist", n_classes=10)
+    monkeypatch.setenv("LAB_DATA", str(tmp_path))
+    data = read("fashion_mnist")
+    assert data.classes == bundled.FASHION
+    assert data.train.tensors["inputs"].shape == (20, 1, 5, 4)
+
+
+def test_fashion_mnist_of_debian() -> None:
+    if not bundled.DEBIAN.is_dir():
+        pytest.skip("dataset-fashion-mnist is not installed")
+    data = read("fashion_mnist", limit=500)
+    assert len(data.train) == len(data.test) == 500
+    assert data.train.tensors["inputs"].shape[1:] == (1, 28, 28)
+    assert data.num_classes == 10
+
+
+def test_fashion_mnist_that_is_nowhere_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def unreachable(*names: Any) -> None:
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.delenv("LAB_DATA", raising=False)
+    monkeypatch.setattr(bundled, "DEBIAN", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert "apt install dataset-fashion-mnist" in error("fashion_mnist")
+
+
+def test_a_name_that_is_none(tmp_path: Path) -> None:
+    message = error("fashion_mnits")
+    assert "no such data set, file or folder. Did you mean 'fashion_mnist'?" in message
+    assert "hub:OWNER/NAME" in message
+    jsonl(tmp_path / "train.jsonl", {"text": "a"})
+    assert "Did you mean" in error(tmp_path / "trian.jsonl")
+
+
+def test_names_and_settings_are_known_without_torch() -> None:
+    code = (
+        "import sys; from supervised.data.config import DataConfig; from supervised.data import sources; "
+        "sources.check(DataConfig(source='digits')); print('torch' in sys.modules, *sources.names())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", *sorted(bundled.READERS)]
+    assert sources.names() == sorted(bundled.READERS)
+
+
+# ---- IDX ----
+
+
+def idx(values: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+
+
+def idx_folder(folder: Path, n_classes: int = 3) -> dict[str, np.ndarray]:
+    arrays = {}
+    for part, n in (("train", 20), ("t10k", 10)):
+        arrays[part] = RNG.integers(0, 256, (n, 5, 4), np.uint8)
+        labels = (np.arange(n) % n_classes).astype(np.uint8)
+        write(folder / f"{part}-images-idx3-ubyte.gz", idx(arrays[part]))
+        write(folder / f"{part}-labels-idx1-ubyte", idx(labels))  # this one is not packed
+    return arrays
+
+
+def test_idx(tmp_path: Path) -> None:
+    arrays = idx_folder(tmp_path)
+    data = read(tmp_path)
+    assert data.num_classes == 3
+    assert torch.equal(data.train.tensors["inputs"][:, 0], torch.from_numpy(arrays["train"]))
+    assert torch.equal(data.test.tensors["inputs"][:, 0], torch.from_numpy(arrays["t10k"]))
+    assert data.test.tensors["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    small = read(tmp_path, limit=6)
+    assert len(small.train) == len(small.test) == 6
+
+
+def test_damaged_idx(tmp_path: Path) -> None:
+    idx_folder(tmp_path)
+    packed, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte"
+    good, good_labels = packed.read_bytes(), labels.read_bytes()
+
+    packed.write_bytes(good[:-40])
+    assert f"{packed}: damaged: " in error(tmp_path)
+    packed.write_bytes(good[:60] + bytes(9) + good[69:])
+    assert f"{packed}: damaged: " in error(tmp_path)
+    packed.write_bytes(b"<html>404</html>")
+    assert f"{packed}: begins with 3c68746d where 00000803 marks images" in error(tmp_path)
+    packed.write_bytes(gzip.compress(gzip.decompress(good)[:-7]))
+    assert f"{packed}: holds 393 bytes where its head says 20 x 5 x 4" in error(tmp_path)
+    packed.write_bytes(good)
+    labels.write_bytes(b"")
+    assert f"{labels}: begins with nothing where 00000801 marks labels" in error(tmp_path)
+    labels.write_bytes(bytes((0, 0, 8, 1, 0, 0)))
+    assert f"{labels}: holds 0 bytes" in error(tmp_path)
+    labels.write_bytes(idx(np.zeros(19, np.uint8)))
+    assert f"{labels}: 19 labels for 20 images in train-images-idx3-ubyte.gz." in error(tmp_path)
+    labels.unlink()
+    assert f"{tmp_path}: no train labels" in error(tmp_path)
+    labels.write_bytes(good_labels)
+    write(tmp_path / "t10k-labels-idx1-ubyte", idx(np.array([0, 1, 2, 3, 0, 0, 0, 0, 0, 0], np.uint8)))
+    assert "label 3 of sample 4 of the held-out part is none of the classes 0 to 2" in error(tmp_path)
+
+
+def test_a_label_beyond_the_named_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    idx_folder(tmp_path / "fashion_mnist", n_classes=11)
+    monkeypatch.setenv("LAB_DATA", str(tmp_path))
+    assert "train-labels-idx1-ubyte: label 11 is 10, and there are only 10 classes" in error("fashion_mnist")
+
+
+# ---- folders of pictures ----
+
+
+def picture(path: Path, size: tuple[int, int] = (6, 4), colour: tuple[int, int, int] = (255, 0, 0)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_a_folder_a_class(tmp_path: Path) -> None:
+    for i in range(10):
+        picture(tmp_path / "cats" / f"{i}.png")
+        picture(tmp_path / "dogs" / f"{i}.jpg", colour=(0, 0, 0))
+    data = read(tmp_path)
+    assert data.classes == ("cats", "dogs")
+    assert (len(data.train), len(data.test)) == (16, 4)
+    assert data.train.tensors["inputs"].shape == (16, 3, 4, 6)
+    for split in (data.train, data.test):
+        cats = split.tensors["inputs"][split.tensors["labels"] == 0]
+        assert (cats == torch.tensor([255, 0, 0]).view(3, 1, 1)).all()
+    assert read(tmp_path, grayscale=True).train.tensors["inputs"].shape == (16, 1, 4, 6)
+
+
+def test_folders_of_parts_scaled_and_cropped(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "a" / "0.png", (6, 4))
+    picture(tmp_path / "train" / "b" / "0.png", (9, 9))
+    picture(tmp_path / "val" / "b" / "0.png", (3, 5))
+    assert "a/0.png is 6 x 4" not in (message := error(tmp_path))  # height comes first, as in img_size
+    assert "is 9 x 9 pixels" in message
+    assert "Set data.img_size" in message
+    data = read(tmp_path, img_size=5)
+    assert data.train.tensors["inputs"].shape == (2, 3, 5, 5)
+    assert data.test.tensors["labels"].tolist() == [1]
+
+
+def test_a_crop_is_central(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, 2:6] = 200
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "train" / name / "0.png")
+    picture(tmp_path / "test" / "a" / "0.png")
+    assert (read(tmp_path, img_size=4).train.tensors["inputs"] == 200).all()
+
+
+def test_bad_folders_of_pictures(tmp_path: Path) -> None:
+    assert f"{tmp_path}: the folder is empty" in error(tmp_path)
+    picture(tmp_path / "a" / "0.png")
+    bad = write(tmp_path / "b" / "0.png", b"GIF89a no picture")
+    assert f"{bad}: cannot be opened: no picture" in error(tmp_path)
+    picture(bad, (400, 400))
+    bad.write_bytes(bad.read_bytes()[:200])
+    assert f"{bad}: cannot be opened: " in error(tmp_path)
+    bad.unlink()
+    assert f"{tmp_path / 'b'}: holds no picture" in error(tmp_path)
+    picture(tmp_path / "train" / "a" / "0.png")
+    picture(tmp_path / "test" / "c" / "0.png")
+    assert f"{tmp_path / 'test' / 'c'}: the class 'c' is not among those of" in error(tmp_path)
+
+
+# ---- .npz ----
+
+
+def test_arrays_of_images(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (10, 5, 4, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(10).reshape(10, 1) % 2)
+    data = read(tmp_path / "a.npz")
+    assert data.kind == "images"
+    assert (len(data.train), len(data.test)) == (8, 2)
+    assert data.train.tensors["inputs"].shape == (8, 3, 5, 4)
+    np.savez(tmp_path / "b.npz", x_train=images[..., 0], y_train=np.zeros(10, int), x_test=images[:3, ..., 0])
+    assert "the training part has labels, the held-out part none" in error(tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", train_images=images, test_images=images[:3])
+    unlabelled = read(tmp_path / "c.npz")
+    assert list(unlabelled.train.tensors) == ["inputs"]
+    assert torch.equal(unlabelled.test.tensors["inputs"], torch.from_numpy(images[:3]).permute(0, 3, 1, 2))
+
+
+def test_arrays_of_a_table(tmp_path: Path) -> None:
+    x = RNG.normal(size=(20, 3))
+    np.savez(tmp_path / "a.npz", x=x, y=x.sum(1))
+    data = read(tmp_path / "a.npz")
+    assert data.kind == "table"
+    assert data.num_classes == 0
+    assert data.train.tensors["targets"].shape == (16, 1)
+    assert torch.allclose(data.test.tensors["inputs"].sum(1), data.test.tensors["targets"][:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((4, 5, 5))}, "are 4 x 5 x 5 of float64, where images are"),
+        ({"pictures": np.zeros((4, 5))}, "holds pictures, where images and labels"),
+        ({"x": np.zeros((4, 5)), "y": np.zeros(3)}, "3 labels for 4 inputs in train"),
+        ({"x": np.zeros((4, 5)), "y": np.array([0, 1, -1, 0])}, "is none of the classes 0 to 1"),
+        ({"x": np.zeros((4, 5)), "y": np.array(list("abcd"))}, "labels are of <U1"),
+        ({"x": np.array([[0.0], [np.nan], [1], [2]]), "y": np.zeros(4)}, "part is no finite number"),
+        ({"x_train": np.zeros((4, 5)), "x_test": np.zeros((4, 6))}, "is inputs 5; a held-out one inputs 6."),
+        ({"x": np.array([[{}]], dtype=object)}, "not a readable .npz file: Object arrays cannot be loaded"),
+        ({"x": np.zeros((0, 5))}, "part is empty"),
+    ],
+)
+def test_bad_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
+    assert message in error(tmp_path / "a.npz", held_out=0.5)
+
+
+def test_a_damaged_npz(tmp_path: Path) -> None:
+    assert "not a readable .npz file" in error(write(tmp_path / "a.npz", b"PK no zip"))
+
+
+# ---- text ----
+
+
+def test_one_text_is_parted_at_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "book.txt.gz", "".join(f"line {i:02}\n" for i in range(50)))
+    data = read(path, held_out=0.1)
+    parts = [data.tokenizer.decode(split.ids.tolist()) for split in (data.train, data.test)]
+    assert "".join(parts).splitlines() == [f"line {i:02}" for i in range(50)]
+    assert parts[1].startswith("line 4")
+    assert len(parts[1].splitlines()) in (4, 5)
+
+
+def test_a_folder_of_text_with_parts(tmp_path: Path) -> None:
+    for name in ("train/a.md", "train/b.md", "valid.md", "test.md", "train/c.txt", "train/.hidden.md"):
+        write(tmp_path / name, name)
+    data = read(tmp_path, suffix=".md")
+    assert data.tokenizer.decode(data.train.ids.tolist()) == "train/a.mdtrain/b.md"
+    assert data.tokenizer.decode(data.test.ids.tolist()) == "test.md"
+    other = read(tmp_path, suffix=".md", evaluate_on="valid")
+    assert other.tokenizer.decode(other.test.ids.tolist()) == "valid.md"
+    assert other.sha256 != data.sha256
+    message = error(tmp_path, suffix=".md", evaluate_on="dev")
+    assert "data.evaluate_on = 'dev'" in message
+    assert "only test, train, valid" in message
+    assert "holds no file that ends in .rst. Set data.suffix (there are .md, .txt)" in error(
+        tmp_path, suffix=".rst"
+    )
+
+
+def test_text_that_is_no_utf8_is_bytes_all_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path / "latin.txt", b"caf\xe9\n" * 20)
+    data = read(path)
+    assert data.tokenizer.decode_bytes(data.train.ids.tolist()) == b"caf\xe9\n" * 16
+    assert f"{path}, line 1: not UTF-8" in error(path, tokenizer="bpe")
+
+
+def test_bpe_is_trained_on_the_training_part_and_used_again(tmp_path: Path) -> None:
+    write(tmp_path / "train.txt", "abcd " * 100)
+    write(tmp_path / "test.txt", "wxyz " * 100)
+    settings: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 300}
+    data = read(tmp_path, **settings)
+    assert len(data.train.ids) == 102  # " abcd" is one token
+    assert len(data.test.ids) > 400
+    (run := tmp_path / "run").mkdir()
+    data.tokenizer.save(run)
+    write(tmp_path / "train.txt", "efgh " * 100)
+    again = load(DataConfig(source=str(tmp_path), **settings), run)
+    assert len(again.train.ids) > 400
+    assert again.sha256 != data.sha256
+
+
+def test_an_empty_text(tmp_path: Path) -> None:
+    assert "part is empty" in error(write(tmp_path / "a.txt", ""))
+
+
+# ---- pairs ----
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_aligned_files(tmp_path: Path, suffix: str) -> None:
+    for part, n in (("train", 3), ("val", 2), ("test_2016_flickr", 1)):
+        for side in ("de", "en"):
+            write(tmp_path / f"{part}.{side}{suffix}", "".join(f"{side} {part} {i}\n" for i in range(n)))
+    data = read(tmp_path, pair=["de", "en"])
+    assert data.kind == "pairs"
+    assert (len(data.train), len(data.test)) == (3, 1)
+    source, target = data.train.sequences["source"][1], data.train.sequences["target"][1]
+    assert data.tokenizer.decode(source) == "de train 1"
+    assert data.tokenizer.decode(target) == "en train 1"
+    assert source[-1] == target[-1] == data.tokenizer.eos_id
+    assert target[0] == data.tokenizer.bos_id != source[0]
+    assert data.tokenizer.decode(data.test.sequences["source"][0]) == "de test_2016_flickr 0"
+    other = read(tmp_path, pair=["en", "de"], evaluate_on="val")
+    assert other.tokenizer.decode(other.test.sequences["source"][1]) == "en val 1"
+    assert "no two files such as train.en and train.fr" in error(
+        tmp_path, pair=["en", "fr"], format="aligned"
+    )
+    write(tmp_path / f"train.en{suffix}", "one\ntwo\n")
+    assert f"{tmp_path / 'train.de'}{suffix}: 3 lines, and train.en{suffix} has 2." in error(
+        tmp_path, pair=["de", "en"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tsv", "tsv with header"])
+def test_pairs_from_rows(tmp_path: Path, kind: str) -> None:
+    pairs = [(f"source {i}", f"target {i}") for i in range(10)]
+    if kind == "jsonl":
+        path = jsonl(tmp_path / "a.jsonl", *({"source": s, "target": t, "more": 1} for s, t in pairs))
+    else:
+        head = "target\tsource\n" if kind.endswith("header") else ""
+        lines = (f"{t}\t{s}\n" if head else f"{s}\t{t}\n" for s, t in pairs)
+        path = write(tmp_path / "a.tsv", head + "".join(lines))
+    data = read(path)
+    assert data.kind == "pairs"
+    assert (len(data.train), len(data.test)) == (8, 2)
+    found = set()
+    for split in (data.train, data.test):
+        both = (split.sequences["source"], split.sequences["target"])
+        found |= {tuple(data.tokenizer.decode(side[i]) for side in both) for i in range(len(split))}
+    assert found == set(pairs)
+
+
+def test_pairs_too_long_or_empty_are_left_out_of_training_alone(tmp_path: Path) -> None:
+    rows = [{"source": "a" * n, "target": "b"} for n in (0, 1, 7, 8, 50)]
+    jsonl(tmp_path / "train.jsonl", *rows)
+    jsonl(tmp_path / "test.jsonl", *rows)
+    data = read(tmp_path, context=8)
+    assert (len(data.train), len(data.test)) == (2, 5)
+    assert data.notes == ("left out 3 empty pairs or pairs of over 8 tokens",)
+    assert "no training sample has at most data.context = 2 tokens" in error(tmp_path, context=2)
+
+
+# ---- tasks ----
+
+
+def texts_of(data: DataSet, sample: int) -> list[str]:
+    """The sequences of a training sample, special tokens as signs."""
+    tokenizer, ids = data.tokenizer, data.train.sequences["ids"]
+    signs = {tokenizer.bos_id: "^", tokenizer.delim_id: "|", tokenizer.extract_id: "$"}
+    found = [ids[sample * ids.group + i] for i in range(ids.group)]
+    return ["".join(signs.get(i) or chr(i) for i in sequence) for sequence in found]
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "classes", "sequences"),
+    [
+        ("classification", {"text": "fine", "label": "good"}, ("bad", "good"), ["^fine$"]),
+        (
+            "entailment",
+            {"premise": "p", "hypothesis": "h", "label": "yes"},
+            ("no", "yes"),
+            ["^p|h$"],
+        ),
+        ("similarity", {"first": "a", "second": "b", "label": 1}, ("0", "1"), ["^a|b$", "^b|a$"]),
+        ("choice", {"context": "c", "choices": ["x", "y"], "answer": 1}, ("0", "1"), ["^c|x$", "^c|y$"]),
+    ],
+)
+def test_the_four_task_forms(
+    tmp_path: Path, form: str, row: dict[str, Any], classes: tuple[str, ...], sequences: list[str]
+) -> None:
+    key = "answer" if form == "choice" else "label"
+    other = row | {key: 0 if isinstance(row[key], int) else classes[0]}
+    jsonl(tmp_path / "train.jsonl", row, other)
+    jsonl(tmp_path / "test.jsonl", other)
+    data = read(tmp_path)
+    assert (data.kind, data.form, data.classes) == ("tasks", form, classes)
+    assert texts_of(data, 0) == sequences
+    assert data.train.tensors["labels"].tolist() == [1, 0]
+    assert data.test.tensors["labels"].tolist() == [0]
+
+
+def test_similarity_as_a_number(tmp_path: Path) -> None:
+    rows = ({"first": "a", "second": "b", "label": label} for label in (2.5, 4, 0))
+    data = read(jsonl(tmp_path / "a.jsonl", *rows), held_out=0.4)
+    assert data.num_classes == 0
+    both = torch.cat([data.train.tensors["targets"], data.test.tensors["targets"]])
+    assert both.flatten().sort().values.tolist() == [0, 2.5, 4]
+
+
+def test_classes_with_numbers_are_in_their_order(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *({"text": "t", "label": i % 11} for i in range(44)))
+    assert read(path).classes == tuple(map(str, range(11)))
+
+
+def test_files_of_one_part_may_have_other_classes(tmp_path: Path) -> None:
+    jsonl(tmp_path / "test.jsonl", {"text": "a", "label": "x"})
+    jsonl(tmp_path / "train-1.jsonl", {"text": "a", "label": "y"})
+    jsonl(tmp_path / "train-2.jsonl", {"text": "a", "label": "x"})
+    data = read(tmp_path)
+    assert data.classes == ("x", "y")
+    assert (len(data.train), len(data.test)) == (2, 1)
+
+
+def test_a_long_first_text_is_cut(tmp_path: Path) -> None:
+    row = {"premise": "0123456789", "hypothesis": "abc", "label": 0}
+    path = jsonl(tmp_path / "a.jsonl", row, row)
+    assert texts_of(read(path, context=10, held_out=0.5), 0) == ["^0123|abc$"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"text": "a", "label": 0}', "", '{"text": "b"'], "line 3: not JSON: Expecting ',' delimiter"),
+        (['{"text": "a", "label": 0}', '["b"]'], "line 2: is a list, where a row is {...}"),
+        (
+            ['{"text": "a", "label": 0}', '{"text": "b", "labl": 1}'],
+            "line 2: has no 'label'. Did you mean 'labl'? A row here has text, label.",
+        ),
+        (['{"text": "a", "label": 0}', '{"text": 5, "label": 1}'], "line 2: 'text' is 5, not a text"),
+        (['{"sorce": "a", "target": "b"}'], "line 1: has the keys sorce, target, where one of these sets"),
+        (['{"sorce": "a", "target": "b"}'], "Did you mean 'source'?"),
+        (['{"context": "a", "choices": ["b"], "answer": 0}'], "'choices' is [\"b\"], not a list of two"),
+        (['{"context": "a", "choices": ["b", "c"], "answer": 2}'], "line 1: answer 2 is none of 0, 1."),
+        (
+            [
+                '{"context": "a", "choices": ["b", "c"], "answer": 0}',
+                '{"context": "a", "choices": ["b", "c", "d"], "answer": 1}',
+            ],
+            "line 2: has 3 choices, and the first row has 2",
+        ),
+        (
+            ['{"first": "a", "second": "b", "label": 0.5}', '{"first": "a", "second": "b", "label": "x"}'],
+            "line 2: label 'x' is no number",
+        ),
+        ([""], "has no rows"),
+        (['{"text": "a\\ud800", "label": 0}'], "line 1: 'text' is no valid Unicode"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, lines: list[str], message: str) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join(lines) + "\n")
+    assert (found := error(path)).startswith(str(path))
+    assert message in found
+
+
+def test_a_label_that_training_does_not_know(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", {"text": "a", "label": "good"}, {"text": "b", "label": "bad"})
+    path = jsonl(tmp_path / "test.jsonl", {"text": "a", "label": "godo"})
+    assert f"{path}, line 1: label 'godo' is none of bad, good. Did you mean 'good'?" in error(tmp_path)
+
+
+def test_a_tsv_line_without_a_tab(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", "a\tb\nc d\n")
+    assert f"{path}, line 2: has 1 of 2 columns parted by tabs" in error(path)
+
+
+# ---- the Hub ----
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    datasets.disable_progress_bars()
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_images_in_the_format_of_the_hub(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    folder = tmp_path / "owner" / "pets"
+    (folder / "data").mkdir(parents=True)
+    for part, n in (("train", 4), ("test", 2)):
+        arrays = [np.full((5, 4), 10 * i, np.uint8) for i in range(n)]
+        rows = {"image": [Image.fromarray(a) for a in arrays], "label": [i % 2 for i in range(n)]}
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features).to_parquet(
+            folder / "data" / f"{part}-00000-of-00001.parquet"
+        )
+    data = read(f"hub:{folder}")
+    assert (data.name, data.kind, data.classes) == ("pets", "images", ("cat", "dog"))
+    assert data.train.tensors["inputs"].shape == (4, 1, 5, 4)  # grey as they are
+    assert data.train.tensors["inputs"][:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+    assert data.test.tensors["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_texts_in_the_format_of_the_hub(tmp_path: Path) -> None:
+    jsonl(
+        tmp_path / "books" / "train.jsonl",
+        *({"translation": {"de": f"d{i}", "en": f"e{i}"}} for i in range(5)),
+    )
+    jsonl(tmp_path / "books" / "validation.jsonl", {"translation": {"de": "dv", "en": "ev"}})
+    data = read(f"hub:{tmp_path / 'books'}", pair=["en", "de"])
+    assert (data.kind, len(data.train), len(data.test)) == ("pairs", 5, 1)
+    assert data.tokenizer.decode(data.test.sequences["target"][0]) == "dv"
+    assert "train, row 1: has the keys translation, de, en" in error(f"hub:{tmp_path / 'books'}")
+
+
+@pytest.mark.parametrize("source", ["hub:sums", "hub:", "hub:../x/y"])
+def test_a_name_the_hub_cannot_have(source: str) -> None:
+    assert f"{source}: not understood. A data set on the Hub is hub:OWNER/NAME" in error(source)
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*names: Any) -> None:
+        raise ConnectionError("Couldn't reach it.\nSee above")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert error("hub:me/sums") == (
+        "hub:me/sums: cannot be loaded: Couldn't reach it. Check the name and the network, or name a file."
+    )
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source": ""}, "data.source: must name"),
+        ({"format": "csv"}, "data.format: 'csv' is none of auto, idx"),
+        ({"held_out": 1.0}, "data.held_out: 1.0 must lie between"),
+        ({"limit": 1}, "data.limit: must be at least 2"),
+        ({"pair": ["de"]}, "data.pair"),
+        ({"pair": ["de", "de"]}, "data.pair"),
+        ({"vocab_size": 256}, "data.vocab_size"),
+        ({"context": 0}, "data.context"),
+        ({"img_size": 0}, "data.img_size"),
+        ({"batch_tokens": -1}, "data.batch_tokens"),
+        ({"split_seed": -1}, "data.split_seed"),
+    ],
+)
+def test_impossible_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**({"source": "digits"} | values))  # type: ignore[arg-type]
+
+
+def test_settings_stand_in_yaml() -> None:
+    values = {"source": "digits", "limit": 1e2, "augment": {"shift": 2}, "pair": ["de", "en"]}
+    settings = config.build(DataConfig, values, {"augment.flip": True}, "a.yaml")
+    assert settings.limit == 100
+    assert settings.augment == AugmentConfig(shift=2, flip=True)
+    with pytest.raises(LabError, match=r"unknown key 'augment.flop'. Did you mean 'augment.flip'"):
+        config.build(DataConfig, {"source": "digits", "augment": {"flop": True}}, {}, "a.yaml")
+
+
+def test_settings_that_do_not_fit_the_data(tmp_path: Path) -> None:
+    assert "data.augment: is for images, and iris holds table" in error(
+        "iris", augment=AugmentConfig(flip=True)
+    )
+    path = write(tmp_path / "a.txt", "text")
+    assert "data.format = 'idx' is of a folder" in error(path, format="idx")
+    assert "data.format = 'npz' is of a file" in error(tmp_path, format="npz")

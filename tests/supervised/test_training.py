@@ -1,0 +1,273 @@
+"""The one loop on every objective: it learns, resumes exactly, judges the right weights and never waits."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lab import config
+from lab.device import Compute
+from lab.errors import LabError
+from lab.run import Run
+from lab.tracking import read_metrics
+from supervised import objectives
+from supervised.config import SupervisedRun, run_config_class
+from supervised.data import load
+from supervised.objectives.base import Objective
+from supervised.pipeline import SupervisedPipeline
+from supervised.trainer import Trainer
+from tests.host_reads import HostReads
+
+CPU = Compute(torch.device("cpu"), "fp32", 1, "test")
+SMALL: dict[str, Any] = {
+    "device": {"device": "cpu", "precision": "fp32", "threads": 1},
+    "tracking": {"wandb": "disabled"},
+    "log_every_steps": 1,
+    "checkpoint": {"every_epochs": 0.01, "keep": 100},
+    "max_steps": 8,
+    "epochs": 100.0,
+}
+GPT = {"width": 16, "n_layer": 1, "n_head": 2}
+WORDS = (
+    "the cat sat on the mat",
+    "a dog ran to the sea",
+    "two birds flew over a hill",
+    "she read a long book",
+)
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def text(folder: Path) -> dict[str, Any]:
+    (folder / "text.txt").write_text("\n".join(f"{i}: {WORDS[i % 4]}" for i in range(200)))
+    return {
+        "objective": {"name": "language_model"},
+        "data": {"source": str(folder / "text.txt"), "context": 16},
+        "model": {"backbone": "gpt", "spec": {**GPT, "dropout": 0.1}},
+        "batch_size": 8,
+    }
+
+
+def pairs(folder: Path) -> dict[str, Any]:
+    rows = [{"source": f"{word} {i}", "target": f"{i} {word}"} for i in range(10) for word in WORDS]
+    return {
+        "objective": {"name": "translation"},
+        "data": {"source": str(write_rows(folder, rows)), "context": 64},
+        "model": {"backbone": "transformer", "spec": {"width": 16, "n_layer": 1, "n_head": 2}},
+        "batch_size": 8,
+        "eval": {"every_epochs": 1.5},
+    }
+
+
+def task(folder: Path) -> dict[str, Any]:
+    rows = [
+        {"text": f"{word} {i}", "label": str(label)} for i in range(10) for label, word in enumerate(WORDS)
+    ]
+    return {
+        "objective": {"name": "text_task", "language_model_weight": 0.5},
+        "data": {"source": str(write_rows(folder, rows)), "context": 40},
+        "model": {"backbone": "gpt", "spec": GPT},
+        "batch_size": 8,
+    }
+
+
+def digits(folder: Path) -> dict[str, Any]:
+    return {
+        "objective": {"name": "classification", "label_smoothing": 0.1},
+        "data": {"source": "digits", "limit": 200, "augment": {"shift": 1, "mixup": 0.2}},
+        "model": {"backbone": "nature_cnn", "spec": {"width": 16}, "dropout": 0.2},
+        "batch_size": 32,
+        "accumulate": 2,
+        "ema_decay": 0.9,
+        "optimizer": {"max_grad_norm": 1.0, "weight_decay": 0.1},
+    }
+
+
+def rows_of_digits(folder: Path) -> dict[str, Any]:
+    return {
+        "objective": {"name": "classification", "rows": True},
+        "data": {"source": "digits", "limit": 200},
+        "model": {"backbone": "lstm", "spec": {"hidden": 16}},
+        "batch_size": 32,
+    }
+
+
+def table(folder: Path) -> dict[str, Any]:
+    return {
+        "objective": {"name": "regression"},
+        "data": {"source": "diabetes"},
+        "model": {"backbone": "mlp", "spec": {"hidden": [8]}},
+        "batch_size": 0,
+        "optimizer": {"name": "sgd", "momentum": 0.9, "schedule": "linear"},
+    }
+
+
+PROBLEMS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "classification": digits,
+    "rows": rows_of_digits,
+    "regression": table,
+    "language model": text,
+    "translation": pairs,
+    "text task": task,
+}
+each_problem = pytest.mark.parametrize("problem", PROBLEMS)
+
+
+def settings_of(values: Mapping[str, Any], **more: Any) -> SupervisedRun:
+    whole = config.merge(config.merge(SMALL, values), more)
+    return config.build(run_config_class(whole, lambda _: "test"), whole, {}, "test")
+
+
+def objective_of(settings: SupervisedRun) -> Objective:
+    torch.manual_seed(settings.seed)
+    return objectives.make(settings, load(settings.data))
+
+
+def trained(settings: SupervisedRun, folder: Path, resume: bool = False) -> Run:
+    SupervisedPipeline().train(settings, folder, resume)
+    return Run.open(folder)
+
+
+def without_times(run: Run) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("time/", "_time"))}
+        for row in read_metrics(run.metrics)
+    ]
+
+
+@each_problem
+def test_a_run_killed_and_resumed_ends_as_one_never_stopped(problem: str, tmp_path: Path) -> None:
+    settings = settings_of(PROBLEMS[problem](tmp_path))
+    whole = trained(settings, tmp_path / "whole")
+    assert whole.info["state"] == "finished"
+    killed = Path(shutil.copytree(tmp_path / "whole", tmp_path / "killed", symlinks=True))
+    for path in sorted(killed.glob("checkpoints/step_*"))[3:]:  # it went on a little after the third
+        shutil.rmtree(path)
+    (killed / "run.json").write_text((killed / "run.json").read_text().replace('"finished"', '"running"'))
+    resumed = trained(settings, killed, resume=True)
+    assert without_times(resumed) == without_times(whole)
+    last = f"checkpoints/step_{8:012d}"
+    for file in sorted((whole.folder / last).glob("*.safetensors")):
+        mine, theirs = load_file(file), load_file(killed / last / file.name)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), file.name
+
+
+@each_problem
+def test_it_learns_and_leaves_numbers_and_figures(problem: str, tmp_path: Path) -> None:
+    values = PROBLEMS[problem](tmp_path)
+    rate = {"regression": 0.1, "classification": 2e-3}.get(problem, 1e-2)
+    quiet = {"checkpoint": {"every_epochs": 1e6}, "eval": {"every_epochs": 1e6}}
+    if problem == "classification":
+        values["data"] = {"source": "digits", "limit": 200}  # what is mixed cannot be told apart
+    optimizer = {**values.get("optimizer", {}), "learning_rate": rate}
+    settings = settings_of({**values, **quiet}, max_steps=60, optimizer=optimizer)
+    run = trained(settings, tmp_path / "run")
+    losses = [row["train/loss"] for row in read_metrics(run.metrics) if "train/loss" in row]
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    objective = objective_of(settings)
+    assert f"eval/best_{objective.headline}" in run.info["summary"]
+    assert list((tmp_path / "run" / "media").iterdir()) or problem == "text task"
+    for picture in (tmp_path / "run" / "media").glob("*.png"):
+        assert picture.stat().st_size > 2000
+
+
+@each_problem
+def test_a_step_on_the_meta_device(problem: str, tmp_path: Path) -> None:
+    """A tensor left on the CPU, or a number read back, would be an error there."""
+    objective = objective_of(settings_of(PROBLEMS[problem](tmp_path)))
+    batch = next(objective.batches("train", torch.device("meta")).epoch(0))
+    model = objective.players["model"].to("meta").train()
+    loss = objective.loss("model", batch)
+    loss.value.backward()
+    assert loss.value.device.type == "meta"
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@each_problem
+def test_an_update_never_waits_for_the_device(problem: str, tmp_path: Path) -> None:
+    settings = settings_of(PROBLEMS[problem](tmp_path), optimizer={"max_grad_norm": 1.0})
+    objective = objective_of(settings)
+    trainer = Trainer(objective, objective.batches("train", CPU.device), settings, CPU)
+    steps = trainer.iterate()
+    next(steps)
+    with HostReads() as reads:
+        next(steps)
+    assert not reads.seen
+
+
+def test_the_average_is_what_is_judged_and_kept(tmp_path: Path) -> None:
+    settings = settings_of(digits(tmp_path), ema_decay=0.5)
+    run = trained(settings, tmp_path / "run")
+    last = load_file(run.checkpoints / "latest" / "average.safetensors")
+    best = load_file(run.checkpoints / "best" / "model.safetensors")
+    current = load_file(run.checkpoints / "latest" / "model.safetensors")
+    assert best.keys() == last.keys() == current.keys()
+    assert not torch.equal(last["model.head.weight"], current["model.head.weight"])
+
+
+def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
+    plain = {**digits(tmp_path), "data": {"source": "digits", "limit": 200}, "model": {"backbone": "mlp"}}
+    weights = []
+    for parts in (1, 4):
+        settings = settings_of(plain, accumulate=parts)
+        objective = objective_of(settings)
+        trainer = Trainer(objective, objective.batches("train", CPU.device), settings, CPU)
+        for _ in trainer.iterate():
+            pass
+        weights.append(trainer.weights(judged=False))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_another_config_than_before_is_refused(tmp_path: Path) -> None:
+    settings = settings_of(table(tmp_path))
+    trained(settings, tmp_path / "run")
+    with pytest.raises(LabError, match=r"was started with batch_size = 0, now it is 16"):
+        trained(dataclasses.replace(settings, batch_size=16), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"objective": {"name": "regression"}}, "holds images, and regression learns from table"),
+        ({"model": {"backbone": "resnet5"}}, "no such backbone. Did you mean"),
+        ({"model": {"backbone": "mlp", "spec": {"hiden": [3]}}}, "Did you mean 'hidden'"),
+        ({"model": {"backbone": "mlp", "spec": {"img_size": 8}}}, "follows from the data"),
+        ({"data": {"source": "digitz"}}, "no such data set"),
+        ({"model": {"backbone": "mlp", "start_from": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(values: dict[str, Any], words: str, tmp_path: Path) -> None:
+    base = {**digits(tmp_path), "data": {"source": "digits", "limit": 50}}
+    with pytest.raises(LabError) as caught:
+        trained(settings_of({**base, **values}), tmp_path / "run")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_goes_on_from_another_run_and_is_named_as_its_parent(tmp_path: Path) -> None:
+    first = trained(settings_of(text(tmp_path)), tmp_path / "pretrained")
+    values = task(tmp_path)
+    values["model"] = {**values["model"], "start_from": str(first.folder)}
+    frozen = load_file(first.checkpoints / "best" / "model.safetensors")
+    for adapt in ("full", "probe", "lora"):
+        values["model"]["adapt"] = adapt
+        run = trained(settings_of(values), tmp_path / adapt)
+        assert [parent["run_id"] for parent in run.info["parents"]] == [first.info["id"]]
+        after = load_file(run.checkpoints / "latest" / "model.safetensors")
+        for name, before in frozen.items():
+            kept = after.get(name, after.get(name.replace(".weight", ".base_layer.weight")))
+            assert kept is not None
+            assert torch.equal(kept, before) == (adapt != "full"), (adapt, name)
