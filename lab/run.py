@@ -163,8 +163,8 @@ class Run:
             if not key.startswith(may_change):
                 self._release_lock()
                 raise LabError(
-                    f"{self.folder}: was started with {key} = {before!r}, now it is {now!r}. Resume with the same "
-                    "config, or start another run with --out."
+                    f"{self.folder}: was started with {key} = {before!r}, now it is {now!r}. Resume with the "
+                    "same config, or start another run with --out."
                 )
 
     def continue_from(self, metrics_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What can be set of a supervised run. Imports nothing heavy: a mistake is reported before torch is loaded."""
+"""What can be set of a supervised run. Imports nothing heavy: mistakes are found before torch is loaded."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

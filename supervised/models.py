@@ -49,8 +49,8 @@ def _start_from(backbone: nn.Module, folder: Path) -> dict[str, str]:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise LabError(
-            f"model.start_from = {folder}: its backbone is another one ({first}). Use the same model.backbone and "
-            "model.spec, and data of the same shape."
+            f"model.start_from = {folder}: its backbone is another one ({first}). Use the same "
+            "model.backbone and model.spec, and data of the same shape."
         ) from None
     return {"run_id": run.info["id"], "stage": "pretraining", "sha256": checkpoint.weights_hash(saved.path)}
 

@@ -86,7 +86,7 @@ class RunningAverage:
         """Takes in the weights behind update `n_updates`, counted from 1."""
         decay = min(self.decay, (1 + n_updates) / (10 + n_updates))
         averaged, current = _both(self.module.parameters(), module.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_lerp_(averaged, current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         averaged, current = _both(self.module.buffers(), module.buffers())
         for a, b in zip(averaged, current, strict=True):
             a.copy_(b)

@@ -40,7 +40,7 @@ class SupervisedPipeline:
     def smoke(self, values: Mapping[str, Any]) -> dict[str, Any]:
         never = {"every_epochs": 1e6}
         problem, data, model = (values.get(key) or {} for key in ("objective", "data", "model"))
-        source = SMOKE_DATA.get(problem.get("name"))
+        source = SMOKE_DATA.get(str(problem.get("name")))
         kept = ("augment", "context", "batch_tokens", "tokenizer", "vocab_size")
         about = {key: data[key] for key in kept if key in data}
         size = {"img_size": 28} if source == "digits" else {}

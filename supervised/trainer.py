@@ -66,8 +66,9 @@ class Trainer:
         AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(cpu=compute.device.type == "cpu", device_placement=False)
         for module in objective.players.values():
-            kernels = any(p.dim() == 4 for p in module.parameters())  # of convolutions
-            module.to(compute.device, memory_format=torch.channels_last if kernels else torch.preserve_format)
+            module.to(compute.device)
+            if any(p.dim() == 4 for p in module.parameters()):  # kernels of convolutions
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.bare = dict(objective.players)
         """The players without what the loop wraps around them."""
         self.optimizers = {

@@ -1,4 +1,4 @@
-"""Data sets made by code, of what every machine has: tasks about Python's own library, and numbers in words."""
+"""Data sets made by code of what every machine has: tasks about Python's library, numbers in words."""
 
 import itertools
 from collections import defaultdict

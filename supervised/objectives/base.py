@@ -53,11 +53,17 @@ class Objective(ABC):
     def batches(self, part: str, device: torch.device) -> Batches:
         """The batches of "train", shuffled, or of "test", in order."""
         s, d = self.settings, self.settings.data
-        more = {"context": d.context, "batch_tokens": d.batch_tokens}
-        if part == "train":
-            return Batches(self.data.train, s.batch_size, device, seed=s.seed, drop_last=True, **more)
-        size = s.eval.batch_size or s.batch_size
-        return Batches(self.data.test, size, device, shuffle=False, **more)
+        train = part == "train"
+        return Batches(
+            self.data.train if train else self.data.test,
+            s.batch_size if train else s.eval.batch_size or s.batch_size,
+            device,
+            seed=s.seed,
+            shuffle=train,
+            drop_last=train,
+            context=d.context,
+            batch_tokens=d.batch_tokens,
+        )
 
     def turns(self, step: int) -> Sequence[str]:
         """The players whose weights move in this step, one after the other."""
@@ -90,6 +96,6 @@ def require_kind(data: DataSet, kinds: Sequence[str], objective: str) -> None:
     """Raises unless the data are of one of these kinds."""
     if data.kind not in kinds:
         raise LabError(
-            f"data.source = {data.name!r}: holds {data.kind}, and {objective} learns from {' or '.join(kinds)}. "
-            "Name another data set, or another objective.name."
+            f"data.source = {data.name!r}: holds {data.kind}, and {objective} learns from "
+            f"{' or '.join(kinds)}. Name another data set, or another objective.name."
         )

@@ -88,5 +88,6 @@ class TextTask(Objective):
         if key == "labels":
             right = (logits.argmax(1) == wanted).float().mean()
             return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, wanted))}
-        both = torch.stack((logits[:, 0], wanted.float()))
-        return {"pearson": float(torch.corrcoef(both)[0, 1]), "loss": float(F.mse_loss(*both))}
+        found, wanted = logits[:, 0], wanted.float()
+        pearson = torch.corrcoef(torch.stack((found, wanted)))[0, 1]
+        return {"pearson": float(pearson), "loss": float(F.mse_loss(found, wanted))}

@@ -123,8 +123,7 @@ class Translation(Objective):
         asked = torch.tensor([[*self.tokens.encode(THE_ANIMAL), self.tokens.eos_id]], device=device)
         first = source[:1, : int((source[0] != self.tokens.pad_id).sum())]
         for name, ids in (("attention", first), ("attention_the_animal", asked)):
-            for kind, path in self._draw_attention(players, ids, folder, name):
-                yield kind, path
+            yield from self._draw_attention(players, ids, folder, name)
 
     def _draw_attention(
         self, players: Players, source: Tensor, folder: Path, name: str
