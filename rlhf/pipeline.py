@@ -39,6 +39,26 @@ JOB_TYPES = {"sft": "sft", "collect": "collect", "reward": "rm", "ppo": "ppo", "
 RESULTS = {"collect": "rankings.jsonl", "eval": "evaluation.json"}
 """What a stage leaves; all others leave model/."""
 
+SMOKE: dict[str, Any] = {
+    "name": "smoke",
+    "model": {
+        "path": "labgpt",
+        "labgpt": {"width": 16, "n_layer": 1, "n_head": 2, "mlp_width": 32},
+        "tokenizer": "",
+    },
+    "data": {
+        **{"demonstrations": "reviews", "comparisons": "collect", "prompts": "", "eval_prompts": ""},
+        **{"max_length": 128, "max_new_tokens": 16},
+    },
+    "sft": {"epochs": 0.1, "batch_size": 32, "micro_batch_size": 0},
+    "collect": {"labeler": {"name": "vader"}, "answers": 4, "rounds": 1, "max_prompts": 24},
+    "reward": {"epochs": 1.0, "batch_size": 8, "micro_batch_size": 0},
+    "ppo": {"rollouts": 2, "rollout_size": 16, "batch_size": 8, "micro_batch_size": 4, "epochs": 1.0},
+    "eval": {"prompts": 4, "samples": 2, "best_of": 2},
+    "tracking": {"wandb": "disabled"},
+}
+"""What `--smoke` sets: every stage of a config in seconds, on a model and data of our own."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -118,6 +138,11 @@ class RLHFPipeline:
 
     def config_class(self, values: Mapping[str, Any], source_of: Callable[[str], str]) -> type:
         return RLHFRun
+
+    def smoke(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        merged = config.merge(values, SMOKE)
+        merged["model"]["labgpt"] = SMOKE["model"]["labgpt"]
+        return {**merged, "collect": SMOKE["collect"]}
 
     def train(self, config_: RLHFRun, folder: Path | None, resume: bool) -> None:
         """All stages that are not finished yet; `lab rlhf` has more options."""

@@ -492,7 +492,8 @@ class PPOTrainer(GRPOTrainer):
     def _computing(self, packed: Sequences) -> Iterator[None]:
         """Number format and attention for a forward pass."""
         precision = "bf16" if self.args.bf16 and torch.is_grad_enabled() else "fp32"
-        attention = attention_to_learn(packed.ids.device.type, precision, packed.ids.shape[1])
+        n_tokens, checkpointed = packed.ids.shape[1], self.args.gradient_checkpointing
+        attention = attention_to_learn(packed.ids.device.type, precision, n_tokens, checkpointed)
         with self.accelerator.autocast(), attention:
             yield
 

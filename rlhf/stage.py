@@ -142,7 +142,8 @@ class StageTrainer:
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         a, ids = self.args, inputs.get("input_ids")  # type: ignore[attr-defined]
         n_tokens = ids.shape[-1] if ids is not None else sys.maxsize
-        with attention_to_learn(a.device.type, "bf16" if a.bf16 else "fp32", n_tokens):
+        precision = "bf16" if a.bf16 else "fp32"
+        with attention_to_learn(a.device.type, precision, n_tokens, a.gradient_checkpointing):
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:

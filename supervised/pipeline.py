@@ -13,19 +13,8 @@ from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from supervised import backbones
+from supervised import backbones, smoke
 from supervised.config import SupervisedRun, run_config_class
-
-SMOKE_DATA = {
-    "classification": "digits",
-    "language_model": "python_library",
-    "regression": "diabetes",
-    "text_task": "python_origin",
-    "translation": "number_words",
-}
-"""What is on every machine, for `lab train CONFIG --smoke`."""
-
-SMOKE_SAMPLES = 5_000
 
 # What may change between the sessions of one run: none of it alters what was computed so far.
 MAY_CHANGE = ("eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name")
@@ -38,19 +27,7 @@ class SupervisedPipeline:
         return run_config_class(values, source_of)
 
     def smoke(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        never = {"every_epochs": 1e6}
-        problem, data, model = (values.get(key) or {} for key in ("objective", "data", "model"))
-        source = SMOKE_DATA.get(str(problem.get("name")))
-        kept = ("augment", "context", "batch_tokens", "tokenizer", "vocab_size")
-        about = {key: data[key] for key in kept if key in data}
-        size = {"img_size": 28} if source == "digits" else {}
-        return {
-            **values,
-            **{"max_steps": 3, "log_every_steps": 1, "compile": False, "tracking": {"wandb": "disabled"}},
-            **{"eval": never, "checkpoint": never},
-            "data": {**about, **size, "source": source or data.get("source"), "limit": SMOKE_SAMPLES},
-            "model": {**model, "start_from": None},
-        }
+        return smoke.smoke(values)
 
     def train(self, config_: SupervisedRun, folder: Path | None, resume: bool) -> None:
         """Everything that can be wrong is found before torch is loaded or anything is written."""

@@ -1,5 +1,6 @@
 """The sources of this Python's standard library: real text that is on every machine."""
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -9,4 +10,8 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 def library_files() -> tuple[Path, list[Path]]:
     """The library's folder, and its files, sorted, without tests and what was installed."""
     root = Path(sysconfig.get_path("stdlib"))
-    return root, [p for p in sorted(root.rglob("*.py")) if not LEFT_OUT & set(p.relative_to(root).parts)]
+    found: list[Path] = []
+    for folder, below, files in os.walk(root):
+        below[:] = set(below) - LEFT_OUT
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return root, sorted(found)

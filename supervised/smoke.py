@@ -1,0 +1,51 @@
+"""Any config as a run of seconds: does it all work here?"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from supervised.data import sources
+
+STAND_INS = {
+    "classification": "digits",
+    "language_model": "python_library",
+    "regression": "diabetes",
+    "text_task": "python_origin",
+    "translation": "number_words",
+}
+"""By objective, data that is on every machine."""
+
+MAY_BE_MISSING = ("fashion_mnist",)
+STEPS, BATCH, CONTEXT = 3, 8, 64
+SAMPLES, CHARACTERS = 300, 20_000
+KEPT = ("augment", "batch_tokens", "tokenizer", "vocab_size")
+"""Of the data's settings, where the data is replaced."""
+
+
+def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The raw config with few steps on little data that is there; model, objective and optimiser stay."""
+    data, model = (values.get(key) or {} for key in ("data", "model"))
+    source = str(data.get("source"))
+    if source not in sources.names() or source in MAY_BE_MISSING:
+        source = STAND_INS.get(str((values.get("objective") or {}).get("name")), source)
+        data = {key: data[key] for key in KEPT if key in data}
+        data |= {"img_size": 28} if source == "digits" else {}
+    never = {"every_epochs": 1e6}
+    return {
+        **values,
+        "name": "smoke",
+        "max_steps": STEPS,
+        "batch_size": min(values.get("batch_size", BATCH), BATCH),
+        "log_every_steps": 1,
+        "compile": False,
+        "data": {
+            **data,
+            "source": source,
+            "limit": CHARACTERS if source == "python_library" else SAMPLES,
+            "context": min(data.get("context", CONTEXT), CONTEXT),
+            "batch_tokens": min(data.get("batch_tokens", 0), BATCH * CONTEXT),
+        },
+        "model": {**model, "start_from": None},
+        "eval": never,
+        "checkpoint": never,
+        "tracking": {"wandb": "disabled"},
+    }
