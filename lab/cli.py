@@ -118,6 +118,9 @@ def _build_parser() -> _Parser:
     evaluate.add_argument(
         "--seed", type=int, help="seed of the first game (game i has seed + i) or of sampling"
     )
+    evaluate.add_argument(
+        "--part", help="of the data a model learned from, e.g. test; default as in the run's config"
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     play = command("play", _play, "Film a trained agent, its Q-values drawn beside the screen.")

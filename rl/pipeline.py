@@ -57,7 +57,9 @@ class RLPipeline:
         train(settings, folder, run, saved, mode, why)
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
-        refuse_options(options, ("prompts", "samples"), "is for language models; this run plays games")
+        refuse_options(
+            options, ("prompts", "samples", "part"), "is for models of data and text; this run plays games"
+        )
         run = Run.open(folder)
         checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
         quiet_threads()

@@ -1,5 +1,6 @@
 """A finished or running run judged again on the held-out data."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,15 @@ def run_config(run: Run) -> SupervisedRun:
     return config.build(run_config_class(values, lambda _: source), values, {}, source)
 
 
-def open_objective(run: Run, saved: Checkpoint, device: torch.device) -> Objective:
-    """The objective of a run with a checkpoint's weights: averaged, where there is an average."""
+def open_objective(run: Run, saved: Checkpoint, device: torch.device, part: str | None = None) -> Objective:
+    """The objective of a run with a checkpoint's weights: averaged, where there is an average.
+
+    `part` of the data is to be the one to judge by; None: as in the run's config.
+    """
     settings = run_config(run)
+    settings = replace(settings, model=replace(settings.model, start_from=None))  # a checkpoint has it all
+    if part is not None:
+        settings = replace(settings, data=replace(settings.data, evaluate_on=part))
     objective = objectives.make(settings, load(settings.data, run.folder))
     files = {path.stem for path in saved.path.glob("*.safetensors")}
     weights = saved.tensors("average" if "average" in files else "model")
@@ -33,15 +40,21 @@ def open_objective(run: Run, saved: Checkpoint, device: torch.device) -> Objecti
     return objective
 
 
-def evaluate_run(run: Run, saved: Checkpoint) -> dict[str, Any]:
-    """Evaluates a checkpoint on the run's held-out data; returns one JSON object."""
+def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[str, Any]:
+    """Evaluates a checkpoint on a part of the run's data, else on its held-out one; returns one JSON object.
+
+    Raises:
+        LabError: there is no such part, or the data are gone.
+    """
     compute = resolve(run_config(run).device)
-    objective = open_objective(run, saved, compute.device)
+    objective = open_objective(run, saved, compute.device, part)
     with torch.inference_mode(), compute.autocast():
         numbers = objective.evaluate(objective.players, objective.batches("test", compute.device).epoch(0))
     return {
         "run": str(run.folder),
         "data": objective.data.name,
+        "part": part or objective.settings.data.evaluate_on,
+        "data_sha256": objective.data.sha256,
         "checkpoint": saved.path.name,
         "step": saved.state.get("step", saved.state.get("trainer", {}).get("step")),
         "eval": numbers,

@@ -1,6 +1,6 @@
 """Pictures of what a model was shown, made and learned."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,21 +75,29 @@ def confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Path:
     return path
 
 
-def curves(
-    path: Path, lines: dict[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False
-) -> Path:
-    """Lines by name, (xs, ys) each."""
-    with drawn(path, 6, 3.8) as figure:
-        axes = figure.add_subplot()
-        for color, (name, (xs, ys)) in zip(
-            (BLUE, ORANGE, GREY, "#3a8f5c", "#a04fa0"), lines.items(), strict=False
-        ):
-            axes.plot(xs, ys, color=color, label=name)
-        axes.set(xlabel=x, ylabel=y, **({"yscale": "log"} if log else {}))
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+def learning_curve(path: Path, rows: Sequence[Mapping[str, Any]], headline: str) -> Path:
+    """A run's losses and its headline over optimiser steps.
+
+    Args:
+        rows: of metrics.jsonl.
+        headline: the evaluation's number that counts, e.g. "accuracy".
+    """
+
+    def line(axes: Any, key: str, color: str, label: str, **style: Any) -> None:
+        points = [(row["global_step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
+
+    names = ["loss"] + [headline] * (headline != "loss")
+    with drawn(path, 5 * len(names), 3.6) as figure:
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            line(axes, f"train/{name}", BLUE, "training", linewidth=1)
+            line(axes, f"eval/{name}", ORANGE, "held-out", marker="o", markersize=3)
+            axes.set(xlabel="optimiser steps", ylabel=name.replace("_", " "))
+            axes.grid(alpha=0.25)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+            axes.legend(fontsize=8)
     return path
 
 
@@ -109,6 +117,18 @@ def attention(
         axes.set_xticks(range(len(columns)), map(_label, columns), rotation=60, ha="right", fontsize=8)
         axes.set_yticks(range(len(rows)), map(_label, rows), fontsize=8)
         axes.set_title(title, fontsize=9)
+    return path
+
+
+def heat(path: Path, images: np.ndarray, maps: np.ndarray, columns: int = 8) -> Path:
+    """Images (n, channels, height, width) with where a model looked, maps (n, rows, columns), over them."""
+    rows = -(-len(images) // columns)
+    with drawn(path, 1.1 * columns, 1.1 * rows) as figure:
+        for i, (image, weights) in enumerate(zip(images, maps, strict=True)):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            _show(axes, image)
+            extent = (-0.5, image.shape[2] - 0.5, image.shape[1] - 0.5, -0.5)
+            axes.imshow(weights, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
     return path
 
 

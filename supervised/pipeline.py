@@ -64,7 +64,7 @@ class SupervisedPipeline:
         quiet_threads()
         from supervised.evaluate import evaluate_run
 
-        result = evaluate_run(run, saved)
+        result = evaluate_run(run, saved, options.part)
         path = folder / "evaluations.jsonl"
         with (
             explain_write_errors(str(path), "Free some space and try again."),
@@ -77,7 +77,7 @@ class SupervisedPipeline:
         width = max(map(len, result["eval"]))
         return "\n".join(
             [
-                f"{result['data']}, held-out part: checkpoint {result['checkpoint']}",
+                f"{result['data']}, {result['part'] or 'held-out part'}: checkpoint {result['checkpoint']}",
                 *(f"  {name:<{width}}  {value:>10.4g}" for name, value in result["eval"].items()),
             ]
         )

@@ -1,6 +1,9 @@
 """A supervised run: the trainer iterates, this file watches, records, judges and saves."""
 
+import itertools
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,8 @@ from lab.interrupt import StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
-from lab.tracking import Tracker
-from supervised import objectives
+from lab.tracking import Tracker, read_metrics
+from supervised import figures, objectives
 from supervised.config import SupervisedRun
 from supervised.data import DataSet, load
 from supervised.objectives.base import Objective
@@ -37,7 +40,9 @@ def train(
     compute = resolve(settings.device, run.info["compute"] if run is not None else None)
     data = load(settings.data, folder)  # a resumed run has its tokenizer there
     seed_everything(settings.seed)
-    objective = objectives.make(settings, data)
+    # A checkpoint has all weights: those the run once began with may be gone.
+    model = settings.model if saved is None else replace(settings.model, start_from=None)
+    objective = objectives.make(replace(settings, model=model), data)
     values = config.to_dict(settings)
     if run is None:
         run = Run.create(
@@ -206,9 +211,16 @@ class _Session:
         self.run.end("interrupted", reason=stop.signal_name)
         progress.say(f"{stop.signal_name}: saved. Continue with: lab train {self.run.folder} --resume")
 
+    def _curve(self) -> Iterator[tuple[str, Path]]:
+        """The losses of training and held-out data, and the headline, step by step."""
+        headline = self.objective.headline
+        path = self.run.media / "learning_curve.png"
+        yield "learning_curve", figures.learning_curve(path, read_metrics(self.run.metrics), headline)
+
     def _finished(self, progress: Progress) -> None:
         with self.trainer.judged() as players:
-            for name, path in self.objective.draw(players, self.held_out.epoch(0), self.run.media):
+            drawn = self.objective.draw(players, self.held_out.epoch(0), self.run.media)
+            for name, path in itertools.chain(self._curve(), drawn):
                 if path.suffix == ".png":
                     self.tracker.log_media(self.trainer.step, f"media/{name}", path)
         self.run.summarize(**{"time/elapsed_seconds": round(self._elapsed(), 1)})

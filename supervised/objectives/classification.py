@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lab.errors import LabError
 from supervised import figures
+from supervised.backbones.vit import ViT
 from supervised.classifier import Classifier
 from supervised.config import ClassificationRun
 from supervised.data import DataSet
@@ -94,9 +95,21 @@ class Classification(Objective):
             names[b] if a == b else f"{names[b]} ({names[a]})" for a, b in zip(labels, found, strict=True)
         ]
         yield "samples", figures.image_grid(folder / "samples.png", images.cpu().numpy(), titles, wrong=wrong)
+        looks = self._where_it_looks(players["model"], images)
+        if looks is not None:
+            yield "attention", figures.heat(folder / "attention.png", images.cpu().numpy(), looks)
         kernels = _first_kernels(players["model"])
         if kernels is not None:
             yield "filters", figures.filters(folder / "filters.png", kernels)
+
+    def _where_it_looks(self, model: Any, images: Tensor) -> np.ndarray | None:
+        """Of a ViT: how much each patch is attended to in the last block, (n, rows, columns)."""
+        if not isinstance(model.backbone, ViT):
+            return None
+        maps = model.backbone.attention_maps(self.normalize(images))[:, -1].float().mean(1)
+        rows, columns = (n // model.backbone.patches.stride[0] for n in images.shape[2:])
+        looks = maps[:, 0, 1:] if model.backbone.class_token is not None else maps.mean(1)
+        return looks.unflatten(1, (rows, columns)).cpu().numpy()
 
     def spec(self) -> dict[str, Any]:
         return {"classes": list(self.data.classes), **self.normalize.spec()}

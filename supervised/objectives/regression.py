@@ -1,15 +1,12 @@
 """Numbers from numbers, by least squares."""
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab.tracking import read_metrics
-from supervised import figures
 from supervised.classifier import Classifier
 from supervised.config import SupervisedRun
 from supervised.data import DataSet
@@ -51,21 +48,6 @@ class Regression(Objective):
         error = (found - targets).square().mean()
         variance = (targets - targets.mean(0)).square().mean()
         return {"r2": float(1 - error / variance), "loss": float(error)}
-
-    def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
-        """The cost falling, step by step."""
-        lines = {}
-        for name, key in (("training", "train/loss"), ("held-out", "eval/loss")):
-            rows = [row for row in read_metrics(folder.parent / "metrics.jsonl") if key in row]
-            lines[name] = ([row["global_step"] for row in rows], [row[key] for row in rows])
-        path = figures.curves(
-            folder / "cost.png",
-            lines,
-            "optimiser steps",
-            "mean squared error, shares of the variance",
-            log=True,
-        )
-        yield "cost", path
 
     def spec(self) -> dict[str, Any]:
         return {"inputs": self.inputs.spec(), "targets": self.targets.spec()}
