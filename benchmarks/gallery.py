@@ -21,17 +21,16 @@ def page(results: Path = RESULTS, place: Path = PAGE.parent) -> str:
     lines = [
         "# Gallery",
         "",
-        "Every result of `supervised/` with its figures, then the curves of agents and of language models learned",
-        "from preferences. Written by `python -m benchmarks.gallery` from the files in benchmarks/results/, which",
-        "hold config, numbers, curve, commit and machine. Numbers are of the weights a run ended with, on data it",
-        "did not learn from.",
+        "Every result of `supervised/` with its figures, then the curves of agents and of language models",
+        "learned from preferences. Written by `python -m benchmarks.gallery` from the files in",
+        "benchmarks/results/, which hold config, numbers, curve, commit and machine. Numbers are of the",
+        "weights a run ended with, on data it did not learn from.",
         "",
         "| config | result | training |",
         "|---|---|---|",
     ]
     for path, result in learned.items():
-        for run in result["runs"]:
-            lines.append(f"| {_label(path, run)} | {_headline(run)} | {_minutes(run)} |")
+        lines += [f"| {_label(path, run)} | {_headline(run)} | {_minutes(run)} |" for run in result["runs"]]
     for path, result in learned.items():
         lines += ["", f"## {path.stem}", "", _purpose(path.stem), "", f"`{result['command']}`", ""]
         lines += _numbers(result["runs"])

@@ -1,12 +1,14 @@
-"""Training steps a second: our loop beside transformers' Trainer, a plain DataLoader loop and nanoGPT's model.
+"""Training steps a second: our loop beside transformers' Trainer, a DataLoader loop and nanoGPT's model.
 
     python -m benchmarks.supervised_speed --nanogpt PATH
 
 All sides of a case have the same network, batch size and optimiser, take turns in one process, and are
-compared round by round: a ratio is the median over rounds. The peers of the image networks read Fashion-MNIST
-as everybody's tutorial does, a Dataset that normalises each image; scikit-learn's digits stand in where it
-is not installed. PATH is a checkout of github.com/karpathy/nanoGPT, whose model.py is used as it is. The
-share of the machine's peak is a step's FLOPs over what the largest of some matrix products reaches.
+compared round by round: a ratio is the median over rounds. Of the peers of the image networks one Trainer
+is fed as transformers' own image-classification example feeds it, PNGs from a `datasets.Dataset` through a
+transform; the others get tensors from a Dataset that normalises each image. The images are Fashion-MNIST,
+or scikit-learn's digits where it is not installed. PATH is a checkout of github.com/karpathy/nanoGPT, whose
+model.py is used as it is. The share of the machine's peak is a step's FLOPs over what the best of some
+matrix products reaches.
 """
 
 import argparse
@@ -48,11 +50,14 @@ DEFAULT_OUT = machine.ROOT / "benchmarks" / "results" / "supervised_speed.json"
 LEARNING_RATE = 1e-3
 WARM_STEPS = 3
 """Steps at the start of each turn that are not timed."""
+N_PNGS = 6_000
 PEAK_SIZES = (512, 1024, 2048)
 GPT_SHAPES = {
     "gpt 4x128": {"n_layer": 4, "n_head": 4, "width": 128, "context": 128, "batch_size": 32},
     "gpt 6x384": {"n_layer": 6, "n_head": 6, "width": 384, "context": 256, "batch_size": 8},
 }
+GPT2 = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True}
+"""What nanoGPT is among the shapes `gpt` can take."""
 
 Turn = Callable[[int], float]
 """Does so many steps; returns the seconds they took."""
@@ -124,6 +129,25 @@ class Images(Dataset[Any]):
         return {"inputs": image, "labels": self.labels[index]}
 
 
+def png_dataset(tensors: dict[str, Tensor]) -> Any:
+    """Images as the Hub has them, decoded and normalised one by one when they are asked for."""
+    import numpy as np
+    from datasets import ClassLabel, Features, Image
+    from datasets import Dataset as HubDataset
+    from PIL.Image import fromarray
+
+    images, labels = tensors["inputs"][:N_PNGS, 0].numpy(), tensors["labels"][:N_PNGS].tolist()
+    mean, std = float(images.mean()) / 255, float(images.std()) / 255
+    features = Features({"image": Image(), "labels": ClassLabel(num_classes=10)})
+    rows = {"image": [fromarray(image) for image in images], "labels": labels}
+
+    def normalised(batch: dict[str, Any]) -> dict[str, Any]:
+        arrays = [np.asarray(image, dtype=np.float32)[None] / 255 for image in batch["image"]]
+        return {"inputs": [torch.from_numpy((a - mean) / std) for a in arrays], "labels": batch["labels"]}
+
+    return HubDataset.from_dict(rows, features=features).with_transform(normalised)
+
+
 def plain_loop(model: nn.Module, images: Images, batch_size: int) -> Turn:
     """A DataLoader, AdamW and a loss that is read every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -141,7 +165,7 @@ def plain_loop(model: nn.Module, images: Images, batch_size: int) -> Turn:
     return lambda n: _seconds(endless, n)
 
 
-def hf_trainer(model: nn.Module, images: Images, batch_size: int, bf16: bool, folder: Path) -> Turn:
+def hf_trainer(model: nn.Module, images: Any, batch_size: int, bf16: bool, folder: Path) -> Turn:
     """transformers' Trainer with its defaults, logging and saving off."""
     from transformers import Trainer as HFTrainer
     from transformers import TrainerCallback, TrainingArguments
@@ -177,6 +201,7 @@ def hf_trainer(model: nn.Module, images: Images, batch_size: int, bf16: bool, fo
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
+            remove_unused_columns=False,  # of images the transform needs one that the model does not know
         )
         clock = Clock()
         HFTrainer(model=wrapped, args=arguments, train_dataset=images, callbacks=[clock]).train()
@@ -197,15 +222,17 @@ def image_case(backbone: str, data: DataSet, batch_size: int, n_steps: int, fold
     images = Images(data.train.tensors)
     turn_bf16, trainer = ours(values, data, "bf16")
     turn_fp32, _ = ours(values, data, "fp32")
-    peers = [
-        ours(values, data, "fp32")[1].bare["model"].to(memory_format=torch.contiguous_format)
-        for _ in range(3)
-    ]
+    peers: list[nn.Module] = [ours(values, data, "fp32")[1].bare["model"] for _ in range(4)]
+    for peer in peers:
+        peer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     sides = {
         "ours, bf16": turn_bf16,
         "ours, fp32": turn_fp32,
-        "transformers Trainer, fp32": hf_trainer(peers[0], images, batch_size, False, folder),
-        "transformers Trainer, bf16": hf_trainer(peers[1], images, batch_size, True, folder),
+        "Trainer on PNGs, fp32": hf_trainer(
+            peers[3], png_dataset(data.train.tensors), batch_size, False, folder
+        ),
+        "Trainer on tensors, fp32": hf_trainer(peers[0], images, batch_size, False, folder),
+        "Trainer on tensors, bf16": hf_trainer(peers[1], images, batch_size, True, folder),
         "DataLoader loop, fp32": plain_loop(peers[2].train(), images, batch_size),
     }
     n = sum(p.numel() for p in trainer.bare["model"].parameters())
@@ -236,7 +263,7 @@ def load_nanogpt(folder: Path) -> ModuleType:
 def nanogpt_loop(
     module: ModuleType, shape: dict[str, int], vocab_size: int, ids: Tensor, bf16: bool
 ) -> tuple[Turn, int]:
-    """nanoGPT's model and optimiser, stepped as its train.py does: autocast, clipping at 1, no reading back."""
+    """nanoGPT's model and optimiser, stepped as in its train.py: autocast, clipping at 1, nothing read."""
     context, batch_size = shape["context"], shape["batch_size"]
     torch.manual_seed(0)
     model = module.GPT(
@@ -277,7 +304,10 @@ def gpt_case(name: str, shape: dict[str, int], data: DataSet, nanogpt: ModuleTyp
     values = {
         "objective": {"name": "language_model"},
         "data": {"source": data.name, "context": shape["context"]},
-        "model": {"backbone": "gpt", "spec": {key: shape[key] for key in ("width", "n_layer", "n_head")}},
+        "model": {
+            "backbone": "gpt",
+            "spec": {**GPT2, **{key: shape[key] for key in ("width", "n_layer", "n_head")}},
+        },
         "batch_size": shape["batch_size"],
         "optimizer": {
             **{

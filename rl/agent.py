@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -288,18 +288,20 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
     """
 
     config: DQNConfig
+    q_policy_class: ClassVar[type[BackboneQPolicy]] = BackboneQPolicy
+    replay_class: ClassVar[type[FrameReplay]] = FrameReplay
 
     def __init__(self, config: DQNConfig, env: AtariVecEnv, compute: Compute, seed: int = 0) -> None:
         SB3DQN.__init__(
             self,
-            BackboneQPolicy,
+            self.q_policy_class,
             env,
             learning_rate=config.learning_rate,
             buffer_size=config.buffer_size,
             learning_starts=config.learning_starts,
             batch_size=config.batch_size,
             gamma=config.gamma,
-            replay_buffer_class=FrameReplay,
+            replay_buffer_class=self.replay_class,
             replay_buffer_kwargs={
                 "n_steps": config.n_step,
                 "gamma": config.gamma,

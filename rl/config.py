@@ -11,6 +11,7 @@ from lab.config import require
 from lab.device import DeviceConfig
 from lab.errors import LabError, did_you_mean
 from lab.tracking import TrackingConfig
+from supervised.backbones import RECURRENT
 
 OPTIMIZERS = ("adam", "radam", "rmsprop")
 
@@ -65,7 +66,7 @@ class AgentConfig:
     """What every Q-learner has."""
 
     algorithm: str
-    """dqn or pqn."""
+    """dqn, drqn (also where dqn is given a recurrent backbone) or pqn."""
     backbone: str = "nature_cnn"
     """One of `lab list backbones`."""
     backbone_spec: dict[str, Any] = field(default_factory=dict)
@@ -151,6 +152,35 @@ class DQNConfig(AgentConfig):
             self.batch_size <= self.buffer_size,
             "agent.batch_size",
             f"{self.batch_size} is more than buffer_size {self.buffer_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DRQNConfig(DQNConfig):
+    """DQN that sees one frame at a time and remembers (Hausknecht and Stone 2015, arXiv 1507.06527).
+
+    Learns from sequences of single frames, behind steps that only bring the memory up to date (burn-in,
+    Kapturowski et al. 2019, section 3). Batches are of `batch_size` sequences.
+    """
+
+    algorithm: str = "drqn"
+    backbone: str = "lstm"
+    """lstm, gru or rnn; before it sees what `backbone_spec` describes."""
+    backbone_spec: dict[str, Any] = field(default_factory=lambda: {"hidden": 512, "width": None})
+    """hidden and n_layer of the memory; eyes, any backbone for images (nature_cnn), and that one's arguments."""
+    sequence_steps: int = 10
+    """Agent steps of a sequence that are learned from."""
+    burn_in_steps: int = 10
+    """Agent steps before them, fewer where the game began later."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "algorithm", "drqn")  # also where dqn was given a backbone that remembers
+        super().__post_init__()
+        require(self.sequence_steps >= 1, "agent.sequence_steps", "must be at least 1")
+        require(self.burn_in_steps >= 0, "agent.burn_in_steps", "must not be negative")
+        known = ", ".join(RECURRENT)
+        require(
+            self.backbone in RECURRENT, "agent.backbone", f"{self.backbone!r}: of drqn it is one of {known}"
         )
 
 
@@ -264,6 +294,13 @@ class DQNRun(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DRQNRun(DQNRun):
+    """A run of DRQN."""
+
+    agent: DRQNConfig = field(default_factory=DRQNConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PQNRun(RunConfig):
     """A run of PQN."""
 
@@ -279,7 +316,7 @@ class PQNRun(RunConfig):
         )
 
 
-_RUNS: dict[str, type[RunConfig]] = {"dqn": DQNRun, "pqn": PQNRun}
+_RUNS: dict[str, type[RunConfig]] = {"dqn": DQNRun, "drqn": DRQNRun, "pqn": PQNRun}
 
 
 def algorithms() -> list[str]:
@@ -304,4 +341,6 @@ def run_config_class(values: Mapping[str, Any], source_of: Callable[[str], str])
             f"{source_of('agent.algorithm')}: agent.algorithm = {algorithm!r}: no such algorithm."
             f"{did_you_mean(str(algorithm), _RUNS)} Known: {', '.join(algorithms())}."
         )
+    if algorithm == "dqn" and isinstance(agent, Mapping) and agent.get("backbone") in RECURRENT:
+        return DRQNRun
     return _RUNS[algorithm]

@@ -6,27 +6,51 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from stable_baselines3.dqn.policies import QNetwork
+from torch import Tensor
 
 from lab import checkpoint, config
 from lab.device import Compute, resolve
 from lab.run import Run
 from rl import games
-from rl.config import EnvConfig, EvalConfig, RunConfig, run_config_class
+from rl.config import DRQNConfig, EnvConfig, EvalConfig, RunConfig, run_config_class
+from rl.drqn import RecurrentQNetwork, RecurrentQPolicy
 from rl.envs import AtariVecEnv
 from rl.policy import BackboneQPolicy, q_values
+from supervised.backbones.recurrent import State
 
 
-@dataclass(frozen=True)
 class Player:
     """A trained Q-network that plays its game epsilon-greedily."""
 
-    q_net: QNetwork
-    env: EnvConfig
+    def __init__(self, q_net: QNetwork, env: EnvConfig) -> None:
+        self.q_net, self.env = q_net, env
+        self._memory: list[State | None] = []
 
-    def actions(self, observations: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
-        """Actions (n,) for observations uint8 (n, 4, height, width)."""
-        greedy = q_values(self.q_net, observations).argmax(1).cpu().numpy()
+    def begin(self, n_games: int) -> None:
+        """New games: whoever has a memory has an empty one."""
+        self._memory = [None] * n_games
+
+    def q_values(self, observations: np.ndarray, games: np.ndarray) -> Tensor:
+        """Q-values (n, n_actions) for observations uint8 (n, 4, height, width), the next of these games."""
+        if not isinstance(self.q_net, RecurrentQNetwork):
+            return q_values(self.q_net, observations)
+        begins = np.array([self._memory[game] is None for game in games])
+        before = [memory for game in games if (memory := self._memory[game]) is not None]
+        state = None
+        if before:
+            empty = tuple(torch.zeros_like(tensor) for tensor in before[0])
+            rows = [self._memory[game] or empty for game in games]
+            state = tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True))
+        q, state = self.q_net.step(observations, state, begins)
+        for row, game in enumerate(games):
+            self._memory[game] = tuple(tensor[row] for tensor in state)
+        return q
+
+    def choose(self, q: Tensor, epsilon: float, rng: np.random.Generator) -> np.ndarray:
+        """Actions (n,): the best by Q-values (n, n_actions), or each by its own draw a random one."""
+        greedy = q.argmax(1).cpu().numpy()
         n_actions = int(self.q_net.action_space.n)
         random = rng.integers(n_actions, size=len(greedy))
         return np.where(rng.random(len(greedy)) < epsilon, random, greedy)
@@ -99,12 +123,14 @@ def evaluate(
     env = make_env(player.env, episodes, seed, training=False)
     rng = np.random.default_rng(seed)
     observations = env.reset()
+    player.begin(episodes)
     returns: list[float | None] = [None] * episodes
     lengths = [0] * episodes
     playing = np.ones(episodes, bool)
     actions = np.zeros(episodes, np.int64)
     while playing.any():
-        actions[playing] = player.actions(observations[playing], epsilon, rng)
+        q = player.q_values(observations[playing], np.flatnonzero(playing))
+        actions[playing] = player.choose(q, epsilon, rng)
         observations, _, dones, infos = env.step(actions)
         for i in np.flatnonzero(dones & playing):
             returns[i], lengths[i] = infos[i]["episode"]["r"], infos[i]["episode"]["l"]
@@ -134,7 +160,8 @@ def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
     compute = resolve(settings.device, run.info["compute"])
     env = make_env(settings.env, 1, 0, training=False)
     agent = settings.agent
-    policy = BackboneQPolicy(
+    policy_class = RecurrentQPolicy if isinstance(agent, DRQNConfig) else BackboneQPolicy
+    policy = policy_class(
         env.observation_space,
         env.action_space,  # type: ignore[arg-type]
         lambda _: 0.0,

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from stable_baselines3 import DQN as SB3DQN
 
+from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
 from lab.run import Run
 from rl.agent import policy_kwargs
+from rl.config import DRQNConfig
 from rl.evaluate import load_player, make_env, run_config
 from rl.policy import BackboneQPolicy
 
@@ -21,8 +23,12 @@ def export_sb3(run: Run, which: str, path: Path) -> Path:
     Raises:
         LabError: no such checkpoint, or the file cannot be written.
     """
-    player, _, _ = load_player(run, which)
     settings = run_config(run)
+    if isinstance(settings.agent, DRQNConfig):
+        raise LabError(
+            f"{run.folder}: drqn remembers, and Stable-Baselines3's DQN does not. It cannot be exported."
+        )
+    player, _, _ = load_player(run, which)
     env = make_env(settings.env, 1, 0, training=False)
     model = SB3DQN(
         BackboneQPolicy,

@@ -8,7 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lab.errors import LabError
 from rl.evaluate import Player, make_env
-from rl.policy import q_values
 
 FRAMES_PER_SECOND = 15  # one agent step is 4 of the console's 60 frames a second
 _SCALE = 2
@@ -49,6 +48,7 @@ def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) 
     screen = make_env(player.env, 1, seed, training=False, color=True)
     rng = np.random.default_rng(seed)
     observations, picture = env.reset(), screen.reset()
+    player.begin(1)
     names = env.action_meanings
     aside = path.with_name(f".{path.stem}.tmp.mp4")
     total, steps, ended = 0.0, 0, False
@@ -66,8 +66,9 @@ def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) 
     try:
         writer.send(None)
         while steps < max_steps and not ended:
-            q = q_values(player.q_net, observations)[0].cpu().numpy()
-            actions = player.actions(observations, epsilon, rng)
+            of_actions = player.q_values(observations, np.zeros(1, np.int64))
+            actions = player.choose(of_actions, epsilon, rng)
+            q = of_actions[0].cpu().numpy()
             spread = max(spread, float(q.max() - q.min()))
             frame = _compose(picture[0, -1], q, int(actions[0]), names, spread, total, steps)
             writer.send(np.ascontiguousarray(frame))

@@ -15,7 +15,7 @@ from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
 from rl import games
-from rl.config import RunConfig, run_config_class
+from rl.config import DRQNConfig, RunConfig, run_config_class
 from supervised import backbones
 
 # What may change between the sessions of one run: none of it alters what was computed so far.
@@ -28,14 +28,38 @@ class RLPipeline:
     def config_class(self, values: Mapping[str, Any], source_of: Callable[[str], str]) -> type:
         return run_config_class(values, source_of)
 
+    def smoke(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        never = 10**9
+        changed: dict[str, Any] = {
+            **{"name": "smoke", "total_steps": 192, "log_every_steps": 64},
+            "env": {"n_envs": 4, "num_threads": 1, "max_episode_frames": 400},
+            "eval": {"every_steps": never, "episodes": 1, "stop_at": None},
+            "checkpoint": {"every_steps": never},
+            "film": {"every_steps": 0, "max_steps": 20},
+            "tracking": {"wandb": "disabled"},
+        }
+        if (values.get("agent") or {}).get("algorithm", "dqn") == "pqn":
+            changed["agent"] = {"rollout_steps": 8, "minibatch_size": 32, "epochs": 1}
+        else:
+            changed["agent"] = {
+                "learning_starts": 96,
+                "buffer_size": 1_000,
+                "batch_size": 8,
+                "train_freq": 32,
+            }
+        return config.merge(values, changed)
+
     def train(self, config_: RunConfig, folder: Path | None, resume: bool) -> None:
         """Everything that can be wrong is found before torch is loaded or anything is written."""
         settings = replace(config_, env=replace(config_.env, game=games.check(config_.env.game)))
-        name = settings.agent.backbone
-        if name not in backbones.names():
+        name, fitting = settings.agent.backbone, [*backbones.image_names(), *backbones.RECURRENT]
+        if name not in fitting or (
+            name in backbones.RECURRENT and not isinstance(settings.agent, DRQNConfig)
+        ):
             raise LabError(
-                f"agent.backbone = {name!r}: no such backbone.{did_you_mean(name, backbones.names())} "
-                "`lab list backbones` shows them all."
+                f"agent.backbone = {name!r}: no backbone for {settings.agent.algorithm}'s images."
+                f"{did_you_mean(name, fitting)} There are {', '.join(backbones.image_names())}; with "
+                f"{', '.join(backbones.RECURRENT)} dqn remembers."
             )
         folder = folder or Path("runs") / folder_name(settings.run_name)
         values = config.to_dict(settings)

@@ -4,7 +4,7 @@
 stock Stable-Baselines3: `DQN.load("agent.zip")`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lab.device import autocast
 from supervised.backbones import build
+from supervised.backbones.layers import FrozenBatchNorm2d, StochasticDepth, make_norm
 
 
 class BackboneExtractor(BaseFeaturesExtractor):
@@ -23,13 +24,35 @@ class BackboneExtractor(BaseFeaturesExtractor):
 
     def __init__(self, observation_space: spaces.Box, backbone: str, spec: dict[str, Any]) -> None:
         channels, height, width = observation_space.shape
-        net = build(backbone, in_chans=channels, img_size=(height, width), **spec)
+        net = self.make(backbone, channels, (height, width), spec)
         super().__init__(observation_space, net.num_features)
-        self.backbone = net
+        self.backbone = steady(net)
         self.takes_bytes = getattr(net, "takes_bytes", False)
+
+    def make(self, backbone: str, channels: int, size: tuple[int, int], spec: dict[str, Any]) -> Any:
+        """The network that makes the features."""
+        return build(backbone, in_chans=channels, img_size=size, **spec)
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.backbone(observations)
+
+
+def steady(net: nn.Module) -> nn.Module:
+    """Makes a network say the same of a state whatever stands beside it and however often it is asked.
+
+    Batch norms, whose statistics lag behind what an agent comes to see and differ between online and target
+    network, become group norms (arXiv 1803.08494); nothing is dropped at random.
+    """
+    for name, child in net.named_children():
+        if isinstance(child, nn.BatchNorm2d) and not isinstance(child, FrozenBatchNorm2d):
+            setattr(net, name, make_norm("group", child.num_features))
+        elif isinstance(child, nn.Dropout):
+            child.p = 0.0
+        elif isinstance(child, StochasticDepth):
+            child.rate = 0.0
+        else:
+            steady(child)
+    return net
 
 
 class DuelingHead(nn.Module):
@@ -66,10 +89,13 @@ class BackboneQNetwork(QNetwork):
         """Q-values: uint8 (batch, chans, height, width) -> float32 (batch, n_actions)."""
         assert isinstance(obs, Tensor)
         images = obs if self.features_extractor.takes_bytes else self._scale(obs)  # type: ignore[union-attr]
-        with autocast(images.device.type, self.precision):
+        with self._autocast(images):
             features = self.features_extractor(images)
-        with autocast(images.device.type, "fp32"):
+        with self._autocast(images, "fp32"):
             return self.q_net(features.float())
+
+    def _autocast(self, images: Tensor, precision: str | None = None) -> Any:
+        return autocast(images.device.type, precision or self.precision)
 
     def _scale(self, obs: Tensor) -> Tensor:
         """Pixels of 0..1, channels_last for the matrix units; reordering bytes is the cheapest way there."""
@@ -87,6 +113,8 @@ class BackboneQPolicy(DQNPolicy):
 
     q_net: BackboneQNetwork
     q_net_target: BackboneQNetwork
+    q_net_class: ClassVar[type[BackboneQNetwork]] = BackboneQNetwork
+    extractor_class: ClassVar[type[BackboneExtractor]] = BackboneExtractor
 
     def __init__(
         self,
@@ -101,7 +129,7 @@ class BackboneQPolicy(DQNPolicy):
         self._backbone = {"backbone": backbone, "spec": dict(backbone_spec or {})}
         self._dueling = dueling
         kwargs |= {
-            "features_extractor_class": BackboneExtractor,
+            "features_extractor_class": self.extractor_class,
             "features_extractor_kwargs": self._backbone,
             "net_arch": [],
         }
@@ -109,7 +137,7 @@ class BackboneQPolicy(DQNPolicy):
 
     def make_q_net(self) -> BackboneQNetwork:
         net_args = self._update_features_extractor(self.net_args, features_extractor=None)
-        net = BackboneQNetwork(**net_args, dueling=self._dueling)
+        net = self.q_net_class(**net_args, dueling=self._dueling)
         return net.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

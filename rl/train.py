@@ -16,14 +16,16 @@ from lab.run import Run
 from lab.seeding import derive_seed, seed_everything
 from lab.tracking import Tracker
 from rl.agent import DQN, QLearner, crossings
-from rl.config import DQNConfig, EnvConfig, PQNConfig, RunConfig
+from rl.config import DQNConfig, DRQNConfig, EnvConfig, PQNConfig, RunConfig
 from rl.curve import draw_curve
+from rl.drqn import DRQN
 from rl.evaluate import Evaluation, Player, evaluate, make_env
 from rl.film import film
 from rl.pqn import PQN
 
 _TENSOR_FILES = {
     "dqn": ("model", "target", "optimizer", "progress"),
+    "drqn": ("model", "target", "optimizer", "progress"),
     "pqn": ("model", "optimizer", "progress"),
 }
 
@@ -35,6 +37,8 @@ def make_agent(settings: RunConfig, compute: Compute) -> QLearner:
         _check_replay(agent, settings.env, compute)
     seed_everything(settings.seed)
     env = make_env(settings.env, settings.env.n_envs, _games_seed(settings, 0), training=True)
+    if isinstance(agent, DRQNConfig):
+        return DRQN(agent, env, compute, settings.seed)
     if isinstance(agent, DQNConfig):
         return DQN(agent, env, compute, settings.seed)
     assert isinstance(agent, PQNConfig)

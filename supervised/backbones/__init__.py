@@ -46,8 +46,17 @@ _REGISTRY = {
     "rnn": ("supervised.backbones.recurrent", "RNN"),
     "lstm": ("supervised.backbones.recurrent", "LSTM"),
     "gru": ("supervised.backbones.recurrent", "GRU"),
+    "drqn": ("supervised.backbones.drqn", "DRQN"),
     "seq2seq": ("supervised.backbones.seq2seq", "Seq2Seq"),
 }
+
+
+RECURRENT = ("rnn", "lstm", "gru")
+"""Those that read steps of features, one after the other, and remember."""
+_NOT_FOR_IMAGES = (
+    *("mlp", "gpt", "transformer", "transformer_encoder", "transformer_decoder", "seq2seq", "drqn"),
+    *RECURRENT,
+)
 
 
 @runtime_checkable
@@ -61,6 +70,11 @@ class Backbone(Protocol):
 def names() -> list[str]:
     """The names `build` knows."""
     return sorted(_REGISTRY)
+
+
+def image_names() -> list[str]:
+    """Those that take images (batch, in_chans, height, width)."""
+    return [name for name in names() if name not in _NOT_FOR_IMAGES]
 
 
 def arguments(name: str) -> Mapping[str, inspect.Parameter]:

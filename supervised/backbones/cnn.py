@@ -66,7 +66,8 @@ class NatureCNN(nn.Module):
         in_chans: input channels (stacked frames).
         img_size: input height and width, pixels.
         channels, kernels, strides, paddings: one entry per convolution.
-        width: units of the fully connected layer, `num_features`.
+        width: units of the fully connected layer, `num_features`; None: no such layer, the features are all
+            that the convolutions leave.
         norm: None as in 2015, or "layer" for layer normalisation behind every layer (what PQN,
             arXiv 2407.04811, needs in place of a target network).
 
@@ -84,7 +85,7 @@ class NatureCNN(nn.Module):
         kernels: Sequence[int] = (8, 4, 3),
         strides: Sequence[int] = (4, 2, 1),
         paddings: Sequence[int] = (0, 0, 0),
-        width: int = 512,
+        width: int | None = 512,
         norm: str | None = None,
     ) -> None:
         super().__init__()
@@ -104,15 +105,19 @@ class NatureCNN(nn.Module):
             layers.append(nn.ReLU())
             before = out
         self.convs = nn.Sequential(*layers)
-        self.fc = nn.Linear(_flat_features(self, in_chans, img_size), width)
-        self.fc_norm = nn.LayerNorm(width) if norm == "layer" else nn.Identity()
-        self.num_features = width
+        self.num_features = _flat_features(self, in_chans, img_size)
+        self.fc: nn.Linear | None = None
+        if width is not None:
+            self.fc = nn.Linear(self.num_features, width)
+            self.num_features = width
+        self.fc_norm = nn.LayerNorm(self.num_features) if norm == "layer" and width else nn.Identity()
 
     def convolve(self, x: Tensor) -> Tensor:
         return self.convs(F.pad(x, self.pad) if any(self.pad) else x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.fc_norm(self.fc(self.convolve(x).flatten(1))))
+        features = self.convolve(x).flatten(1)
+        return features if self.fc is None else F.relu(self.fc_norm(self.fc(features)))
 
 
 class ResidualBlock(nn.Module):
