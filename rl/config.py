@@ -167,7 +167,7 @@ class DRQNConfig(DQNConfig):
     backbone: str = "lstm"
     """lstm, gru or rnn; before it sees what `backbone_spec` describes."""
     backbone_spec: dict[str, Any] = field(default_factory=lambda: {"hidden": 512, "width": None})
-    """hidden and n_layer of the memory; eyes, any backbone for images (nature_cnn), and that one's arguments."""
+    """hidden and n_layer of the memory; eyes (nature_cnn), any backbone for images, and its arguments."""
     sequence_steps: int = 10
     """Agent steps of a sequence that are learned from."""
     burn_in_steps: int = 10

@@ -62,8 +62,8 @@ class RecurrentQNetwork(BackboneQNetwork):
         """Q-values (batch, n_actions) of the newest frames of stacked observations, and the memory behind."""
         frames = torch.from_numpy(observations[:, None, -1:]).to(self.device, non_blocking=True)
         with torch.inference_mode():
-            q, state = self(frames, state, torch.from_numpy(begins[:, None]).to(self.device))
-        return q[:, 0], state
+            q, after = self(frames, state, torch.from_numpy(begins[:, None]).to(self.device))
+        return q[:, 0], after
 
 
 class RecurrentQPolicy(BackboneQPolicy):

@@ -29,6 +29,7 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
         source = STAND_INS.get(str((values.get("objective") or {}).get("name")), source)
         data = {key: data[key] for key in KEPT if key in data}
         data |= {"img_size": 28} if source == "digits" else {}
+    trained_elsewhere = data.get("tokenizer", "bytes") not in ("bytes", "bpe")
     never = {"every_epochs": 1e6}
     return {
         **values,
@@ -40,6 +41,7 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
         "data": {
             **data,
             "source": source,
+            **({"tokenizer": "bytes"} if trained_elsewhere else {}),
             "limit": CHARACTERS if source == "python_library" else SAMPLES,
             "context": min(data.get("context", CONTEXT), CONTEXT),
             "batch_tokens": min(data.get("batch_tokens", 0), BATCH * CONTEXT),

@@ -10,7 +10,15 @@ from supervised.backbones.cnn import padding_to
 from supervised.backbones.layers import init_he, make_norm, probe, require_least, require_positive
 from supervised.backbones.mlp import image_size
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+class Tanh(nn.Module):
+    """tanh in fp32: a CPU takes a third of bf16's time for it, a sixth of a step of LeNet-5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().tanh()
+
+
+ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU}
 POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 
 _VGG_DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}

@@ -43,6 +43,20 @@ TINY = {
         "--eval.every_steps=1500",
         "--log_every_steps=200",
     ],
+    "drqn": [
+        "configs/rl/pong_drqn_cpu.yaml",
+        "--total_steps=2000",
+        "--env.n_envs=4",
+        "--agent.buffer_size=1000",  # wraps around within the run
+        "--agent.learning_starts=200",
+        "--agent.batch_size=2",
+        "--agent.sequence_steps=4",
+        "--agent.train_freq=16",
+        "--agent.target_update_steps=100",
+        "--checkpoint.every_steps=800",
+        "--eval.every_steps=1000",
+        "--log_every_steps=100",
+    ],
 }
 COMMON = [
     "--env.max_episode_frames=600",
@@ -133,7 +147,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "dqn"])
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
 def test_killed_again_and_again_it_ends_as_if_never_stopped(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
@@ -150,7 +164,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(
     assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 3
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "dqn"])
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
 def test_interrupted_between_checkpoints_it_loses_nothing_and_ends_the_same(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
