@@ -57,8 +57,9 @@ class RLPipeline:
             name in backbones.RECURRENT and not isinstance(settings.agent, DRQNConfig)
         ):
             raise LabError(
-                f"agent.backbone = {name!r}: no backbone for {settings.agent.algorithm}'s images."
-                f"{did_you_mean(name, fitting)} There are {', '.join(backbones.image_names())}; with "
+                f"agent.backbone = {name!r}: "
+                + ("not for the images of a game." if name in backbones.names() else "no such backbone.")
+                + f"{did_you_mean(name, fitting)} There are {', '.join(backbones.image_names())}; with "
                 f"{', '.join(backbones.RECURRENT)} dqn remembers."
             )
         folder = folder or Path("runs") / folder_name(settings.run_name)

@@ -56,7 +56,7 @@ class Cell(nn.Module):
             `hidden` means nothing, but an LSTM's `cell` is that of the row's end.
         """
         before = state[0][None].contiguous()
-        output, hidden = self.kernel(x, before, list(self.parameters()), True, 1, 0.0, False, False, True)
+        output, hidden = self.kernel(x, before, list(self.parameters()), True, 1, 0.0, True, False, True)
         return output, (hidden[0],)
 
 
@@ -98,7 +98,7 @@ class LSTMCell(Cell):
             weight_ih = torch.cat((weight_ih, torch.cat(hold)), dim=1)
             x = torch.cat((x, padding[..., None].to(x.dtype)), dim=2)
         before = [tensor[None].contiguous() for tensor in state]
-        output, hidden, cell = torch.lstm(x, before, [weight_ih, *others], True, 1, 0.0, False, False, True)
+        output, hidden, cell = torch.lstm(x, before, [weight_ih, *others], True, 1, 0.0, True, False, True)
         return output, (hidden[0], cell[0])
 
 
@@ -116,7 +116,8 @@ class GRUCell(Cell):
         of_x = F.linear(x, self.weight_ih, self.bias_ih).chunk(3, dim=-1)
         of_h = F.linear(h, self.weight_hh, self.bias_hh).chunk(3, dim=-1)
         r, z = (of_x[0] + of_h[0]).sigmoid(), (of_x[1] + of_h[1]).sigmoid()
-        return (torch.lerp((of_x[2] + r * of_h[2]).tanh(), h, z),)
+        new = (of_x[2] + r * of_h[2]).tanh()
+        return (new + z * (h - new),)  # not `lerp`, which refuses the fp32 state beside autocast's bf16
 
 
 class RNN(nn.Module):

@@ -52,7 +52,7 @@ def test_what_it_says_of_a_state_depends_on_nothing_else(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--agent.backbone=gpt"], "no backbone for dqn's images"),
+        (["--agent.backbone=gpt"], "not for the images of a game"),
         (["--agent.backbone=resnet9"], "Did you mean 'resnet8'"),
         (["--agent.backbone=seq2seq"], "with rnn, lstm, gru dqn remembers"),
         (["--agent.algorithm=drqn", "--agent.backbone=resnet8"], "of drqn it is one of rnn, lstm, gru"),

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gymnasium import spaces
 
 from lab import config
 from rl import games
-from rl.config import DQNConfig, RunConfig, run_config_class
-from supervised import backbones
+from rl.config import DQNConfig, DRQNConfig, RunConfig, run_config_class
+from rl.drqn import RecurrentExtractor
+from rl.policy import BackboneExtractor
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "rl").glob("*.yaml"))
 
@@ -22,9 +25,9 @@ def test_a_config_resolves_and_names_what_exists(path: Path) -> None:
     settings = resolve(path)
     assert games.check(settings.env.game) == settings.env.game
     side = settings.env.image_size
-    backbones.build(
-        settings.agent.backbone, in_chans=4, img_size=(side, side), **settings.agent.backbone_spec
-    )
+    extractor = RecurrentExtractor if isinstance(settings.agent, DRQNConfig) else BackboneExtractor
+    space = spaces.Box(0, 255, (4, side, side), np.uint8)
+    assert extractor(space, settings.agent.backbone, settings.agent.backbone_spec).features_dim > 0
     assert path.read_text().startswith("# "), "the first line says in `lab list` what it is for"
 
 
