@@ -1,5 +1,6 @@
 """Backbones for objectives: built for the data, begun from another run's weights, adapted."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from supervised import backbones
 from supervised.config import ModelConfig
 
 
-def make_backbone(config: ModelConfig, **of_data: Any) -> tuple[nn.Module, list[dict[str, str]]]:
+def make_backbone(
+    config: ModelConfig, *, new_tokens: Sequence[int] = (), **of_data: Any
+) -> tuple[nn.Module, list[dict[str, str]]]:
     """The backbone of a config, ready to learn.
 
     Args:
+        new_tokens: ids that mean nothing to a pretrained backbone: beside adapters their embeddings learn.
         of_data: arguments that follow from the data; only those the backbone takes are passed on.
 
     Returns:
@@ -34,7 +38,7 @@ def make_backbone(config: ModelConfig, **of_data: Any) -> tuple[nn.Module, list[
     if config.adapt == "probe":
         backbone.requires_grad_(False)
     elif config.adapt == "lora":
-        _add_lora(backbone, config.lora_rank)
+        _add_lora(backbone, config.lora_rank, new_tokens)
     return backbone, parents
 
 
@@ -55,12 +59,17 @@ def _start_from(backbone: nn.Module, folder: Path) -> dict[str, str]:
     return {"run_id": run.info["id"], "stage": "pretraining", "sha256": checkpoint.weights_hash(saved.path)}
 
 
-def _add_lora(backbone: nn.Module, rank: int) -> None:
-    """Freezes the backbone and puts adapters beside its linear layers (arXiv 2106.09685, section 4)."""
-    from peft import LoraConfig, inject_adapter_in_model
+def _add_lora(backbone: nn.Module, rank: int, new_tokens: Sequence[int]) -> None:
+    """Freezes the backbone and puts adapters beside its linear layers (arXiv 2106.09685, section 4), and for
+    new tokens rows beside its embedding (Radford et al. 2018, section 3.2: delimiters are learned)."""
+    from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
 
     targets = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     if not targets:
         raise LabError("model.adapt = 'lora': this backbone has no linear layers. Use full or probe.")
     backbone.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), backbone)
+    if new_tokens:
+        del backbone.peft_config  # or the next injection takes the first for a mistake
+        rows = TrainableTokensConfig(target_modules=["tokens"], token_indices=list(new_tokens))
+        inject_adapter_in_model(rows, backbone)

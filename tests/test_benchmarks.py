@@ -70,6 +70,39 @@ def test_profiles_add_up(results: dict[str, Any]) -> None:
         assert profile["operations"]
 
 
+def test_the_sides_of_supervised_speed_do_the_same_work(tmp_path: Path) -> None:
+    out = tmp_path / "supervised_speed.json"
+    command = [sys.executable, "-m", "benchmarks.supervised_speed", "--quick", "--rounds", "1"]
+    command += ["--threads", "1", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ours is so many times as fast" in done.stdout
+    results = json.loads(out.read_text())
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        by_case.setdefault(row["case"], []).append(row)
+    assert {case: {row["parameters"] for row in rows} for case, rows in by_case.items()} == {
+        "lenet5": {61_706},
+        "resnet8": {77_754},
+    }
+    for rows in by_case.values():
+        spent = {(row["side"], row["precision"]): row["ms_a_step_by_round"][0] for row in rows}
+        assert len(spent) == 6
+        for row in rows:
+            assert 0 < row["share_of_matmul_peak"] < 1
+            for precision, ratio in row["ours_is_so_many_times_as_fast"].items():
+                ms = row["ms_a_step_by_round"][0]
+                assert ratio == pytest.approx(ms / spent["ours", precision], abs=0.01)
+
+
+def test_what_supervised_speed_cannot_use_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.supervised_speed", "--nanogpt", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "has no model.py" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_stopwatch_counts_nested_calls_once() -> None:
     class Loop:
         def outer(self) -> None:

@@ -100,6 +100,7 @@ class ResNet(nn.Module):
         depths: blocks of each stage.
         width: channels of the first stage, before a bottleneck's factor of 4.
         small_input: begin with a 3x3 convolution (section 4.2) in place of 7x7 by 2 and max pooling by 2.
+        small_stride: of that convolution; 2 makes everything behind it four times cheaper.
         shortcut: where the shape changes, "projection" by 1x1 or "pad" with zeros (section 3.3).
         norm: "batch", "group" or "frozen".
         zero_init_residual: let each block begin as its shortcut (arXiv 1706.02677, section 5.1).
@@ -134,6 +135,7 @@ class ResNet(nn.Module):
         depths: Sequence[int] = (2, 2, 2, 2),
         width: int = 64,
         small_input: bool = False,
+        small_stride: int = 1,
         shortcut: str = "projection",
         norm: str = "batch",
         zero_init_residual: bool = False,
@@ -143,8 +145,10 @@ class ResNet(nn.Module):
         for name, value, known in (("block", block, tuple(BLOCKS)), ("shortcut", shortcut, SHORTCUTS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is none of {known}")
-        require_positive(in_chans=in_chans, depths=depths, width=width)
-        stem = (3, 1, 1) if small_input else (7, 2, 3)
+        require_positive(in_chans=in_chans, depths=depths, width=width, small_stride=small_stride)
+        if small_stride > 1 and not small_input:
+            raise ValueError("small_stride is for small_input")
+        stem = (3, small_stride, 1) if small_input else (7, 2, 3)
         self.conv1 = nn.Conv2d(in_chans, width, *stem, bias=False)
         self.bn1 = make_norm(norm, width)
         self.pool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, 1)
@@ -168,4 +172,5 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
-        return self.stages(x).mean((2, 3))
+        # Not mean((2, 3)): its gradient has not the memory layout, channels_last, of what it meets.
+        return self.stages(x).permute(0, 2, 3, 1).flatten(1, 2).mean(1)

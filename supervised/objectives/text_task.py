@@ -52,8 +52,13 @@ class TextTask(Objective):
         require_kind(data, ("tasks",), "text_task")
         self.config, self.padding = settings.objective, data.tokenizer.pad_id
         self.longest_attention = settings.data.context
-        sizes = {"vocab_size": data.tokenizer.vocab_size, "max_positions": settings.data.context}
-        backbone, self.parents = make_backbone(settings.model, **sizes)
+        tokens = data.tokenizer
+        backbone, self.parents = make_backbone(
+            settings.model,
+            new_tokens=sorted({tokens.bos_id, tokens.delim_id, tokens.extract_id}),
+            vocab_size=tokens.vocab_size,
+            max_positions=settings.data.context,
+        )
         self.headline = "accuracy" if data.classes else "pearson"
         model = TaskModel(backbone, data.form, data.num_classes or 1, settings.model.dropout)
         self.players: dict[str, nn.Module] = {"model": model}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lab.device import DeviceConfig, autocast, resolve
+from lab.device import DeviceConfig, autocast, keep_freed_memory, resolve
 from lab.errors import LabError
 
 
@@ -61,3 +61,19 @@ def test_denormal_numbers_are_flushed_on_the_cpu() -> None:
     resolve(DeviceConfig(device="cpu", threads=1))
     tiny = torch.tensor([1e-38])
     assert float(tiny * 1e-3) == 0, "they make Adam six times slower"
+
+
+def test_memory_of_freed_tensors_is_not_fetched_anew() -> None:
+    resource = pytest.importorskip("resource", reason="counts page faults")
+    if not keep_freed_memory():
+        pytest.skip("not this C library")
+
+    def step() -> None:
+        layers = [torch.ones(600_000) for _ in range(10)]  # 586 pages each
+        del layers
+
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 600

@@ -271,3 +271,7 @@ def test_a_backbone_goes_on_from_another_run_and_is_named_as_its_parent(tmp_path
             kept = after.get(name, after.get(name.replace(".weight", ".base_layer.weight")))
             assert kept is not None
             assert torch.equal(kept, before) == (adapt != "full"), (adapt, name)
+    tokens, name = load(settings_of(values).data).tokenizer, "model.backbone.tokens"
+    new = sorted([tokens.bos_id, tokens.delim_id, tokens.extract_id])
+    learned, begun = after[f"{name}.trainable_tokens_delta.default"], frozen[f"{name}.weight"][new]
+    assert (learned != begun).any(1).tolist() == [True, False, True]  # texts to classify have no delimiter

@@ -13,7 +13,7 @@ from lab.errors import LabError
 from supervised import backbones
 from supervised.backbones.convnext import Block as ConvNeXtBlock
 from supervised.backbones.layers import FrozenBatchNorm2d, MaxPoolSame, StochasticDepth, make_norm
-from supervised.backbones.plain import alexnet_lrn
+from supervised.backbones.plain import QuickTanh, Tanh, alexnet_lrn
 from supervised.classifier import Classifier
 from tests.host_reads import HostReads
 
@@ -395,3 +395,23 @@ def test_mistakes_say_what_to_do(name: str, options: dict[str, Any], said: str) 
     with pytest.raises(LabError, match=said) as error:
         backbones.build(name, **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_small_resnet_of_stride_2_skips_every_other_place_behind_its_first_convolution() -> None:
+    torch.manual_seed(0)
+    make = backbones.build
+    whole, quick = (make("resnet8", in_chans=1, small_stride=stride).eval() for stride in (1, 2))
+    quick.load_state_dict(whole.state_dict())
+    images = torch.randn(2, 1, 28, 27)
+    places = F.relu(whole.bn1(whole.conv1(images)))[:, :, ::2, ::2]
+    torch.testing.assert_close(quick(images), whole.stages(places).mean((2, 3)))
+    with pytest.raises(LabError, match="small_stride is for small_input"):
+        make("resnet18", small_stride=2)
+
+
+def test_quick_tanh_is_tanh_with_its_gradient() -> None:
+    x = torch.linspace(-12, 12, 10_001)
+    assert float((Tanh()(x) - x.double().tanh()).abs().max()) < 3e-7
+    assert Tanh()(x.bfloat16()).dtype == torch.float32
+    few = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(QuickTanh.apply, few)
