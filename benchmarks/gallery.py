@@ -33,7 +33,7 @@ def page(results: Path = RESULTS, place: Path = PAGE.parent) -> str:
         lines += [f"| {_label(path, run)} | {_headline(run)} | {_minutes(run)} |" for run in result["runs"]]
     for path, result in learned.items():
         lines += ["", f"## {path.stem}", "", _purpose(path.stem), "", f"`{result['command']}`", ""]
-        lines += _numbers(result["runs"])
+        lines += _numbers(path, result["runs"])
         for figure in sorted((results / path.stem).glob("*")):
             lines += _figure(figure, place)
     lines += ["", "## Agents, language models from preferences, speed"]
@@ -74,11 +74,11 @@ def _purpose(name: str) -> str:
     return " ".join(line.removeprefix("#").strip() for line in (comment[0] if comment else "").splitlines())
 
 
-def _numbers(runs: list[dict[str, Any]]) -> list[str]:
+def _numbers(path: Path, runs: list[dict[str, Any]]) -> list[str]:
     keys = list(runs[0]["evaluation"])
-    rows = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    rows = ["| run | " + " | ".join(keys) + " |", "|" + "---|" * (len(keys) + 1)]
     for run in runs:
-        cells = (run["evaluation"].get(key, "") for key in keys)
+        cells = [_label(path, run), *(run["evaluation"].get(key, "") for key in keys)]
         rows.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else f"{c}" for c in cells) + " |")
     return rows
 

@@ -75,6 +75,18 @@ def confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Path:
     return path
 
 
+def scatter(path: Path, wanted: np.ndarray, found: np.ndarray) -> Path:
+    """Numbers (n,) that a model found over those wanted, and the line on which they would agree."""
+    with drawn(path, 4, 4) as figure:
+        axes = figure.add_subplot()
+        axes.plot(wanted, found, ".", color=BLUE, markersize=4, alpha=0.5)
+        ends = [float(np.min(wanted)), float(np.max(wanted))]
+        axes.plot(ends, ends, color=GREY, linewidth=1)
+        axes.set(xlabel="wanted", ylabel="found")
+        axes.grid(alpha=0.25)
+    return path
+
+
 def learning_curve(path: Path, rows: Sequence[Mapping[str, Any]], headline: str) -> Path:
     """A run's losses and its headline over optimiser steps.
 

@@ -5,13 +5,15 @@ premise, a delimiter and a hypothesis; two texts to compare, in both orders, who
 context with each of the answers to choose from, each scored by itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from supervised import figures
 from supervised.config import TextTaskRun
 from supervised.data import DataSet
 from supervised.models import make_backbone
@@ -72,7 +74,7 @@ class TextTask(Objective):
         ids, last = self._asked(batch)
         logits, hidden = self.players[player](ids, last)
         if "targets" in batch:
-            loss = F.mse_loss(logits[:, 0].float(), batch["targets"].float())
+            loss = F.mse_loss(logits.float(), batch["targets"])
             metrics = {"loss": loss}
         else:
             loss = F.cross_entropy(logits, batch["labels"])
@@ -86,13 +88,29 @@ class TextTask(Objective):
             metrics["text_loss"] = text_loss
         return Loss(loss, metrics)
 
-    def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
+    def _answers(self, players: Players, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """Logits (n, outputs), and the labels (n,) or targets (n, 1) they should have led to."""
         key = "labels" if self.data.classes else "targets"
         pairs = [(players["model"](*self._asked(batch))[0].float(), batch[key]) for batch in batches]
         logits, wanted = (torch.cat(column) for column in zip(*pairs, strict=True))
-        if key == "labels":
+        return logits, wanted
+
+    def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
+        logits, wanted = self._answers(players, batches)
+        if self.data.classes:
             right = (logits.argmax(1) == wanted).float().mean()
             return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, wanted))}
-        found, wanted = logits[:, 0], wanted.float()
+        found, wanted = logits[:, 0], wanted[:, 0]
         pearson = torch.corrcoef(torch.stack((found, wanted)))[0, 1]
         return {"pearson": float(pearson), "loss": float(F.mse_loss(found, wanted))}
+
+    def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
+        """What was taken for what; of a similarity in numbers, found against wanted."""
+        logits, wanted = self._answers(players, batches)
+        if names := self.data.classes:
+            pairs = (wanted * len(names) + logits.argmax(1)).cpu()
+            counts = pairs.bincount(minlength=len(names) ** 2).view(len(names), -1)
+            yield "confusion", figures.confusion(folder / "confusion.png", counts.numpy(), names)
+        else:
+            path, found = folder / "similarity.png", logits[:, 0]
+            yield "similarity", figures.scatter(path, wanted.flatten().cpu().numpy(), found.cpu().numpy())
