@@ -255,10 +255,10 @@ def test_a_similarity_in_numbers_is_learned_by_its_squared_error(tmp_path: Path)
     found = []
     for both_orders, last in zip(ids, ends, strict=True):
         features = sum(model.backbone(row[None])[0, at] for row, at in zip(both_orders, last, strict=True))
-        found.append(float(model.head(features)))
+        found.append(model.head(features).item())
     wanted = batch["targets"].flatten().tolist()
     by_hand = sum((a - b) ** 2 for a, b in zip(found, wanted, strict=True)) / len(found)
-    assert float(objective.loss("model", batch).value) == pytest.approx(by_hand, rel=1e-4)
+    assert objective.loss("model", batch).value.item() == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_another_config_than_before_is_refused(tmp_path: Path) -> None:
