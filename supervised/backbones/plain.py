@@ -13,25 +13,26 @@ from supervised.backbones.mlp import image_size
 
 
 class QuickTanh(torch.autograd.Function):
-    """tanh x = 2 sigmoid(2x) - 1: a CPU takes a quarter of `torch.tanh`'s time for it, and is off by 1e-7."""
+    """tanh x = 2 sigmoid(2x) - 1 in fp32: a CPU takes a quarter of `torch.tanh`'s time for it. Off by 2e-7."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = (2 * x).sigmoid_().mul_(2).sub_(1)
+        y = x.to(torch.float32, copy=True).mul_(2).sigmoid_().mul_(2).sub_(1)
         ctx.save_for_backward(y)
+        ctx.dtype = x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (y,) = ctx.saved_tensors
-        return grad * (1 - y * y)
+        return torch.ops.aten.tanh_backward(grad, y).to(ctx.dtype)
 
 
 class Tanh(nn.Module):
-    """tanh in fp32, as quick as the device can. In bf16 a CPU takes three times as long."""
+    """tanh in fp32: with it a step of LeNet-5 in bf16 takes 0.9 of the time on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return QuickTanh.apply(x.float()) if x.device.type == "cpu" else x.float().tanh()  # type: ignore[return-value]
+        return QuickTanh.apply(x) if x.device.type == "cpu" else x.float().tanh()  # type: ignore[return-value]
 
 
 ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU}

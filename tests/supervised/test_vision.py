@@ -413,5 +413,6 @@ def test_quick_tanh_is_tanh_with_its_gradient() -> None:
     x = torch.linspace(-12, 12, 10_001)
     assert float((Tanh()(x) - x.double().tanh()).abs().max()) < 3e-7
     assert Tanh()(x.bfloat16()).dtype == torch.float32
-    few = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(QuickTanh.apply, few)
+    few = torch.linspace(-2, 2, 9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(QuickTanh.apply(few).sum(), few)
+    torch.testing.assert_close(gradient, 1 - few.detach().tanh() ** 2)
