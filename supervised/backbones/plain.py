@@ -13,7 +13,7 @@ from supervised.backbones.mlp import image_size
 
 
 class QuickTanh(torch.autograd.Function):
-    """tanh x = 2 sigmoid(2x) - 1 in fp32: a CPU takes a quarter of `torch.tanh`'s time for it. Off by 2e-7."""
+    """tanh x = 2 sigmoid(2x) - 1 in fp32: a quarter of `torch.tanh`'s time on a CPU, and off by 2e-7."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
