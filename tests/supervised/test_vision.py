@@ -1,5 +1,6 @@
 """Vision backbones: published parameter counts, any fitting image, learning, and parts computed by hand."""
 
+import math
 from typing import Any
 
 import pytest
@@ -416,3 +417,16 @@ def test_quick_tanh_is_tanh_with_its_gradient() -> None:
     few = torch.linspace(-2, 2, 9, requires_grad=True)
     (gradient,) = torch.autograd.grad(QuickTanh.apply(few).sum(), few)
     torch.testing.assert_close(gradient, 1 - few.detach().tanh() ** 2)
+
+
+def test_positions_of_a_vit_begin_as_waves_in_both_directions() -> None:
+    vit = backbones.build(
+        "vit_tiny", in_chans=1, img_size=(8, 12), patch_size=4, width=10, n_head=2, n_layer=1
+    )
+    positions = vit.positions.detach()[0]
+    assert positions.shape == (1 + 2 * 3, 10)
+    assert not positions[0].any()  # the class token's
+    row, column = 1, 2
+    by_hand = [math.sin(column), math.sin(column / 1e4), math.cos(column), math.cos(column / 1e4)]
+    by_hand += [math.sin(row), math.sin(row / 1e4), math.cos(row), math.cos(row / 1e4), 0, 0]
+    torch.testing.assert_close(positions[1 + row * 3 + column], torch.tensor(by_hand))
