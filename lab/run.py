@@ -203,8 +203,14 @@ class Run:
         write_json(self.folder / "run.json", self.info)
 
     def summarize(self, **values: Any) -> None:
-        """Adds values to the summary in run.json."""
-        self.update(summary={**self.info["summary"], **values})
+        """Adds values to the summary in run.json.
+
+        Raises:
+            LabError: it cannot be written.
+        """
+        remedy = "Free some space, then continue with --resume."
+        with explain_write_errors(str(self.folder / "run.json"), remedy):
+            self.update(summary={**self.info["summary"], **values})
 
     @contextlib.contextmanager
     def recording_its_end(self) -> Iterator[None]:

@@ -162,6 +162,11 @@ class SupervisedRun:
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be at least 1, or null")
         require(self.batch_size >= 0, "batch_size", "must be 0 (all) or more")
         require(self.accumulate >= 1, "accumulate", "must be at least 1")
+        require(
+            self.accumulate <= self.batch_size or not self.batch_size or self.data.batch_tokens > 0,
+            "accumulate",
+            f"{self.accumulate} parts cannot be made of a batch_size of {self.batch_size}",
+        )
         require(0 <= self.ema_decay < 1, "ema_decay", f"{self.ema_decay} must be at least 0 and below 1")
         require(self.log_every_steps >= 1, "log_every_steps", "must be at least 1")
 

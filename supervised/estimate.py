@@ -7,7 +7,7 @@ that would be trained. All else is arithmetic on assumptions that the answer rep
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lab.errors import LabError, did_you_mean, first_line
 from supervised import backbones
 from supervised.backbones import encoder_decoder, transformer
+from supervised.backbones.drqn import DRQN
 from supervised.backbones.mlp import image_size
+from supervised.classifier import Classifier
 
 BYTES = {"fp32": (4, 16), "bf16": (2, 8), "mixed": (2, 16), "int8": (1, None)}
 """Bytes per parameter: to hold it, and to train it with AdamW, which is a weight, a gradient and two moments.
@@ -63,9 +65,12 @@ class Published:
 
     spec: dict[str, Any]
     backbone: str = "gpt"
-    tokens: float | None = None
+    samples: float | None = None
+    """Tokens or images it was trained on."""
     source: str = ""
-    """Where `tokens` was published."""
+    """Where `samples` was published."""
+    classes: int | None = None
+    """Outputs of its head; None: it has none."""
     untied_head: bool = False
     """Whether the output layer has a matrix of its own; else it shares the embeddings'."""
     also: str = ""
@@ -79,7 +84,7 @@ def _gpt(n_layer: int, width: int, n_head: int, **options: Any) -> dict[str, Any
 def _gpt3(n_layer: int, width: int, n_head: int, also: str = "") -> Published:
     # The sparse half of GPT-3's attention has the same parameters.
     spec = _gpt(n_layer, width, n_head, max_positions=2048)
-    return Published(spec=spec, tokens=300e9, source="arXiv 2005.14165, table 2.1", also=also)
+    return Published(spec=spec, samples=300e9, source="arXiv 2005.14165, table 2.1", also=also)
 
 
 def _llama(n_layer: int, width: int, n_head: int, mlp_width: int, tokens: float, **options: Any) -> Published:
@@ -91,7 +96,27 @@ def _llama(n_layer: int, width: int, n_head: int, mlp_width: int, tokens: float,
         "mlp_width": mlp_width,
     }
     source = "arXiv 2307.09288, table 1" if "n_kv_head" in options else "arXiv 2302.13971, table 2"
-    return Published(spec={**shape, **options}, tokens=tokens, source=source, untied_head=True)
+    return Published(spec={**shape, **options}, samples=tokens, source=source, untied_head=True)
+
+
+def _lenet(name: str, size: int) -> Published:
+    return Published(
+        backbone=name,
+        spec={"in_chans": 1, "img_size": size},
+        classes=10,
+        samples=20 * 60_000,
+        source="20 passes through MNIST, LeCun et al. 1998, section III.B",
+    )
+
+
+def _cifar(name: str) -> Published:
+    return Published(
+        backbone=name,
+        spec={"in_chans": 3, "img_size": 32},
+        classes=10,
+        samples=64_000 * 128,
+        source="64,000 steps of 128 images, arXiv 1512.03385, section 4.2",
+    )
 
 
 PUBLISHED = {
@@ -112,7 +137,7 @@ PUBLISHED = {
     ),
     "bloom-176b": Published(
         spec=_gpt(70, 14_336, 112, vocab_size=250_880, positions="alibi", embedding_norm=True),
-        tokens=366e9,
+        samples=366e9,
         source="arXiv 2211.05100, table 3",
     ),
     "llama-7b": _llama(32, 4096, 32, 11_008, 1.0e12),
@@ -122,15 +147,20 @@ PUBLISHED = {
     "transformer-base": Published(
         backbone="transformer",
         spec=encoder_decoder.PRESETS["transformer-base"],
-        tokens=100_000 * 25_000,
+        samples=100_000 * 25_000,
         source="100,000 steps of 25,000 target tokens, arXiv 1706.03762, section 5",
     ),
     "transformer-big": Published(
         backbone="transformer",
         spec=encoder_decoder.PRESETS["transformer-big"],
-        tokens=300_000 * 25_000,
+        samples=300_000 * 25_000,
         source="300,000 steps of 25,000 target tokens, arXiv 1706.03762, section 5",
     ),
+    **{name: _lenet(name, size) for name, size in (("lenet1", 28), ("lenet4", 32), ("lenet5", 32))},
+    **{f"resnet{n}": _cifar(f"resnet{n}") for n in (8, 20, 32, 44, 56, 110)},
+    "nature_cnn": Published(backbone="nature_cnn", spec={"in_chans": 4, "img_size": 84}),
+    "impala_cnn": Published(backbone="impala_cnn", spec={"in_chans": 4, "img_size": 84}),
+    "drqn": Published(backbone="drqn", spec={"in_chans": 1, "img_size": 84}),
 }
 
 
@@ -151,7 +181,7 @@ def estimate(
         model: a name of `PUBLISHED` or of the registry of backbones.
         spec: options of the backbone, laid over the published ones.
         samples: tokens, images or else inputs (of a recurrent network: time steps) to train on.
-        classes: outputs of a classifier's head; None: 1000 for an image model, else no head.
+        classes: outputs of a classifier's head; None: as published, else 1000 for an image model.
         gpu: one of `GPUS`; None: all.
         gpus: how many of them share the work.
         utilisation: share of the peak reached, in place of what is assumed.
@@ -168,22 +198,20 @@ def estimate(
     if gpu is not None and gpu not in GPUS:
         raise LabError(f"command line: no GPU {gpu!r}.{did_you_mean(gpu, GPUS)} Known: {', '.join(GPUS)}.")
     published = PUBLISHED.get(model) or Published(backbone=model, spec={})
-    spec, takes = dict(spec or {}), backbones.arguments(published.backbone)
+    spec, takes = spec or {}, backbones.arguments(published.backbone)
     unit = "image" if "in_chans" in takes and "in_features" not in spec else "input"
     unit = "token" if "vocab_size" in takes else unit
-    if classes is not None and unit == "token":
+    if classes is not None and (unit == "token" or "memory" in takes):
         raise LabError(f"command line: --classes is for classifiers, not for {model}. Leave it out.")
 
-    spec, size = {**published.spec, **_typed(spec, takes)}, 224
+    spec = {**published.spec, **backbones.typed(published.backbone, spec)}
     if unit == "image":
-        # One that does not ask for the size takes any; it matters to the FLOPs alone.
-        size = spec.get("img_size", 224) if "img_size" in takes else spec.pop("img_size", 224)
-        if not isinstance(size, int) and [type(side) for side in size] != [int, int]:
-            raise LabError(
-                f"command line: --img_size = {size!r} is not valid. Expected N or [HEIGHT, WIDTH]."
-            )
-        classes = classes or 1000
-        spec = {k: v for k, v in {"in_chans": 3, "img_size": size}.items() if k in takes} | spec
+        if model not in PUBLISHED:
+            source = "90 epochs of ImageNet-1k"
+            published = replace(published, classes=1000, samples=float(IMAGENET_IMAGES), source=source)
+        classes = published.classes if classes is None else classes
+        shape = {"in_chans": 3, "img_size": 224}
+        spec = {key: _whole_default(takes[key], value) for key, value in shape.items()} | spec
     required = [key for key, argument in takes.items() if argument.default is argument.empty]
     if lacking := [key for key in required if key not in spec]:
         raise LabError(f"command line: {model} needs --{lacking[0]}=VALUE. It takes {', '.join(takes)}.")
@@ -192,14 +220,14 @@ def estimate(
 
     if unit == "image":
         # A backward pass is two forward passes: for the weights' gradients and for the inputs'.
-        flops_each, formula = 3 * _forward_flops(model, net, spec["in_chans"], size), "3 x forward, counted"
-        assumed, source = float(IMAGENET_IMAGES), "90 epochs of ImageNet-1k"
+        shape = (spec["in_chans"], *image_size(spec["img_size"]))
+        flops_each, formula = 3 * _forward_flops(model, net, shape), "3 x forward, counted"
     else:
         flops_each, formula = 6 * n_parameters, "6 N"
-        assumed, source = published.tokens, published.source
-        if assumed is None and unit == "token":
-            assumed = float(TOKENS_PER_PARAMETER * n_parameters)
-            source = f"{TOKENS_PER_PARAMETER} a parameter, arXiv 2203.15556"
+    assumed, source = published.samples, published.source
+    if assumed is None and unit == "token":
+        assumed = float(TOKENS_PER_PARAMETER * n_parameters)
+        source = f"{TOKENS_PER_PARAMETER} a parameter, arXiv 2203.15556"
     if samples is not None:
         assumed, source = samples, "as given"
 
@@ -247,42 +275,39 @@ def _cost(
     }
 
 
-def _typed(spec: Mapping[str, Any], takes: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Options as the backbone wants them: 5e4 may be an integer, but a word may not."""
-    typed = dict(spec)
-    for key, value in spec.items():
-        hint: Any = takes[key].annotation if key in takes else None
-        if isinstance(value, float) and value.is_integer() and hint in (int, int | None):
-            value = typed[key] = int(value)
-        if hint in (int, int | None, bool, str) and not isinstance(value, hint):
-            wanted = getattr(hint, "__name__", str(hint))
-            raise LabError(f"command line: --{key} = {value!r} is not valid. Expected {wanted}.")
-    return typed
-
-
 def _build(model: str, published: Published, spec: Mapping[str, Any], classes: int | None) -> nn.Module:
     """The backbone and the output layer that goes with it, without memory."""
     try:
         with torch.device("meta"):
             body = backbones.build(published.backbone, **spec)
             if classes is not None:
-                return nn.Sequential(body, nn.Linear(body.num_features, classes))
+                return Classifier(body, classes)
             if published.untied_head:
                 return nn.Sequential(body, nn.Linear(body.num_features, spec["vocab_size"], bias=False))
             return body
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, TypeError) as error:
         raise LabError(f"{model}: cannot be counted: {first_line(error)}. Use smaller numbers.") from None
 
 
-def _forward_flops(model: str, net: nn.Module, in_chans: int, size: Any) -> int:
-    """FLOPs of one image, a product and its sum being two."""
+def _forward_flops(model: str, net: nn.Module, shape: tuple[int, ...]) -> int:
+    """FLOPs of one image (channels, height, width) in training, a product and its sum being two."""
     counter = FlopCounterMode(display=False)
     try:
+        images = torch.empty(1, *shape, device="meta")
         with torch.no_grad(), counter:
-            net.eval()(torch.empty(1, in_chans, *image_size(size), device="meta"))
-    except (RuntimeError, ValueError, TypeError) as error:
+            if isinstance(net, Classifier):
+                net.eval()(images, with_aux=True)
+            else:
+                net.eval()(images[None] if isinstance(net, DRQN) else images)
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:
+        size = list(shape[1:])
         raise LabError(f"{model}: takes no image of img_size {size}: {first_line(error)}.") from None
     return counter.get_total_flops()
+
+
+def _whole_default(argument: inspect.Parameter, otherwise: int) -> int:
+    """A backbone's own default, where it has one."""
+    return argument.default if isinstance(argument.default, int) else otherwise
 
 
 def describe(result: Mapping[str, Any]) -> str:

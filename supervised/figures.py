@@ -10,6 +10,9 @@ import numpy as np
 from lab.files import explain_write_errors, written_aside
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#e08a1e", "#666666"
+LARGEST, LABELS = 22.0, 60
+"""Inches of a matrix's side, and rows or columns up to which each has its name: a thousand would take
+gigabytes to draw, and nobody could read them."""
 
 
 @contextmanager
@@ -55,12 +58,13 @@ def confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Path:
     """How often a class (row) is taken for another (column), of all its samples."""
     n = len(classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = max(3.5, 0.45 * n + 1.5)
+    size = min(max(3.5, 0.45 * n + 1.5), LARGEST)
     with drawn(path, size + 0.6, size) as figure:
         axes = figure.add_subplot()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(n), classes, rotation=45, ha="right", fontsize=8)
-        axes.set_yticks(range(n), classes, fontsize=8)
+        if n <= LABELS:
+            axes.set_xticks(range(n), classes, rotation=45, ha="right", fontsize=8)
+            axes.set_yticks(range(n), classes, fontsize=8)
         axes.set(xlabel="taken for", ylabel="is")
         if n <= 20:
             for row in range(n):
@@ -123,11 +127,14 @@ def attention(
     path: Path, weights: np.ndarray, columns: Sequence[str], rows: Sequence[str], title: str = ""
 ) -> Path:
     """Attention weights (rows, columns): how much each row's token looks at each column's."""
-    with drawn(path, 0.32 * len(columns) + 2, 0.32 * len(rows) + 1.6) as figure:
+    width, height = (min(0.32 * len(tokens) + 2, LARGEST) for tokens in (columns, rows))
+    with drawn(path, width, height) as figure:
         axes = figure.add_subplot()
         axes.imshow(weights, cmap="Blues", vmin=0)
-        axes.set_xticks(range(len(columns)), map(_label, columns), rotation=60, ha="right", fontsize=8)
-        axes.set_yticks(range(len(rows)), map(_label, rows), fontsize=8)
+        if len(columns) <= LABELS:
+            axes.set_xticks(range(len(columns)), map(_label, columns), rotation=60, ha="right", fontsize=8)
+        if len(rows) <= LABELS:
+            axes.set_yticks(range(len(rows)), map(_label, rows), fontsize=8)
         axes.set_title(title, fontsize=9)
     return path
 

@@ -14,11 +14,12 @@ from supervised.config import ModelConfig
 
 
 def make_backbone(
-    config: ModelConfig, *, new_tokens: Sequence[int] = (), **of_data: Any
+    config: ModelConfig, fitting: Sequence[str], *, new_tokens: Sequence[int] = (), **of_data: Any
 ) -> tuple[nn.Module, list[dict[str, str]]]:
     """The backbone of a config, ready to learn.
 
     Args:
+        fitting: the backbones that read what the objective has for them.
         new_tokens: ids that mean nothing to a pretrained backbone: beside adapters their embeddings learn.
         of_data: arguments that follow from the data; only those the backbone takes are passed on.
 
@@ -26,8 +27,14 @@ def make_backbone(
         The module, and the runs its weights come from, as run.json names them.
 
     Raises:
-        LabError: no such backbone, arguments it does not take, or `start_from` names no fitting run.
+        LabError: no such or no fitting backbone, arguments it does not take, or `start_from` names no fitting
+            run.
     """
+    if config.backbone not in fitting:
+        known = ", ".join(fitting[:8]) + (" and others of `lab list backbones`" if len(fitting) > 8 else "")
+        raise LabError(
+            f"model.backbone = {config.backbone!r}: does not read what there is here. Use one of {known}."
+        )
     takes = backbones.arguments(config.backbone)
     if given := sorted(config.spec.keys() & of_data.keys()):
         raise LabError(f"model.spec.{given[0]}: follows from the data. Leave it out.")

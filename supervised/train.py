@@ -1,8 +1,9 @@
 """A supervised run: the trainer iterates, this file watches, records, judges and saves."""
 
 import itertools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from lab import checkpoint, config
 from lab.checkpoint import Checkpoint
 from lab.device import Compute, resolve
+from lab.errors import LabError
+from lab.files import explain_write_errors
 from lab.interrupt import StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
@@ -17,9 +20,10 @@ from lab.seeding import seed_everything
 from lab.tracking import Tracker, read_metrics
 from supervised import figures, objectives
 from supervised.config import SupervisedRun
-from supervised.data import DataSet, load
-from supervised.objectives.base import Objective
+from supervised.data import Batches, DataSet, load
 from supervised.trainer import Trainer
+
+ROOM = "Free some space, then continue with --resume."
 
 
 def train(
@@ -43,6 +47,8 @@ def train(
     # A checkpoint has all weights: those the run once began with may be gone.
     model = settings.model if saved is None else replace(settings.model, start_from=None)
     objective = objectives.make(replace(settings, model=model), data)
+    trainer = Trainer(objective, objective.batches("train", compute.device), settings, compute)
+    held_out = objective.batches("test", compute.device)
     values = config.to_dict(settings)
     if run is None:
         run = Run.create(
@@ -63,9 +69,10 @@ def train(
         tracker = run.tracker(mode, why, t.project, t.entity, t.tags)
         exit_code = 1
         try:
-            session = _Session(settings, compute, data, objective, run, tracker)
+            session = _Session(settings, compute, data, trainer, held_out, run, tracker)
             if data.tokenizer is not None:
-                data.tokenizer.save(run.folder)
+                with explain_write_errors(str(run.folder), ROOM):
+                    data.tokenizer.save(run.folder)
             if saved is not None:
                 session.restore(saved)
             session.run_to_end()
@@ -83,14 +90,14 @@ class _Session:
         settings: SupervisedRun,
         compute: Compute,
         data: DataSet,
-        objective: Objective,
+        trainer: Trainer,
+        held_out: Batches,
         run: Run,
         tracker: Tracker,
     ) -> None:
-        self.settings, self.compute, self.data, self.objective = settings, compute, data, objective
+        self.settings, self.compute, self.data = settings, compute, data
+        self.trainer, self.objective, self.held_out = trainer, trainer.objective, held_out
         self.run, self.tracker = run, tracker
-        self.trainer = Trainer(objective, objective.batches("train", compute.device), settings, compute)
-        self.held_out = objective.batches("test", compute.device)
         self.best: float | None = None
         self.without_better = 0
         self.seconds_before = 0.0
@@ -148,6 +155,7 @@ class _Session:
     def _log(self, progress: Progress) -> None:
         trainer = self.trainer
         row: dict[str, Any] = {f"train/{name}": value for name, value in trainer.means.take().items()}
+        self._require_finite(row)
         row["train/learning_rate"] = trainer.learning_rate
         row["epoch"] = trainer.step / trainer.steps_per_epoch
         row["samples"] = trainer.samples
@@ -159,6 +167,7 @@ class _Session:
         objective, step = self.objective, self.trainer.step
         with self.trainer.judged() as players:
             numbers = objective.evaluate(players, self.held_out.epoch(0))
+        self._require_finite(numbers)
         self.tracker.log(step, {f"eval/{name}": value for name, value in numbers.items()})
         score = numbers[objective.headline]
         better = self.best is None or self._better(score, self.best)
@@ -179,6 +188,15 @@ class _Session:
             + ("  (best so far)" if better else "")
             + f"  {duration(self._elapsed())}"
         )
+
+    def _require_finite(self, numbers: Mapping[str, float]) -> None:
+        """Raises for a loss or verdict that is no number: nothing good follows, and no checkpoint is made."""
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise LabError(
+                    f"{self.run.folder}: diverged: {name} is {value} after step {self.trainer.step:,}. Lower "
+                    "optimizer.learning_rate, raise optimizer.warmup_steps or set optimizer.max_grad_norm."
+                )
 
     # ---- saving ----
 
@@ -218,7 +236,7 @@ class _Session:
         yield "learning_curve", figures.learning_curve(path, read_metrics(self.run.metrics), headline)
 
     def _finished(self, progress: Progress) -> None:
-        with self.trainer.judged() as players:
+        with self.trainer.judged() as players, explain_write_errors(str(self.run.media), ROOM):
             drawn = self.objective.draw(players, self.held_out.epoch(0), self.run.media)
             for name, path in itertools.chain(self._curve(), drawn):
                 if path.suffix == ".png":

@@ -102,12 +102,14 @@ class Trainer:
         for name in self.objective.turns(self.step):
             module, optimizer = self.bare[name].train(), self.optimizers[name]
             optimizer.zero_grad(set_to_none=True)
+            metrics = Means()
             for part in _split(batch, config.accumulate):
-                share = samples_in(part) / n_samples
+                share = self.objective.share(part, batch)
                 with self.compute.autocast(), self._attention():
                     loss = self.objective.loss(name, part)
                 self.accelerator.backward(loss.value * share)
-                self.means.add(loss.metrics, share)
+                metrics.add({key: value * share for key, value in loss.metrics.items()}, weight=1)
+            self.means.add(metrics.sums)
             if config.optimizer.max_grad_norm is not None:
                 norm = nn.utils.clip_grad_norm_(module.parameters(), config.optimizer.max_grad_norm)
                 self.means.add({f"{name}_grad_norm": norm})

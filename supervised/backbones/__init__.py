@@ -8,10 +8,11 @@ attribute `takes_bytes`.
 
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Protocol, get_args, get_origin, runtime_checkable
 
-from lab.errors import LabError, did_you_mean
+from lab.errors import LabError, did_you_mean, first_line
 
 # name -> module and class; the module is imported when the backbone is built, so that listing is free. A name
 # that stands for settings of a class has them in the module's table PRESETS.
@@ -53,10 +54,11 @@ _REGISTRY = {
 
 RECURRENT = ("rnn", "lstm", "gru")
 """Those that read steps of features, one after the other, and remember."""
-_NOT_FOR_IMAGES = (
-    *("mlp", "gpt", "transformer", "transformer_encoder", "transformer_decoder", "seq2seq", "drqn"),
-    *RECURRENT,
-)
+CAUSAL = ("gpt", "transformer_decoder")
+"""Those that read tokens, each of which sees none behind it."""
+TRANSLATORS = ("transformer", "seq2seq")
+"""Those that read one sequence of tokens beside another."""
+_NOT_FOR_IMAGES = ("mlp", "transformer_encoder", "drqn", *RECURRENT, *CAUSAL, *TRANSLATORS)
 
 
 @runtime_checkable
@@ -101,19 +103,58 @@ def build(name: str, **spec: Any) -> Any:
         LabError: unknown name, or an argument the backbone does not take or cannot use.
     """
     cls, preset = _find(name)
-    accepted = list(inspect.signature(cls).parameters)
-    for key in spec:
-        if key not in accepted:
-            raise LabError(
-                f"backbone {name}: unknown argument {key!r}.{did_you_mean(key, accepted)} "
-                f"It takes {', '.join(accepted)}."
-            )
+    spec = typed(name, spec)
     try:
         backbone = cls(**{**preset, **spec})
     except (TypeError, ValueError) as error:
-        raise LabError(f"backbone {name}: {error}") from None
+        raise LabError(f"backbone {name}: {first_line(error)}") from None
+    except (RuntimeError, OverflowError) as error:  # torch's words for what no memory can hold
+        raise LabError(
+            f"backbone {name}: cannot be built: {first_line(error)}. Use smaller numbers."
+        ) from None
     backbone.spec = {key: list(value) if isinstance(value, tuple) else value for key, value in spec.items()}
     return backbone
+
+
+def typed(name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as the backbone `name` wants them: 5e4 may be an integer, but a word may not.
+
+    Raises:
+        LabError: the backbone does not take one, or not of this type.
+    """
+    takes, right = inspect.signature(_find(name)[0]).parameters, dict(spec)
+    for key, value in spec.items():
+        if key not in takes:
+            raise LabError(
+                f"backbone {name}: unknown argument {key!r}.{did_you_mean(key, takes)} "
+                f"It takes {', '.join(takes)}."
+            )
+        hint = takes[key].annotation
+        if isinstance(value, float) and value.is_integer() and not _is(value, hint):
+            value = right[key] = int(value)
+        elif isinstance(value, int) and _is(value, float) and _is(0.5, hint):
+            value = right[key] = float(value)
+        if not _is(value, hint):
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+            for word, plain in (("collections.abc.", ""), ("typing.", ""), ("Sequence", "list")):
+                wanted = wanted.replace(word, plain)
+            raise LabError(f"backbone {name}: {key} = {value!r} is not valid. Expected {wanted}.")
+    return right
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, as far as the annotations of backbones go."""
+    if hint in (Any, None, type(None)):
+        return hint is Any or value is None
+    if get_origin(hint) is Sequence:
+        return isinstance(value, list | tuple) and all(_is(each, get_args(hint)[0]) for each in value)
+    if get_origin(hint) is Mapping:
+        return isinstance(value, Mapping)
+    if not isinstance(hint, type):  # a union
+        return any(_is(value, option) for option in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, {int: Integral, float: Real}.get(hint, hint))
 
 
 def _find(name: str) -> tuple[type, Mapping[str, Any]]:

@@ -7,9 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lab.errors import LabError
 from supervised.backbones.mlp import image_size
 
 NORMS = ("batch", "group", "frozen")
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that says what to do about a batch of a single value."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() == input.shape[1]:
+            raise LabError(
+                "batch norm: cannot learn from one value a channel, which is all that one image of this size "
+                "leaves. Use a larger batch_size (or fewer parts), larger images, or model.spec.norm=group."
+            )
+        return super().forward(input)
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -37,7 +50,7 @@ def make_norm(kind: str | None, channels: int, eps: float = 1e-5) -> nn.Module:
         return nn.GroupNorm(channels // math.gcd(channels, 16), channels, eps)
     if kind not in NORMS:
         raise ValueError(f"norm {kind!r} is none of {NORMS}")
-    return (nn.BatchNorm2d if kind == "batch" else FrozenBatchNorm2d)(channels, eps)
+    return (BatchNorm2d if kind == "batch" else FrozenBatchNorm2d)(channels, eps)
 
 
 class ConvNorm(nn.Module):
@@ -77,10 +90,15 @@ class StochasticDepth(nn.Module):
 
     Args:
         rate: probability to drop.
+
+    Raises:
+        ValueError: an impossible rate.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"stochastic_depth {rate:g} must be at least 0 and below 1")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:

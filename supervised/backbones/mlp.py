@@ -37,6 +37,8 @@ class MLP(nn.Module):
         if not hidden:
             raise ValueError("hidden must name at least one layer width")
         widths = [in_features, *hidden]
+        if min(widths) < 1:
+            raise ValueError(f"in_features {in_features} and hidden {list(hidden)} must be positive")
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
@@ -49,7 +51,10 @@ class MLP(nn.Module):
 
 def image_size(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) in pixels from either one side of a square or both."""
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"img_size {size} must be one side, or height and width")
+    height, width = sides
     if height < 1 or width < 1:
         raise ValueError(f"img_size {size} must be positive")
     return height, width

@@ -17,6 +17,8 @@ from supervised.data.raw import EVALUATION, Columns, Raw, is_evaluation, is_part
 from supervised.data.splits import Ragged, SequenceSplit, Split, TensorSplit, TokenSplit
 from supervised.data.tokenizers import Tokenizer
 
+MOST_CLASSES = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
@@ -192,7 +194,9 @@ def _check_labels(raw: Raw, train: Columns, test: Columns, source: str) -> tuple
         return ()
     if "labels" not in test:
         raise LabError(f"{source}: the training part has labels, the held-out part none. Add them.")
-    n = len(raw.classes) or int(train["labels"].max()) + 1
+    n = len(raw.classes) or max(int(train["labels"].max()) + 1, 1)
+    if n > MOST_CLASSES:
+        raise LabError(f"{source}: a label is {n - 1:,}: no class, which count from 0. Number them anew.")
     for part, columns in (("training", train), ("held-out", test)):
         wrong = np.flatnonzero((columns["labels"] < 0) | (columns["labels"] >= n))
         if len(wrong):
@@ -275,7 +279,8 @@ def _tasks(columns: Columns, tokenizer: Tokenizer, longest: int) -> SequenceSpli
         first, *others = ([*ids] for ids in islice(encoded, len(sequence)))
         room = longest - 2 - sum(len(ids) + 1 for ids in others)
         rest = [token for ids in others for token in (tokenizer.delim_id, *ids)]
-        rows.append([tokenizer.bos_id, *first[: max(room, 0)], *rest, tokenizer.extract_id][:longest])
+        text = [tokenizer.bos_id, *first[: max(room, 0)], *rest]
+        rows.append([*text[: longest - 1], tokenizer.extract_id])  # without it there is no answer
     group = len(columns["texts"][0])
     others = {name: _tensor(columns[name]) for name in ("labels", "targets") if name in columns}
     return SequenceSplit({"ids": Ragged.of(rows, group)}, tokenizer.pad_id, others)

@@ -58,6 +58,8 @@ def read_idx_folder(folder: Path, config: DataConfig, classes: tuple[str, ...] =
                 "classes. Get the file again."
             )
         parts[part] = {"inputs": images[:, None], "labels": labels.astype(np.int64)}
+    if not parts:
+        raise LabError(f"{folder}: no files such as train-images-idx3-ubyte. Name another, or data.format.")
     return Raw(kind="images", parts=parts, classes=classes)
 
 
@@ -214,9 +216,14 @@ def read_npz(path: Path, config: DataConfig) -> Raw:
         LabError: it is damaged, or holds none of these.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: np.atleast_1d(file[name]) for name in file.files}
     except Exception as error:  # zip, zlib, numpy: each has its own
+        if "pickle" in str(error):
+            raise LabError(
+                f"{path}: not an .npz file of plain arrays: objects, which only pickle can read, are never "
+                "loaded, for that runs code. Save its arrays as numbers."
+            ) from None
         raise LabError(f"{path}: not a readable .npz file: {first_line(error)}. Get it again.") from None
     parts: dict[str, Columns] = {}
     kinds = set()
@@ -268,7 +275,7 @@ def _as_labels(values: np.ndarray | None, what: str) -> Columns:
         return {}
     if values.dtype.kind in "iu" and values.size == len(values):
         return {"labels": values.reshape(-1).astype(np.int64)}
-    if values.dtype.kind == "f" and values.ndim <= 2:
+    if values.dtype.kind == "f" and values.ndim <= 2 and values.size:
         return {"targets": values.reshape(len(values), -1).astype(np.float32)}
     raise LabError(
         f"{what} labels are of {values.dtype}, where whole numbers or floats are needed. Convert them."

@@ -64,6 +64,8 @@ def _recognise(path: Path, config: DataConfig) -> str:
     if path.is_file():
         suffix = bare_suffix(path)
         return "npz" if suffix == ".npz" else "rows" if suffix in texts.ROWS else "text"
+    if not path.is_dir():
+        raise LabError(f"{path}: is neither a file nor a folder. Name one.")
     if not any(path.iterdir()):
         raise LabError(f"{path}: the folder is empty. Name another.")
     if images.find_idx(path):

@@ -187,7 +187,8 @@ def _check(row: dict[str, Any], keys: tuple[str, ...], place: str) -> None:
                 f"{place}: has no {key!r}.{did_you_mean(key, others)} A row here has {', '.join(keys)}."
             )
         if key in ("label", "answer"):
-            good, wanted = isinstance(value, str | int | float), "a name or a number"
+            number = isinstance(value, int | float) and math.isfinite(value)
+            good, wanted = number or isinstance(value, str), "a name or a number"
         elif key == "choices":
             good = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
             wanted = "a list of two or more texts"

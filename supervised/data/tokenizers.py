@@ -68,7 +68,8 @@ class SubwordTokenizer:
 
     Args:
         backend: the library's.
-        specials: the tokens that stand for the keys of `SPECIALS`; what one lacks is its end token.
+        specials: the tokens that stand for the keys of `SPECIALS`; what one lacks is its end token, but for
+            padding, which becomes a token of its own.
     """
 
     def __init__(self, backend: Backend, specials: dict[str, str]) -> None:
@@ -80,6 +81,10 @@ class SubwordTokenizer:
         if fallback is None:
             raise ValueError("has no end-of-text token")
         self.specials = {use: specials.get(use) or fallback for use in SPECIALS}
+        # Padding is what nobody reads or learns: were it the end token, that would be among it.
+        if self.specials["pad"] in [token for use, token in self.specials.items() if use != "pad"]:
+            self.specials["pad"] = SPECIALS["pad"]
+            backend.add_special_tokens([AddedToken(SPECIALS["pad"], special=True)])
         vocab = backend.get_vocab(with_added_tokens=True)
         if missing := set(self.specials.values()) - vocab.keys():
             raise ValueError(f"its special token {missing.pop()!r} is not in its vocabulary")
@@ -218,9 +223,10 @@ def pretrained(name: str) -> SubwordTokenizer:
             loaded.backend_tokenizer, {use: token for use, token in specials.items() if token}
         )
     except Exception as error:  # each mishap with network, name or files has its class
+        reason = first_line(error).rstrip(".")
         raise LabError(
-            f"data.tokenizer = {name!r}: cannot be loaded: {first_line(error)}. It is bytes, bpe, a folder "
-            f"with {' and '.join(FILES)}, or a name on the Hub."
+            f"data.tokenizer = {name!r}: cannot be loaded: {reason}. It is bytes, bpe, a "
+            f"folder with {' and '.join(FILES)}, or a name on the Hub."
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 
+from lab.errors import LabError
 from supervised.config import SupervisedRun
 from supervised.data import DataSet
 from supervised.objectives.base import Objective
@@ -19,7 +20,15 @@ def make(settings: SupervisedRun, data: DataSet) -> Objective:
     """The objective of a config on a data set, its weights drawn from torch's random state.
 
     Raises:
-        LabError: the data is not of the kind it learns from.
+        LabError: the data is not of the kind it learns from, or nothing is left to learn.
     """
-    module, cls = _CLASSES[settings.objective.name]
-    return getattr(importlib.import_module(module), cls)(settings, data)
+    name, adapt = settings.objective.name, settings.model.adapt
+    module, cls = _CLASSES[name]
+    objective: Objective = getattr(importlib.import_module(module), cls)(settings, data)
+    for player in objective.players.values():
+        if not any(parameter.requires_grad for parameter in player.parameters()):
+            raise LabError(
+                f"model.adapt = {adapt!r}: leaves nothing to learn: {name} has no weights but the "
+                "backbone's. Use lora or full."
+            )
+    return objective

@@ -65,13 +65,18 @@ class Objective(ABC):
             batch_tokens=d.batch_tokens,
         )
 
+    def share(self, part: Batch, batch: Batch) -> float | Tensor:
+        """How much the loss of a part counts in that of the whole batch: all parts' shares sum to 1."""
+        return samples_in(part) / samples_in(batch)
+
     def turns(self, step: int) -> Sequence[str]:
         """The players whose weights move in this step, one after the other."""
         return tuple(self.players)
 
     @abstractmethod
     def loss(self, player: str, batch: Batch) -> Loss:
-        """A mean over the batch's samples, with gradients for this player's weights."""
+        """A mean over the batch's samples, or what else `share` weighs, with gradients for this player's
+        weights."""
 
     @abstractmethod
     def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
@@ -92,10 +97,20 @@ def samples_in(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def require_kind(data: DataSet, kinds: Sequence[str], objective: str) -> None:
-    """Raises unless the data are of one of these kinds."""
+def require_kind(data: DataSet, kinds: Sequence[str], objective: str, column: str = "") -> None:
+    """Raises unless the data are of one of these kinds, and have the column that is learned."""
     if data.kind not in kinds:
         raise LabError(
             f"data.source = {data.name!r}: holds {data.kind}, and {objective} learns from "
             f"{' or '.join(kinds)}. Name another data set, or another objective.name."
+        )
+    if column and column not in data.train.tensors:
+        raise LabError(
+            f"data.source = {data.name!r}: has no {column}, which {objective} learns. Name another data set, "
+            "or another objective.name."
+        )
+    if column == "labels" and data.num_classes < 2:
+        raise LabError(
+            f"data.source = {data.name!r}: has only the class {data.classes[0]!r}, and there is nothing to "
+            "tell apart. Add samples of another."
         )

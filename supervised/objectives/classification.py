@@ -1,6 +1,7 @@
 """Which class an image, a row of a table or a sequence is of."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.errors import LabError
-from supervised import figures
+from supervised import backbones, figures
 from supervised.backbones.vit import ViT
 from supervised.classifier import Classifier
 from supervised.config import ClassificationRun
@@ -30,7 +31,7 @@ class Classification(Objective):
 
     def __init__(self, settings: ClassificationRun, data: DataSet) -> None:
         super().__init__(settings, data)
-        require_kind(data, ("images", "table"), "classification")
+        require_kind(data, ("images", "table"), "classification", "labels")
         self.config = settings.objective
         shape = data.train.tensors["inputs"].shape[1:]
         if self.config.rows and data.kind != "images":
@@ -38,12 +39,14 @@ class Classification(Objective):
         self.normalize = Normalize.of(data.train.tensors["inputs"])
         self.augment = Augment(settings.data.augment)
         of_data: dict[str, Any] = {"in_features": shape[0]}
+        fitting: Sequence[str] = ["mlp"]
         if data.kind == "images":
             channels, height, width = shape
             of_data = {"in_chans": channels, "img_size": [height, width]}
+            fitting = ["mlp", *backbones.image_names()]
             if self.config.rows:
-                of_data = {"in_features": channels * width}
-        backbone, self.parents = make_backbone(settings.model, **of_data)
+                of_data, fitting = {"in_features": channels * width}, backbones.RECURRENT
+        backbone, self.parents = make_backbone(settings.model, fitting, **of_data)
         self.players = {"model": Classifier(backbone, data.num_classes, settings.model.dropout)}
 
     def _shaped(self, inputs: Tensor) -> Tensor:
@@ -82,13 +85,14 @@ class Classification(Objective):
 
     def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
         """The confusion matrix; of images also some, with what they were taken for, and the first kernels."""
-        kept = list(batches)
-        counts, _ = self._count(players, kept)
+        others = iter(batches)
+        first = next(others)
+        counts, _ = self._count(players, chain([first], others))
         names = self.data.classes or tuple(map(str, range(self.data.num_classes)))
         yield "confusion", figures.confusion(folder / "confusion.png", counts.cpu().numpy(), names)
         if self.data.kind != "images":
             return
-        images, labels = kept[0]["inputs"][:SHOWN], kept[0]["labels"][:SHOWN].tolist()
+        images, labels = first["inputs"][:SHOWN], first["labels"][:SHOWN].tolist()
         found = self._logits(players, images).argmax(1).tolist()
         wrong = [a != b for a, b in zip(labels, found, strict=True)]
         titles = [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.files import write_atomic
+from supervised import backbones
 from supervised.config import SupervisedRun
 from supervised.data import DataSet
 from supervised.models import make_backbone
@@ -46,7 +47,7 @@ class LanguageModelling(Objective):
         require_kind(data, ("text",), "language_model")
         self.longest_attention = context = settings.data.context
         sizes = {"vocab_size": data.tokenizer.vocab_size, "max_positions": context}
-        backbone, self.parents = make_backbone(settings.model, **sizes)
+        backbone, self.parents = make_backbone(settings.model, backbones.CAUSAL, **sizes)
         self.players: dict[str, nn.Module] = {"model": LanguageModel(backbone)}
 
     def loss(self, player: str, batch: Batch) -> Loss:
@@ -56,13 +57,13 @@ class LanguageModelling(Objective):
         return Loss(loss, {"loss": loss})
 
     def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
-        nats = torch.zeros((), dtype=torch.float64)
+        sums = []  # of each batch; added up as doubles on the CPU, for not every device has them
         for batch in batches:
             ids, counts = batch["ids"], batch["mask"].flatten()
             logits = players["model"](ids[:, :-1]).float()
             each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            nats = nats.to(each.device) + (each * counts).sum(dtype=torch.float64)
-        loss = float(nats) / (len(self.data.test) - 1)
+            sums.append((each * counts).sum())
+        loss = float(torch.stack(sums).cpu().double().sum()) / (len(self.data.test) - 1)
         # Nothing predicts the very first token: it is taken to be as hard as the others.
         bits = loss * len(self.data.test) / math.log(2) / len(self._held_out)
         return {
@@ -86,7 +87,7 @@ class LanguageModelling(Objective):
     def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
         """A held-out beginning as the model goes on with it, at temperature 0.8."""
         model, tokenizer = players["model"], self.data.tokenizer
-        beginning = self.data.test.ids[: self.settings.data.context // 4].tolist()
+        beginning = self.data.test.ids[: max(1, self.settings.data.context // 4)].tolist()
         ids = torch.tensor([beginning], device=next(model.parameters()).device)
         torch.manual_seed(0)
         for _ in range(SAMPLE_TOKENS):

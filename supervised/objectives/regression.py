@@ -23,9 +23,9 @@ class Regression(Objective):
 
     def __init__(self, settings: SupervisedRun, data: DataSet) -> None:
         super().__init__(settings, data)
-        require_kind(data, ("table",), "regression")
+        require_kind(data, ("table",), "regression", "targets")
         backbone, self.parents = make_backbone(
-            settings.model, in_features=data.train.tensors["inputs"].shape[1]
+            settings.model, ["mlp"], in_features=data.train.tensors["inputs"].shape[1]
         )
         targets = data.train.tensors["targets"]
         self.inputs = Normalize.of(data.train.tensors["inputs"])
@@ -47,7 +47,8 @@ class Regression(Objective):
         found, targets = (torch.cat(column) for column in zip(*pairs, strict=True))
         error = (found - targets).square().mean()
         variance = (targets - targets.mean(0)).square().mean()
-        return {"r2": float(1 - error / variance), "loss": float(error)}
+        # Of targets that are all alike nothing can be explained, and the logs take finite numbers only.
+        return {"r2": float(1 - error / variance.clamp_min(1e-12)), "loss": float(error)}
 
     def spec(self) -> dict[str, Any]:
         return {"inputs": self.inputs.spec(), "targets": self.targets.spec()}

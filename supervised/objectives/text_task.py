@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from supervised import figures
+from supervised import backbones, figures
 from supervised.config import TextTaskRun
 from supervised.data import DataSet
 from supervised.models import make_backbone
@@ -51,12 +51,13 @@ class TextTask(Objective):
 
     def __init__(self, settings: TextTaskRun, data: DataSet) -> None:
         super().__init__(settings, data)
-        require_kind(data, ("tasks",), "text_task")
+        require_kind(data, ("tasks",), "text_task", "labels" if data.classes else "targets")
         self.config, self.padding = settings.objective, data.tokenizer.pad_id
         self.longest_attention = settings.data.context
         tokens = data.tokenizer
         backbone, self.parents = make_backbone(
             settings.model,
+            backbones.CAUSAL,
             new_tokens=sorted({tokens.bos_id, tokens.delim_id, tokens.extract_id}),
             vocab_size=tokens.vocab_size,
             max_positions=settings.data.context,
@@ -102,6 +103,7 @@ class TextTask(Objective):
             return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, wanted))}
         found, wanted = logits[:, 0], wanted[:, 0]
         pearson = torch.corrcoef(torch.stack((found, wanted)))[0, 1]
+        pearson = pearson.nan_to_num()  # where all answers are alike, there is none
         return {"pearson": float(pearson), "loss": float(F.mse_loss(found, wanted))}
 
     def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:

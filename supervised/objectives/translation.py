@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.files import write_atomic
-from supervised import figures
+from supervised import backbones, figures
 from supervised.config import TranslationRun
 from supervised.data import DataSet
 from supervised.decoding import beam_search, greedy
@@ -54,7 +54,10 @@ class Translation(Objective):
         self.config, self.tokens = settings.objective, data.tokenizer
         longest = settings.data.context + 1
         backbone, self.parents = make_backbone(
-            settings.model, vocab_size=data.tokenizer.vocab_size, max_positions=longest
+            settings.model,
+            backbones.TRANSLATORS,
+            vocab_size=data.tokenizer.vocab_size,
+            max_positions=longest,
         )
         self.players: dict[str, nn.Module] = {"model": Translator(backbone)}
 
@@ -63,6 +66,11 @@ class Translation(Objective):
         smoothing = self.config.label_smoothing
         loss = F.cross_entropy(logits, targets, ignore_index=self.tokens.pad_id, label_smoothing=smoothing)
         return Loss(loss, {"loss": loss})
+
+    def share(self, part: Batch, batch: Batch) -> Tensor:
+        """By tokens, of which parts with as many sentences have more or less."""
+        counts = [(each["target"][:, 1:] != self.tokens.pad_id).sum() for each in (part, batch)]
+        return counts[0] / counts[1]
 
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (tokens, vocab_size) and the tokens they are for, padding included."""
@@ -73,18 +81,18 @@ class Translation(Objective):
     def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
         import sacrebleu
 
-        nats, n_tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.long)
+        sums = []  # of each batch; added up as doubles on the CPU, for not every device has them
         found: list[str] = []
         wanted: list[str] = []
         for batch in batches:
             logits, targets = self._logits(players["model"], batch)
             real = targets != self.tokens.pad_id
             loss = F.cross_entropy(logits.float(), targets, reduction="none") * real
-            nats = nats.to(loss.device) + loss.sum(dtype=torch.float64)
-            n_tokens = n_tokens.to(loss.device) + real.sum()
+            sums.append(torch.stack((loss.sum(), real.sum())))
             found += self._translate(players, batch["source"])
             wanted += [self.tokens.decode(self._words(row)) for row in batch["target"].tolist()]
         bleu = sacrebleu.corpus_bleu(found, [wanted])
+        nats, n_tokens = torch.stack(sums).cpu().double().sum(0)
         return {"bleu": bleu.score, "loss": float(nats / n_tokens)}
 
     def _translate(self, players: Players, source: Tensor) -> list[str]:

@@ -80,6 +80,12 @@ def test_backbones_satisfy_the_interface() -> None:
         ("mlp", {}, "give in_features"),
         ("mlp", {"in_features": 3, "hidden": ()}, "at least one"),
         ("impala_cnn", {"in_chans": 4, "img_size": (0, 3)}, "positive"),
+        ("resnet8", {"img_size": (1, 2, 3)}, "one side, or height and width"),
+        ("mlp", {"in_features": 3, "hidden": 3}, r"hidden = 3 is not valid. Expected list\[int\]"),
+        ("mlp", {"in_features": 3, "hidden": [10**15]}, "cannot be built"),
+        ("gpt", {"vocab_size": "many"}, "vocab_size = 'many' is not valid. Expected int"),
+        ("gpt", {"vocab_size": 9, "bias": 1}, "bias = 1 is not valid. Expected bool"),
+        ("vit_tiny", {"stochastic_depth": 1}, "stochastic_depth 1 must be at least 0 and below 1"),
     ],
 )
 def test_mistakes_say_what_to_do(name: str, spec: dict, said: str) -> None:
@@ -109,3 +115,14 @@ def test_nature_cnn_reads_bytes_as_255ths(spec: dict) -> None:
         gradients.append([features, *(parameter.grad.clone() for parameter in body.parameters())])
     for from_bytes, from_floats in zip(*gradients, strict=True):
         torch.testing.assert_close(from_bytes, from_floats)
+
+
+def test_numbers_become_what_a_backbone_takes() -> None:
+    assert backbones.typed("gpt", {"vocab_size": 5e4, "dropout": 0, "n_kv_head": None}) == {
+        "vocab_size": 50_000,
+        "dropout": 0.0,
+        "n_kv_head": None,
+    }
+    for name in backbones.names():  # every default is of the type that is checked
+        defaults = {k: v.default for k, v in backbones.arguments(name).items() if v.default is not v.empty}
+        assert backbones.typed(name, defaults) == defaults

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -327,7 +328,11 @@ def test_arrays_of_a_table(tmp_path: Path) -> None:
         ({"x": np.zeros((4, 5)), "y": np.array(list("abcd"))}, "labels are of <U1"),
         ({"x": np.array([[0.0], [np.nan], [1], [2]]), "y": np.zeros(4)}, "part is no finite number"),
         ({"x_train": np.zeros((4, 5)), "x_test": np.zeros((4, 6))}, "is inputs 5; a held-out one inputs 6."),
-        ({"x": np.array([[{}]], dtype=object)}, "not a readable .npz file: Object arrays cannot be loaded"),
+        ({"x": np.array([[{}]], dtype=object)}, "objects, which only pickle can read, are never loaded"),
+        ({"x": np.float32(3), "y": np.float32(3)}, "inputs are 1 of float32, where images are"),
+        ({"x": np.zeros((4, 5)), "y": np.float32(3)}, "1 labels for 4 inputs"),
+        ({"x": np.zeros((4, 5)), "y": np.zeros((4, 0))}, "labels are of float64, where"),
+        ({"x": np.zeros((4, 5)), "y": np.full(4, 10**12)}, "a label is 1,000,000,000,000: no class"),
         ({"x": np.zeros((0, 5))}, "part is empty"),
     ],
 )
@@ -337,7 +342,23 @@ def test_bad_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], message: str)
 
 
 def test_a_damaged_npz(tmp_path: Path) -> None:
-    assert "not a readable .npz file" in error(write(tmp_path / "a.npz", b"PK no zip"))
+    assert "not a readable .npz file" in error(write(tmp_path / "a.npz", b"PK\3\4 no zip"))
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    assert "are never loaded" in error(write(tmp_path / "a.npz", pickle.dumps(Code())))
+    np.savez(tmp_path / "b.npz", x=np.array([[Code()]], dtype=object))
+    assert "are never loaded" in error(tmp_path / "b.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_file_or_holds_no_idx_files(tmp_path: Path) -> None:
+    assert "/dev/null: is neither a file nor a folder" in error(Path("/dev/null"))
+    assert "no files such as train-images-idx3-ubyte" in error(tmp_path, format="idx")
 
 
 # ---- text ----
@@ -517,6 +538,8 @@ def test_a_long_first_text_is_cut(tmp_path: Path) -> None:
     row = {"premise": "0123456789", "hypothesis": "abc", "label": 0}
     path = jsonl(tmp_path / "a.jsonl", row, row)
     assert texts_of(read(path, context=10, held_out=0.5), 0) == ["^0123|abc$"]
+    # However short: the token that the answer is read off stays.
+    assert texts_of(read(path, context=4, held_out=0.5), 0) == ["^|a$"]
 
 
 @pytest.mark.parametrize(
@@ -544,6 +567,7 @@ def test_a_long_first_text_is_cut(tmp_path: Path) -> None:
             ['{"first": "a", "second": "b", "label": 0.5}', '{"first": "a", "second": "b", "label": "x"}'],
             "line 2: label 'x' is no number",
         ),
+        (['{"first": "a", "second": "b", "label": NaN}'], "line 1: 'label' is NaN, not a name or a number"),
         ([""], "has no rows"),
         (['{"text": "a\\ud800", "label": 0}'], "line 1: 'text' is no valid Unicode"),
     ],

@@ -116,7 +116,11 @@ def test_a_pretrained_tokenizer_that_is_no_byte_level_one(tmp_path: Path) -> Non
     tokenizer = pretrained(str(tmp_path))
     assert tokenizer.encode("the animal") == [2, 3]
     assert tokenizer.decode_bytes([2, 3]) == b"the animal"
-    assert tokenizer.pad_id == tokenizer.bos_id == tokenizer.delim_id == 1
+    assert tokenizer.eos_id == tokenizer.bos_id == tokenizer.delim_id == 1
+    assert tokenizer.pad_id == tokenizer.vocab_size - 1 != 1  # else no translation could learn to end
+    tokenizer.save(tmp_path)
+    again = from_folder(tmp_path)
+    assert (again.pad_id, again.vocab_size) == (tokenizer.pad_id, tokenizer.vocab_size)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     with pytest.raises(LabError, match="no usable tokenizer: its special token '<end>' is not in"):
         from_folder(tmp_path)

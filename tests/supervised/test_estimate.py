@@ -32,6 +32,18 @@ from supervised.estimate import GPUS, PUBLISHED, describe, estimate
         ("llama2-70b", 68_976_648_192),
         ("transformer-base", 63_082_496),
         ("transformer-big", 214_245_376),
+        ("lenet1", 3_246),
+        ("lenet4", 51_050),
+        ("lenet5", 61_706),
+        ("resnet8", 78_042),
+        ("resnet20", 269_722),
+        ("resnet32", 464_154),
+        ("resnet44", 658_586),
+        ("resnet56", 853_018),
+        ("resnet110", 1_727_962),
+        ("nature_cnn", 1_684_128),
+        ("impala_cnn", 1_089_232),
+        ("drqn", 7_547_040),
     ],
 )
 def test_published_parameter_counts(model: str, parameters: int) -> None:
@@ -41,6 +53,23 @@ def test_published_parameter_counts(model: str, parameters: int) -> None:
 def test_every_published_model_is_counted_here_or_with_bloom() -> None:
     counted: Any = next(mark for mark in test_published_parameter_counts.pytestmark)  # type: ignore[attr-defined]
     assert {*PUBLISHED} - {model for model, _ in counted.args[1]} == {"bloom-176b"}
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "parameters"),
+    [
+        ("googlenet", {"aux": True}, 13_378_280),
+        ("googlenet_bn", {"aux": True}, 13_004_888),
+        ("inception_v3", {}, 23_834_568),
+        ("inception_v3", {"aux": True}, 27_161_264),
+    ],
+)
+def test_auxiliary_classifiers_count_and_a_backbones_own_image_size_is_taken(
+    model: str, spec: dict[str, Any], parameters: int
+) -> None:
+    result = estimate(model, spec)
+    assert result["parameters"] == parameters
+    assert result["training_flops_each"]["flops"] > 3 * 2 * 1.4e9  # both papers' 1.5 and 5 billion products
 
 
 def test_gpt3_costs_what_was_published() -> None:
@@ -116,15 +145,19 @@ def test_other_inputs_need_a_number() -> None:
         (["gpt3-175"], "Did you mean 'gpt3-175b'?"),
         (["gpt2", "--gpu=A10"], "Did you mean 'A100'?"),
         (["gpt2", "--n_layers=3"], "Did you mean 'n_layer'?"),
-        (["gpt2", "--n_layer=three"], "--n_layer = 'three' is not valid. Expected int."),
+        (["gpt2", "--n_layer=three"], "n_layer = 'three' is not valid. Expected int."),
         (["gpt2", "--n_head=5"], "width 768 must be divisible by n_head 5"),
         (["gpt2", "--classes=3"], "--classes is for classifiers, not for gpt2"),
         (["gpt2", "--tokens=-1"], "'-1' is no number above 0"),
         (["gpt2", "--gpus=0"], "'0' is no whole number of at least 1"),
         (["gpt2", "--utilisation=1.5"], "'1.5' is no share above 0 and at most 1"),
-        (["gpt2", "--width=768e15"], "cannot be counted"),
+        (["gpt2", "--width=768e15"], "cannot be built"),
         (["gpt"], "gpt needs --vocab_size=VALUE"),
-        (["nature_cnn", "--img_size=big"], "--img_size = 'big' is not valid"),
+        (["nature_cnn", "--img_size=big"], "img_size = 'big' is not valid"),
+        (["resnet18", "--img_size=1e9"], "takes no image of img_size"),
+        (["resnet18", "--in_chans=1e30"], "Overflow"),
+        (["resnet18", "--classes=" + 20 * "9"], "cannot be counted"),
+        (["drqn", "--classes=3"], "--classes is for classifiers, not for drqn"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

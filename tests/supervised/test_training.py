@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +18,7 @@ from lab.device import Compute
 from lab.errors import LabError
 from lab.run import Run
 from lab.tracking import read_metrics
-from supervised import objectives
+from supervised import figures, objectives
 from supervised.config import SupervisedRun, run_config_class
 from supervised.data import load
 from supervised.objectives.base import Objective
@@ -67,6 +69,11 @@ def pairs(folder: Path) -> dict[str, Any]:
         "batch_size": 8,
         "eval": {"every_epochs": 1.5},
     }
+
+
+def pairs_by_lstm(folder: Path) -> dict[str, Any]:
+    model = {"backbone": "seq2seq", "spec": {"width": 16, "dropout": 0.1}}
+    return {**pairs(folder), "model": model, "accumulate": 2, "ema_decay": 0.9}
 
 
 def task(folder: Path) -> dict[str, Any]:
@@ -133,6 +140,7 @@ PROBLEMS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "regression": table,
     "language model": text,
     "translation": pairs,
+    "translation by LSTM": pairs_by_lstm,
     "text task": task,
     "similarity": similarity_by_adapters,
 }
@@ -246,6 +254,52 @@ def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_parts_of_pairs_count_by_their_tokens(tmp_path: Path) -> None:
+    """The mean of a batch's tokens is no mean of its parts' means: parts differ in padding."""
+    values = pairs(tmp_path)
+    values["model"]["spec"]["dropout"] = 0.0
+    rows = [{"source": "a" * n, "target": "b" * n} for n in (1, 1, 1, 30) for _ in range(10)]
+    values["data"] = {"source": str(write_rows(tmp_path, rows)), "context": 64}
+    found = []
+    for parts in (1, 4):
+        optimizer = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant"}
+        settings = settings_of(values, accumulate=parts, batch_size=32, max_steps=1, optimizer=optimizer)
+        objective = objective_of(settings)
+        trainer = Trainer(objective, objective.batches("train", CPU.device), settings, CPU)
+        list(trainer.iterate())
+        found.append((trainer.means.take()["loss"], trainer.weights(judged=False)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, weight in found[0][1].items():
+        torch.testing.assert_close(weight, found[1][1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("every", "words"), [(1.0, "r2 is nan after step 1"), (1e6, "train/loss is nan")])
+def test_a_run_that_diverges_says_so(every: float, words: str, tmp_path: Path) -> None:
+    values = {**table(tmp_path), "eval": {"every_epochs": every}, "checkpoint": {"every_epochs": 1e6}}
+    values["optimizer"] = {"name": "sgd", "learning_rate": 1e30}
+    with pytest.raises(LabError, match=rf"diverged: {words}.* Lower optimizer\.learning_rate"):
+        trained(settings_of(values), tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    assert run.info["state"] == "failed"
+    assert not list(run.checkpoints.iterdir())
+
+
+def test_the_shortest_context_there_is(tmp_path: Path) -> None:
+    values = text(tmp_path)
+    values["data"]["context"] = 1
+    run = trained(settings_of(values, max_steps=1), tmp_path / "run")
+    assert "the model goes on" in (run.media / "sample.txt").read_text()
+
+
+def test_figures_of_many_classes_and_tokens_stay_small(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(1000)]
+    figures.confusion(tmp_path / "confusion.png", np.eye(1000), names)
+    figures.attention(tmp_path / "attention.png", np.ones((1000, 3)), names[:3], names)
+    for name in ("confusion", "attention"):
+        width, height = struct.unpack(">II", (tmp_path / f"{name}.png").read_bytes()[16:24])
+        assert max(width, height) < 3000
+
+
 def test_a_similarity_in_numbers_is_learned_by_its_squared_error(tmp_path: Path) -> None:
     objective = objective_of(settings_of(similarity_by_adapters(tmp_path)))
     batch = next(objective.batches("test", CPU.device).epoch(0))
@@ -277,6 +331,41 @@ def test_another_config_than_before_is_refused(tmp_path: Path) -> None:
         ({"model": {"backbone": "mlp", "spec": {"img_size": 8}}}, "follows from the data"),
         ({"data": {"source": "digitz"}}, "no such data set"),
         ({"model": {"backbone": "mlp", "start_from": "nowhere"}}, "nowhere"),
+        ({"model": {"backbone": "lstm"}}, "does not read what there is here. Use one of mlp"),
+        ({"model": {"backbone": "drqn"}}, "does not read what there is here"),
+        (
+            {"model": {"backbone": "resnet8"}, "objective": {"name": "classification", "rows": True}},
+            "Use one of rnn, lstm, gru",
+        ),
+        ({"model": {"backbone": "mlp", "spec": {"hidden": 3}}}, "hidden = 3 is not valid"),
+        ({"model": {"backbone": "mlp", "spec": {"hidden": [0]}}}, "must be positive"),
+        ({"data": {"source": "photographs"}, "model": {"backbone": "mlp"}}, "has no labels"),
+        ({"data": {"source": "diabetes"}, "model": {"backbone": "mlp"}}, "has no labels"),
+        ({"data": {"source": "iris"}, "objective": {"name": "regression"}}, "has no targets"),
+        (
+            {
+                "objective": {"name": "language_model"},
+                "data": {"source": "python_library", "limit": 99, "context": 8},
+                "model": {"backbone": "transformer_encoder"},  # it would see what it is to foretell
+            },
+            "Use one of gpt, transformer_decoder",
+        ),
+        (
+            {
+                "objective": {"name": "language_model"},
+                "data": {"source": "python_library", "limit": 99, "context": 500},
+                "model": {"backbone": "gpt", "spec": GPT},
+            },
+            "the text has only",
+        ),
+        (
+            {
+                "objective": {"name": "translation"},
+                "data": {"source": "number_words", "limit": 99},
+                "model": {"backbone": "transformer", "spec": {"width": 16, "n_head": 2}, "adapt": "probe"},
+            },
+            "leaves nothing to learn",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(values: dict[str, Any], words: str, tmp_path: Path) -> None:

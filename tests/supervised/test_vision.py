@@ -398,6 +398,14 @@ def test_mistakes_say_what_to_do(name: str, options: dict[str, Any], said: str) 
     assert "\n" not in str(error.value)
 
 
+def test_one_small_image_is_refused_by_batch_norm_in_training_alone() -> None:
+    net, image = backbones.build("resnet18", in_chans=1), torch.randn(1, 1, 28, 28)
+    with pytest.raises(LabError, match="Use a larger batch_size"):
+        net(image)
+    assert net.eval()(image).shape == (1, 512)
+    assert backbones.build("resnet18", in_chans=1, norm="group")(image).shape == (1, 512)
+
+
 def test_a_small_resnet_of_stride_2_skips_every_other_place_behind_its_first_convolution() -> None:
     torch.manual_seed(0)
     make = backbones.build
