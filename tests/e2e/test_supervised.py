@@ -120,7 +120,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     assert "Traceback" not in result.stderr
     line = result.stderr.splitlines()[-1]
     assert line.startswith("lab: ")
-    assert "cannot be written: File too large" in line
+    assert "cannot be written" in line
+    assert "File too large" in line
     result = lab_command("train", run, "--resume", cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
     assert_same_run(unstopped, run)
@@ -128,19 +129,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
 
 MISTAKES = {
     "unknown key": (["--objective.beam=2"], ["command line: unknown key 'objective.beam'"]),
-    "wrong type": (["--batch_size=few"], ["batch_size = 'few' is not valid. Expected int."]),
-    "parts": (["--accumulate=33"], ["accumulate: 33 parts cannot be made of a batch_size of 32"]),
-    "backbone": (["--model.backbone=resnet88"], ["no such backbone. Did you mean 'resnet8'?"]),
-    "other kind": (["--model.backbone=gpt", "--model.spec={}"], ["does not read what there is here"]),
-    "argument": (["--model.spec.hiden=[3]"], ["Did you mean 'hidden'?"]),
-    "too small": (["--model.backbone=alexnet", "--model.spec={}"], ["img_size [8, 8] is too small"]),
-    "patches": (["--model.backbone=vit_tiny", "--model.spec={}"], ["patch_size 16 does not divide"]),
-    "no linear layer": (
-        ["--model.backbone=resnet8", "--model.spec={}", "--model.adapt=lora"],
-        ["no linear layers"],
-    ),
-    "data set": (["--data.source=digitz"], ["no such data set, file or folder. Did you mean 'digits'?"]),
-    "part": (["--data.evaluate_on=val"], ["has no such part, only train"]),
+    "too small": (["--model.backbone=alexnet"], ["img_size [8, 8] is too small"]),
+    "no linear layer": (["--model.backbone=resnet8", "--model.adapt=lora"], ["no linear layers"]),
     "no run": (["--model.start_from=nowhere"], ["nowhere: no run"]),
 }
 
@@ -150,7 +140,9 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     name: str, config: Path, lab_command: LabCommand, tmp_path: Path
 ) -> None:
     arguments, words = MISTAKES[name]
-    refuse(lab_command("train", config, *arguments, cwd=tmp_path), *words)
+    bare = config.with_name("bare.yaml")
+    bare.write_text(yaml.safe_dump({**CONFIG, "model": {"backbone": "mlp"}}))
+    refuse(lab_command("train", bare, *arguments, cwd=tmp_path), *words)
     assert not list(tmp_path.iterdir())
 
 
