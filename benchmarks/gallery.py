@@ -36,6 +36,7 @@ def page(results: Path = RESULTS, place: Path = PAGE.parent) -> str:
         lines += _numbers(path, result["runs"])
         for figure in sorted((results / path.stem).glob("*")):
             lines += _figure(figure, place)
+    lines += _adaptation(learned)
     lines += ["", "## Agents, language models from preferences, speed"]
     for path, result in found.items():
         if path not in learned:
@@ -46,6 +47,30 @@ def page(results: Path = RESULTS, place: Path = PAGE.parent) -> str:
             ):
                 lines += _figure(picture, place)
     return "\n".join(lines) + "\n"
+
+
+def _adaptation(learned: dict[Path, dict[str, Any]]) -> list[str]:
+    """One GPT adapted to several tasks: what learns, side by side."""
+    rows = []
+    for path, result in learned.items():
+        if path.stem.startswith("adapt_gpt_"):
+            adapted = result["config"]["model"]["adapt"]
+            by_kind = {
+                run["set_on_the_command_line"].get("model.adapt", adapted): run for run in result["runs"]
+            }
+            found = [
+                _headline(by_kind[kind]) if kind in by_kind else "" for kind in ("lora", "full", "probe")
+            ]
+            rows.append(f"| [{path.stem}](#{path.stem}) | {' | '.join(found)} |")
+    if not rows:
+        return []
+    title = ["", "## One GPT, several tasks", "", "Each begins with the GPT of gpt_text.yaml.", ""]
+    return [
+        *title,
+        "| task | adapters beside frozen weights | all weights | only the head |",
+        "|---|---|---|---|",
+        *rows,
+    ]
 
 
 def _label(path: Path, run: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import comparisons
+from benchmarks import comparisons, gallery
 from benchmarks.stopwatch import Stopwatch
 from lab import records
 from lab.errors import LabError
@@ -146,3 +146,7 @@ def test_an_unfinished_run_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(LabError, match=r"is running\. Finish it"):
         comparisons.keep(tmp_path / "run", tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+def test_the_gallery_is_what_its_command_writes_of_the_results() -> None:
+    assert gallery.PAGE.read_text() == gallery.page()
