@@ -47,8 +47,11 @@ Turn = Callable[[int], float]
 """Does so many steps; returns the seconds they took."""
 
 
-def make(job: Job) -> tuple[Turn, dict[str, Any]]:
-    """A side, ready to take turns, and facts about it: `parameters`, and of ours `flops` of a step."""
+def make(job: Job, folder: Path) -> tuple[Turn, dict[str, Any]]:
+    """A side, ready to take turns, and facts about it: `parameters`, and of ours `flops` of a step.
+
+    `folder` is for what it writes.
+    """
     shape = GPT_SHAPES.get(job.case)
     data = load(images() if shape is None else DataConfig(source="python_library", limit=1_000_000))
     values = image_values(job.case, data) if shape is None else gpt_values(shape, data)
@@ -72,7 +75,7 @@ def make(job: Job) -> tuple[Turn, dict[str, Any]]:
         return plain_loop(model.train(), Images(data.train.tensors), IMAGE_BATCH), facts
     as_pngs = job.side == "Trainer on PNGs"
     images_ = png_dataset(data.train.tensors) if as_pngs else Images(data.train.tensors)
-    return hf_trainer(model, images_, IMAGE_BATCH, bf16, Path(tempfile.mkdtemp())), facts
+    return hf_trainer(model, images_, IMAGE_BATCH, bf16, folder), facts
 
 
 def image_values(backbone: str, data: DataSet) -> dict[str, Any]:
@@ -319,10 +322,11 @@ def serve(job: Job) -> None:
     if job.side == "peak":
         print(json.dumps(matmul_peaks(job.threads)), file=answers, flush=True)
         return
-    turn, facts = make(job)
-    print(json.dumps(facts), file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(turn(int(line))), file=answers, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        turn, facts = make(job, Path(folder))
+        print(json.dumps(facts), file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(turn(int(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
