@@ -31,9 +31,9 @@ def test_features_and_attention_equal_transformers(n_layer: int, n_head: int, wi
         n_embd=width,
         n_layer=n_layer,
         n_head=n_head,
-        attn_implementation="eager",
     )
     theirs = OpenAIGPTModel(config).eval()
+    theirs.set_attn_implementation("eager")
     weights: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for key, value in theirs.named_parameters():
