@@ -41,7 +41,7 @@ WARM_STEPS = 3
 """Steps at the start of each turn that are not timed."""
 IMAGE_STEPS = {"lenet5": 60, "resnet8": 20}
 """Timed steps of a turn, by backbone."""
-GPT_STEPS = 10
+GPT_STEPS = 5
 GPT_SHAPES = {
     "gpt 4x128": {"n_layer": 4, "n_head": 4, "width": 128, "context": 128, "batch_size": 32},
     "gpt 6x384": {"n_layer": 6, "n_head": 6, "width": 384, "context": 256, "batch_size": 8},
