@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "gallery.md"
 TEXT_LINES = 24
-HEADLINES = ("accuracy", "bleu", "bits_per_byte", "r2", "pearson")
+HEADLINES = ("accuracy", "bleu", "bits_per_byte", "bits_per_dim", "r2", "pearson")
 PERCENT = ("accuracy",)
 
 

@@ -62,7 +62,7 @@ def make(job: Job, folder: Path) -> tuple[Turn, dict[str, Any]]:
     if job.side == "ours":
         facts["flops"] = flops_of_step(trainer)
         steps = trainer.iterate()
-        return lambda n: _seconds(steps, n), facts
+        return lambda n: seconds(steps, n), facts
     if shape is not None:
         assert job.nanogpt is not None
         nanogpt = load_nanogpt(Path(job.nanogpt))
@@ -131,7 +131,8 @@ def flops_of_step(trainer: Trainer) -> int:
     return counter.get_total_flops()
 
 
-def _seconds(steps: Iterator[Any], n: int) -> float:
+def seconds(steps: Iterator[Any], n: int) -> float:
+    """That `n` steps took, after some to warm up."""
     for _ in itertools.islice(steps, WARM_STEPS):
         pass
     began = time.perf_counter()
@@ -206,7 +207,7 @@ def plain_loop(model: nn.Module, images: Images, batch_size: int) -> Turn:
                 yield loss.item()
 
     endless = steps()
-    return lambda n: _seconds(endless, n)
+    return lambda n: seconds(endless, n)
 
 
 def hf_trainer(model: nn.Module, images: Any, batch_size: int, bf16: bool, folder: Path) -> Turn:
@@ -311,10 +312,10 @@ def nanogpt_loop(
             yield step
 
     endless = steps()
-    return lambda n: _seconds(endless, n), sum(p.numel() for p in model.parameters())
+    return lambda n: seconds(endless, n), sum(p.numel() for p in model.parameters())
 
 
-def serve(job: Job) -> None:
+def serve(job: Job, make: Callable[[Job], tuple[Turn, dict[str, Any]]]) -> None:
     """Answers on what was the standard output, where nothing else may write."""
     answers = sys.stdout
     sys.stdout = sys.stderr
@@ -330,4 +331,4 @@ def serve(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    serve(Job(**json.loads(sys.argv[1])))
+    serve(Job(**json.loads(sys.argv[1])), make)

@@ -62,7 +62,7 @@ class Job:
     """What one process does."""
 
     case: str
-    """An image backbone, or a key of `GPT_SHAPES`."""
+    """What is done: an image backbone, or a key of `GPT_SHAPES`."""
     side: str
     precision: str
     threads: int
@@ -71,16 +71,16 @@ class Job:
 
 
 class Side:
-    """A process that trains when it is its turn.
+    """A process of `module` that trains when it is its turn.
 
     Raises:
         LabError: it ended; the message has its last line.
     """
 
-    def __init__(self, job: Job, stack: ExitStack) -> None:
+    def __init__(self, job: Job, stack: ExitStack, module: str = "benchmarks.supervised_jobs") -> None:
         self.job = job
         self.errors = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115  the stack closes it
-        command = (sys.executable, "-m", "benchmarks.supervised_jobs", json.dumps(dataclasses.asdict(job)))
+        command = (sys.executable, "-m", module, json.dumps(dataclasses.asdict(job)))
         self.process: subprocess.Popen[str] = subprocess.Popen(
             command,
             cwd=machine.ROOT,
@@ -111,10 +111,16 @@ class Side:
         self.process.communicate()
 
 
-def measure(jobs: Sequence[Job], n_steps: int, rounds: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
+def measure(
+    jobs: Sequence[Job],
+    n_steps: int,
+    rounds: int,
+    peaks: dict[str, float],
+    module: str = "benchmarks.supervised_jobs",
+) -> list[dict[str, Any]]:
     """All sides of a case in turn, `rounds` times; a row for each."""
     with ExitStack() as stack:
-        sides = [Side(job, stack) for job in jobs]
+        sides = [Side(job, stack, module) for job in jobs]
         seconds: list[list[float]] = [[] for _ in sides]
         for number in range(rounds):
             order = list(zip(sides, seconds, strict=True))

@@ -277,8 +277,90 @@ class TextTaskRun(SupervisedRun):
     objective: TextTaskConfig = field(default_factory=TextTaskConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig(ObjectiveConfig):
+    """Samples out of noise: diffusion, or flow matching."""
+
+    name: str = "denoising"
+    process: str = "diffusion"
+    """diffusion (Ho et al. 2020), or flow_matching (straight lines, Liu et al. 2022)."""
+    n_steps: int = 1000
+    """Of diffusion; of flow matching those of the diffusion its bound is computed on."""
+    schedule: str = "linear"
+    """How fast diffusion's noise grows: linear, or cosine (Nichol and Dhariwal 2021)."""
+    predicts: str = "epsilon"
+    """What diffusion's network says: epsilon (the noise), v, or x0."""
+    weighting: str = "simple"
+    """Of diffusion's loss over the steps: simple (all alike), or min_snr (Hang et al. 2023, gamma 5)."""
+    variance: str = "large"
+    """Of diffusion's steps back: large (as forward) or small (as the posterior's)."""
+    conditional: bool = False
+    """Learn samples of each class, by the labels of the data."""
+    label_dropout: float = 0.1
+    """Share of samples whose class is not told, so that it can be guided (Ho and Salimans 2022)."""
+    guidance: float = 1.0
+    """How far samples go in the direction of their class: 1 is conditional, more is more typical."""
+    sampling_steps: int = 0
+    """From noise to samples; 0: as many as `n_steps`."""
+    eta: float = 1.0
+    """Share of noise put on again in diffusion's steps back; 0: DDIM's, which can do with 50 steps."""
+    solver: str = "euler"
+    """Of flow matching: euler, or heun with two evaluations a step."""
+    bound_samples: int = 256
+    """Held-out samples whose likelihood is bounded in an evaluation."""
+    bound_steps: int = 20
+    """Steps of the bound that are computed for each of them; the others are estimated from these."""
+    classifier: str | None = None
+    """A run of classification that says which share of samples shows its class."""
+    judged_samples: int = 100
+    """So many, of all classes together."""
+
+    def __post_init__(self) -> None:
+        known = {
+            "process": ("diffusion", "flow_matching"),
+            "schedule": ("linear", "cosine"),
+            "predicts": ("epsilon", "v", "x0"),
+            "weighting": ("simple", "min_snr"),
+            "variance": ("large", "small"),
+            "solver": ("euler", "heun"),
+        }
+        for key, values in known.items():
+            value = getattr(self, key)
+            require(value in values, f"objective.{key}", f"{value!r} is none of {', '.join(values)}")
+        for key, least in {"n_steps": 2, "bound_samples": 1, "bound_steps": 1, "judged_samples": 1}.items():
+            require(getattr(self, key) >= least, f"objective.{key}", f"must be at least {least}")
+        steps = self.sampling_steps
+        require(steps >= 0, "objective.sampling_steps", "must be 0 (as many as n_steps) or more")
+        for key in ("label_dropout", "eta"):
+            require(0 <= getattr(self, key) <= 1, f"objective.{key}", "must lie in 0 to 1")
+        require(self.guidance >= 0, "objective.guidance", f"{self.guidance} must not be negative")
+        require(
+            self.guidance == 1 or (self.conditional and self.label_dropout > 0),
+            "objective.guidance",
+            "needs objective.conditional, and label_dropout above 0",
+        )
+        require(
+            self.classifier is None or self.conditional,
+            "objective.classifier",
+            "needs objective.conditional: samples without a class cannot be recognised",
+        )
+        flow = self.process == "flow_matching"
+        for key in ("solver",) if not flow else ("schedule", "predicts", "weighting", "variance", "eta"):
+            if getattr(self, key) != type(self).__dataclass_fields__[key].default:
+                other = "diffusion" if flow else "flow_matching"
+                require(False, f"objective.{key}", f"is of {other}, and the process is {self.process}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingRun(SupervisedRun):
+    """A run of denoising."""
+
+    objective: DenoisingConfig = field(default_factory=DenoisingConfig)
+
+
 _RUNS: dict[str, type[SupervisedRun]] = {
     "classification": ClassificationRun,
+    "denoising": DenoisingRun,
     "language_model": LanguageModelRun,
     "regression": RegressionRun,
     "text_task": TextTaskRun,

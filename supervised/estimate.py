@@ -144,6 +144,12 @@ PUBLISHED = {
     "llama-13b": _llama(40, 5120, 40, 13_824, 1.0e12),
     "llama-65b": _llama(80, 8192, 64, 22_016, 1.4e12),
     "llama2-70b": _llama(80, 8192, 64, 28_672, 2.0e12, n_kv_head=8),
+    "ddpm-cifar10": Published(
+        backbone="ddpm_cifar10",
+        spec={},
+        samples=800_000 * 128,
+        source="800,000 steps of 128 images, arXiv 2006.11239, appendix B",
+    ),
     "transformer-base": Published(
         backbone="transformer",
         spec=encoder_decoder.PRESETS["transformer-base"],
@@ -201,17 +207,18 @@ def estimate(
     spec, takes = spec or {}, backbones.arguments(published.backbone)
     unit = "image" if "in_chans" in takes and "in_features" not in spec else "input"
     unit = "token" if "vocab_size" in takes else unit
-    if classes is not None and (unit == "token" or "memory" in takes):
+    generates = published.backbone in backbones.DENOISERS
+    if classes is not None and (unit == "token" or "memory" in takes or generates):
         raise LabError(f"command line: --classes is for classifiers, not for {model}. Leave it out.")
 
     spec = {**published.spec, **backbones.typed(published.backbone, spec)}
     if unit == "image":
-        if model not in PUBLISHED:
+        if model not in PUBLISHED and not generates:
             source = "90 epochs of ImageNet-1k"
             published = replace(published, classes=1000, samples=float(IMAGENET_IMAGES), source=source)
         classes = published.classes if classes is None else classes
         shape = {"in_chans": 3, "img_size": 224}
-        spec = {key: _whole_default(takes[key], value) for key, value in shape.items()} | spec
+        spec = {key: _whole_default(takes[key], value) for key, value in shape.items() if key in takes} | spec
     required = [key for key, argument in takes.items() if argument.default is argument.empty]
     if lacking := [key for key in required if key not in spec]:
         raise LabError(f"command line: {model} needs --{lacking[0]}=VALUE. It takes {', '.join(takes)}.")
@@ -220,8 +227,7 @@ def estimate(
 
     if unit == "image":
         # A backward pass is two forward passes: for the weights' gradients and for the inputs'.
-        shape = (spec["in_chans"], *image_size(spec["img_size"]))
-        flops_each, formula = 3 * _forward_flops(model, net, shape), "3 x forward, counted"
+        flops_each, formula = 3 * _forward_flops(model, net, spec), "3 x forward, counted"
     else:
         flops_each, formula = 6 * n_parameters, "6 N"
     assumed, source = published.samples, published.source
@@ -289,18 +295,21 @@ def _build(model: str, published: Published, spec: Mapping[str, Any], classes: i
         raise LabError(f"{model}: cannot be counted: {first_line(error)}. Use smaller numbers.") from None
 
 
-def _forward_flops(model: str, net: nn.Module, shape: tuple[int, ...]) -> int:
-    """FLOPs of one image (channels, height, width) in training, a product and its sum being two."""
-    counter = FlopCounterMode(display=False)
+def _forward_flops(model: str, net: nn.Module, spec: Mapping[str, Any]) -> int:
+    """FLOPs of one image in training, a product and its sum being two."""
+    counter, example = FlopCounterMode(display=False), getattr(net, "example", None)
     try:
-        images = torch.empty(1, *shape, device="meta")
+        if example is not None:
+            inputs = example()
+        else:
+            inputs = (torch.empty(1, spec["in_chans"], *image_size(spec["img_size"]), device="meta"),)
         with torch.no_grad(), counter:
             if isinstance(net, Classifier):
-                net.eval()(images, with_aux=True)
+                net.eval()(*inputs, with_aux=True)
             else:
-                net.eval()(images[None] if isinstance(net, DRQN) else images)
+                net.eval()(*((images[None] for images in inputs) if isinstance(net, DRQN) else inputs))
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:
-        size = list(shape[1:])
+        size = list(image_size(spec["img_size"]))
         raise LabError(f"{model}: takes no image of img_size {size}: {first_line(error)}.") from None
     return counter.get_total_flops()
 

@@ -54,6 +54,31 @@ def image_grid(
     return path
 
 
+def mosaic(
+    path: Path, images: np.ndarray, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
+) -> Path:
+    """Rows of images, (rows, columns, channels, height, width) in 0..255, with names of rows and columns."""
+    n_rows, n_columns, channels, height, width = images.shape
+    spaced = np.full((channels, n_rows * (height + 1), n_columns * (width + 1)), 255, np.uint8)
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            top, left = i * (height + 1), j * (width + 1)
+            spaced[:, top : top + height, left : left + width] = image
+    wide = 0.7 * n_columns + (0.9 if row_names else 0.1)
+    with drawn(path, wide, 0.7 * height / width * n_rows + 0.3) as figure:
+        axes = figure.add_subplot()
+        _show(axes, spaced)
+        axes.axis("on")
+        rows = [i * (height + 1) + height / 2 for i in range(len(row_names))]
+        columns = [j * (width + 1) + width / 2 for j in range(len(column_names))]
+        axes.set_yticks(rows, row_names, fontsize=8)
+        axes.set_xticks(columns, column_names, fontsize=8)
+        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+        for side in axes.spines.values():
+            side.set_visible(False)
+    return path
+
+
 def confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Path:
     """How often a class (row) is taken for another (column), of all its samples."""
     n = len(classes)
@@ -148,6 +173,39 @@ def heat(path: Path, images: np.ndarray, maps: np.ndarray, columns: int = 8) -> 
             _show(axes, image)
             extent = (-0.5, image.shape[2] - 0.5, image.shape[1] - 0.5, -0.5)
             axes.imshow(weights, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
+    return path
+
+
+def diffusion(
+    path: Path,
+    titles: Sequence[str],
+    forward: Sequence[np.ndarray],
+    reverse: Sequence[np.ndarray],
+    places: np.ndarray,
+    drift: Sequence[np.ndarray],
+) -> Path:
+    """Points in the plane on the way into noise and back, a column a time (arXiv 1503.03585, figure 1).
+
+    Args:
+        titles: of the columns.
+        forward, reverse: points (n, 2) at each time.
+        places: where the drift is shown, (m, 2).
+        drift: of the way back at each time, (m, 2).
+    """
+    rows = (("into noise", BLUE, forward), ("out of noise", ORANGE, reverse), ("drift", GREY, drift))
+    with drawn(path, 2.4 * len(titles), 7.4) as figure:
+        axes = figure.subplots(len(rows), len(titles), squeeze=False, sharex=True, sharey=True)
+        for i, (name, color, columns) in enumerate(rows):
+            for j, values in enumerate(columns):
+                panel = axes[i, j]
+                if name == "drift":
+                    panel.quiver(*places.T, *values.T, color=color, angles="xy", width=0.004)
+                else:
+                    panel.scatter(*values.T, s=1, color=color, alpha=0.5, linewidths=0)
+                panel.set(xlim=(-3, 3), ylim=(-3, 3), xticks=(), yticks=(), aspect="equal")
+            axes[i, 0].set_ylabel(name, fontsize=10)
+        for panel, title in zip(axes[0], titles, strict=True):
+            panel.set_title(title, fontsize=10)
     return path
 
 

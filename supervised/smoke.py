@@ -7,6 +7,7 @@ from supervised.data import sources
 
 STAND_INS = {
     "classification": "digits",
+    "denoising": "digits",
     "language_model": "python_library",
     "regression": "diabetes",
     "text_task": "python_origin",
@@ -17,16 +18,20 @@ STAND_INS = {
 MAY_BE_MISSING = ("fashion_mnist",)
 STEPS, BATCH, CONTEXT = 3, 8, 64
 SAMPLES, CHARACTERS = 300, 20_000
+CHEAPER = {
+    "denoising": {"sampling_steps": 2, "bound_samples": BATCH, "bound_steps": 2, "classifier": None},
+}
+"""By objective, what would make an evaluation long, or needs another run."""
 KEPT = ("augment", "batch_tokens", "tokenizer", "vocab_size")
 """Of the data's settings, where the data is replaced."""
 
 
 def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
     """The raw config with few steps on little data that is there; model, objective and optimiser stay."""
-    data, model = (values.get(key) or {} for key in ("data", "model"))
+    data, model, objective = (values.get(key) or {} for key in ("data", "model", "objective"))
     source = str(data.get("source"))
     if source not in sources.names() or source in MAY_BE_MISSING:
-        source = STAND_INS.get(str((values.get("objective") or {}).get("name")), source)
+        source = STAND_INS.get(str(objective.get("name")), source)
         data = {key: data[key] for key in KEPT if key in data}
         data |= {"img_size": 28} if source == "digits" else {}
     trained_elsewhere = data.get("tokenizer", "bytes") not in ("bytes", "bpe")
@@ -47,6 +52,7 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
             "batch_tokens": min(data.get("batch_tokens", 0), BATCH * CONTEXT),
         },
         "model": {**model, "start_from": None},
+        "objective": {**objective, **CHEAPER.get(str(objective.get("name")), {})},
         "eval": never,
         "checkpoint": never,
         "tracking": {"wandb": "disabled"},

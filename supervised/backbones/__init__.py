@@ -49,6 +49,8 @@ _REGISTRY = {
     "gru": ("supervised.backbones.recurrent", "GRU"),
     "drqn": ("supervised.backbones.drqn", "DRQN"),
     "seq2seq": ("supervised.backbones.seq2seq", "Seq2Seq"),
+    **dict.fromkeys(("unet", "ddpm_cifar10", "ddpm_256"), ("supervised.backbones.diffusion", "UNet")),
+    "diffusion_mlp": ("supervised.backbones.diffusion", "DiffusionMLP"),
 }
 
 
@@ -58,7 +60,9 @@ CAUSAL = ("gpt", "transformer_decoder")
 """Those that read tokens, each of which sees none behind it."""
 TRANSLATORS = ("transformer", "seq2seq")
 """Those that read one sequence of tokens beside another."""
-_NOT_FOR_IMAGES = ("mlp", "transformer_encoder", "drqn", *RECURRENT, *CAUSAL, *TRANSLATORS)
+DENOISERS = ("unet", "ddpm_cifar10", "ddpm_256", "diffusion_mlp")
+"""Those that read noisy samples and times, and answer in the samples' shape."""
+_NOT_FOR_IMAGES = ("mlp", "transformer_encoder", "drqn", *RECURRENT, *CAUSAL, *TRANSLATORS, *DENOISERS)
 
 
 @runtime_checkable

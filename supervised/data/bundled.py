@@ -79,6 +79,12 @@ def table(loader: str, config: DataConfig, **options: Any) -> Raw:
     return Raw(kind="table", parts={"train": columns}, classes=names)
 
 
+def swiss_roll(config: DataConfig) -> Raw:
+    """10,000 points of a spiral in the plane: scikit-learn's roll from its end, as in arXiv 1503.03585."""
+    points, _ = _sklearn("make_swiss_roll", n_samples=10_000, noise=0.5, random_state=0)
+    return Raw(kind="table", parts={"train": {"inputs": points[:, [0, 2]].astype(np.float32)}})
+
+
 def fashion_mnist(config: DataConfig) -> Raw:
     """70,000 pieces of clothing, 28 x 28 pixels, from Debian's package, $LAB_DATA or the Hub.
 
@@ -118,6 +124,7 @@ READERS: dict[str, Callable[[DataConfig], Raw]] = {
     "python_next_line": made.python_next_line,
     "python_origin": made.python_origin,
     "python_same_file": made.python_same_file,
+    "swiss_roll": swiss_roll,
     "wine": partial(table, "load_wine"),
 }
 

@@ -9,6 +9,7 @@ from supervised.objectives.base import Objective
 
 _CLASSES = {
     "classification": ("supervised.objectives.classification", "Classification"),
+    "denoising": ("supervised.objectives.denoising", "Denoising"),
     "language_model": ("supervised.objectives.language_model", "LanguageModelling"),
     "regression": ("supervised.objectives.regression", "Regression"),
     "text_task": ("supervised.objectives.text_task", "TextTask"),

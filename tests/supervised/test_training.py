@@ -124,6 +124,39 @@ def rows_of_digits(folder: Path) -> dict[str, Any]:
     }
 
 
+def noisy_digits(folder: Path) -> dict[str, Any]:
+    return {
+        "objective": {
+            "name": "denoising",
+            "conditional": True,
+            "guidance": 2.0,
+            "weighting": "min_snr",
+            **{"n_steps": 50, "sampling_steps": 3, "bound_samples": 16, "bound_steps": 3},
+        },
+        "data": {"source": "digits", "limit": 200, "augment": {"flip": True}},
+        "model": {
+            "backbone": "unet",
+            "spec": {"width": 8, "mults": [1, 2], "attention": [4], "groups": 4, "dropout": 0.1},
+        },
+        "batch_size": 32,
+        "ema_decay": 0.9,
+        "eval": {"every_epochs": 0.5},
+    }
+
+
+def points(folder: Path) -> dict[str, Any]:
+    return {
+        "objective": {
+            "name": "denoising",
+            "process": "flow_matching",
+            **{"n_steps": 50, "sampling_steps": 10, "bound_samples": 16, "bound_steps": 3},
+        },
+        "data": {"source": "swiss_roll", "limit": 500},
+        "model": {"backbone": "diffusion_mlp", "spec": {"width": 32}},
+        "batch_size": 100,
+    }
+
+
 def table(folder: Path) -> dict[str, Any]:
     return {
         "objective": {"name": "regression"},
@@ -138,6 +171,8 @@ PROBLEMS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "classification": digits,
     "rows": rows_of_digits,
     "regression": table,
+    "diffusion": noisy_digits,
+    "flow matching": points,
     "language model": text,
     "translation": pairs,
     "translation by LSTM": pairs_by_lstm,
