@@ -167,9 +167,7 @@ def samplers(folder: Path | None, quick: bool) -> list[dict[str, Any]]:
     """Time, and with a classifier quality, of DDIM with 50 steps and of DDPM with all, on one thread."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    objective, labels = _to_sample_with(folder), None
-    if objective.config.conditional:
-        labels = torch.arange(N_SAMPLES) % objective.data.num_classes
+    objective = _to_sample_with(folder)
     steps = {"DDIM": (50, 0.0), "DDPM": (objective.config.n_steps, 1.0)}
     if quick:
         steps = {"DDIM": (1, 0.0), "DDPM": (2, 1.0)}
@@ -177,16 +175,12 @@ def samplers(folder: Path | None, quick: bool) -> list[dict[str, Any]]:
     for name, (n_steps, eta) in steps.items():
         objective.config = replace(objective.config, sampling_steps=n_steps, eta=eta)
         began = time.perf_counter()
-        with torch.inference_mode(), autocast("cpu", "bf16"):
-            images = objective.sample(objective.players, N_SAMPLES, labels)
-        row = {"sampler": name, "steps": n_steps, "samples": N_SAMPLES}
+        with autocast("cpu", "bf16"):
+            images = objective.generate(objective.players, N_SAMPLES)
+        row: dict[str, Any] = {"sampler": name, "steps": n_steps, "samples": N_SAMPLES}
         row["seconds"] = round(time.perf_counter() - began, 2)
-        if objective.judge is not None and labels is not None:
-            with torch.inference_mode():
-                found = objective.judge.evaluate(
-                    objective.judge.players, [{"inputs": images, "labels": labels}]
-                )
-            row["recognised"] = found["accuracy"]
+        with torch.no_grad():
+            row |= objective.recognised(images, images.device)
         rows.append(row)
     return rows
 

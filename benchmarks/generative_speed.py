@@ -6,7 +6,7 @@ Both sides of a case have the same configuration, weights, batch size, optimiser
 a process of its own; they take turns, and are compared round by round: a ratio is the median over rounds.
 diffusers is trained as its own train_unconditional.py does (DDPMScheduler, AdamW, gradients clipped at 1) on
 a DataLoader of tensors, and samples by DDPMScheduler.step; bf16 is autocast on either side. RUN is a finished
-run of denoising whose weights DDIM and DDPM sample with, judged by its `objective.classifier` if it has one;
+run of denoising whose weights DDIM and DDPM sample with, judged by its `objective.judge` if it has one;
 without it, untrained ones do, for the time.
 """
 

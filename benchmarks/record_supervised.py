@@ -21,7 +21,7 @@ from lab.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-ELSEWHERE = ("data.source", "data.tokenizer", "model.start_from", "objective.classifier")
+ELSEWHERE = ("data.source", "data.tokenizer", "model.start_from", "objective.judge", "objective.generator")
 """Keys that name folders of the machine: a record keeps their last names."""
 UNIMPORTANT = ("device.", "tracking.", "name", "seed")
 

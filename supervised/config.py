@@ -278,7 +278,21 @@ class TextTaskRun(SupervisedRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoisingConfig(ObjectiveConfig):
+class GenerativeConfig(ObjectiveConfig):
+    """What all have in common that make images, and how these are judged."""
+
+    samples: int = 5000
+    """Generated images that are compared with as many real ones."""
+    judge: str | None = None
+    """A finished run of classification whose features tell how far generated images are from real ones; null:
+    the pixels themselves do."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 2, "objective.samples", "must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig(GenerativeConfig):
     """Samples out of noise: diffusion, or flow matching."""
 
     name: str = "denoising"
@@ -310,12 +324,11 @@ class DenoisingConfig(ObjectiveConfig):
     """Held-out samples whose likelihood is bounded in an evaluation."""
     bound_steps: int = 20
     """Steps of the bound that are computed for each of them; the others are estimated from these."""
-    classifier: str | None = None
-    """A run of classification that says which share of samples shows its class."""
     judged_samples: int = 100
-    """So many, of all classes together."""
+    """So many, of all classes together, are shown to `judge` in every evaluation."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = {
             "process": ("diffusion", "flow_matching"),
             "schedule": ("linear", "cosine"),
@@ -339,11 +352,6 @@ class DenoisingConfig(ObjectiveConfig):
             "objective.guidance",
             "needs objective.conditional, and label_dropout above 0",
         )
-        require(
-            self.classifier is None or self.conditional,
-            "objective.classifier",
-            "needs objective.conditional: samples without a class cannot be recognised",
-        )
         flow = self.process == "flow_matching"
         for key in ("solver",) if not flow else ("schedule", "predicts", "weighting", "variance", "eta"):
             if getattr(self, key) != type(self).__dataclass_fields__[key].default:
@@ -358,13 +366,190 @@ class DenoisingRun(SupervisedRun):
     objective: DenoisingConfig = field(default_factory=DenoisingConfig)
 
 
+ADVERSARIAL_LOSSES = ("non_saturating", "wgan_gp", "r3gan")
+
+
+def _check_adversarial(loss: str, penalty: float | None) -> None:
+    known = ", ".join(ADVERSARIAL_LOSSES)
+    require(loss in ADVERSARIAL_LOSSES, "objective.loss", f"{loss!r} is none of {known}")
+    require(penalty is None or penalty >= 0, "objective.penalty", "must not be negative")
+    require(
+        penalty is None or loss != "non_saturating",
+        "objective.penalty",
+        "is of wgan_gp and r3gan; non_saturating has none",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The network a generator learns from."""
+
+    backbone: str
+    """One of `lab list backbones` that tells one number of an image."""
+    spec: dict[str, Any] = field(default_factory=dict)
+    """The backbone's own arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig(GenerativeConfig):
+    """Images from noise, by a generator that learns to deceive a discriminator (arXiv 1406.2661)."""
+
+    name: str = "adversarial"
+    loss: str = "r3gan"
+    """non_saturating (arXiv 1406.2661, section 3), wgan_gp (arXiv 1704.00028) or r3gan (arXiv 2501.05441)."""
+    penalty: float | None = None
+    """Of the discriminator's gradients: lambda of wgan_gp (null: 10), gamma of r3gan (null: 1);
+    non_saturating has none."""
+    critic_steps: int = 1
+    """Of the discriminator for each of the generator; wgan_gp: 5."""
+    conditional: bool = False
+    """Make images of a given class."""
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig(backbone="dcgan_discriminator"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_adversarial(self.loss, self.penalty)
+        require(self.critic_steps >= 1, "objective.critic_steps", "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialRun(SupervisedRun):
+    """A run of a generator and a discriminator."""
+
+    objective: AdversarialConfig = field(default_factory=AdversarialConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariationalConfig(GenerativeConfig):
+    """Images from noise, by a bound on their likelihood (arXiv 1312.6114)."""
+
+    name: str = "variational"
+    beta: float = 1.0
+    """Weight of the divergence from the prior; other than 1, what is trained on is no bound (it is judged by
+    the bound all the same)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta > 0, "objective.beta", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariationalRun(SupervisedRun):
+    """A run of a variational autoencoder."""
+
+    objective: VariationalConfig = field(default_factory=VariationalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(GenerativeConfig):
+    """Images from noise, by their exact likelihood."""
+
+    name: str = "flow"
+    temperature: float = 1.0
+    """Standard deviation of the noise that images are made from (arXiv 1807.03039: 0.7)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.temperature > 0, "objective.temperature", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRun(SupervisedRun):
+    """A run of a normalizing flow."""
+
+    objective: FlowConfig = field(default_factory=FlowConfig)
+
+
+PIXEL_LOSSES = ("l1", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolutionConfig(ObjectiveConfig):
+    """Images of more pixels from images of few (arXiv 1609.04802): by the pixels alone, or, from there on,
+    also by features and by a discriminator."""
+
+    name: str = "super_resolution"
+    patch: int = 96
+    """Side of the pieces that are learned from, pixels of the larger image."""
+    residual: bool = False
+    """Learn what bicubic interpolation misses (arXiv 1511.04587, section 3.2) instead of all of the image."""
+    pixel_loss: str = "l1"
+    """Mean absolute (l1) or squared (mse) error."""
+    pixel_weight: float = 1.0
+    perceptual_weight: float = 0.0
+    """Of the squared error of features of the classifier that `judge` names."""
+    judge: str | None = None
+    """A finished run of classification on photographs."""
+    adversarial_weight: float = 0.0
+    """Of the discriminator's verdict (section 2.2: 0.001); 0: there is none."""
+    loss: str = "non_saturating"
+    """Of generator and discriminator: non_saturating, wgan_gp or r3gan, as `adversarial` has them."""
+    penalty: float | None = None
+    """As `adversarial` has it."""
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig(backbone="srgan_discriminator"))
+
+    def __post_init__(self) -> None:
+        known = ", ".join(PIXEL_LOSSES)
+        require(
+            self.pixel_loss in PIXEL_LOSSES, "objective.pixel_loss", f"{self.pixel_loss!r} is none of {known}"
+        )
+        for key in ("pixel_weight", "perceptual_weight", "adversarial_weight"):
+            require(getattr(self, key) >= 0, f"objective.{key}", "must not be negative")
+        require(self.patch >= 1, "objective.patch", "must be at least 1")
+        require(
+            self.pixel_weight + self.perceptual_weight > 0,
+            "objective.pixel_weight",
+            "must be above 0 where perceptual_weight is 0",
+        )
+        require(
+            bool(self.perceptual_weight) == (self.judge is not None),
+            "objective.judge",
+            "and perceptual_weight must be set together",
+        )
+        _check_adversarial(self.loss, self.penalty)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolutionRun(SupervisedRun):
+    """A run of super-resolution."""
+
+    objective: SuperResolutionConfig = field(default_factory=SuperResolutionConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionConfig(ClassificationConfig):
+    """Whether an image is real, or made by the generator of another run."""
+
+    name: str = "detection"
+    generator: str
+    """The run."""
+    samples: int = 5000
+    """Images of each kind to learn from, and of each kind to be judged by; at most as many as there are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.samples >= 2, "objective.samples", "must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRun(ClassificationRun):
+    """A run of detection."""
+
+    objective: DetectionConfig  # pyright: ignore[reportGeneralTypeIssues]
+
+
 _RUNS: dict[str, type[SupervisedRun]] = {
+    "adversarial": AdversarialRun,
     "classification": ClassificationRun,
     "denoising": DenoisingRun,
+    "detection": DetectionRun,
+    "flow": FlowRun,
     "language_model": LanguageModelRun,
     "regression": RegressionRun,
+    "super_resolution": SuperResolutionRun,
     "text_task": TextTaskRun,
     "translation": TranslationRun,
+    "variational": VariationalRun,
 }
 
 

@@ -207,7 +207,7 @@ def estimate(
     spec, takes = spec or {}, backbones.arguments(published.backbone)
     unit = "image" if "in_chans" in takes and "in_features" not in spec else "input"
     unit = "token" if "vocab_size" in takes else unit
-    generates = published.backbone in backbones.DENOISERS
+    generates = published.backbone in backbones.GENERATIVE
     if classes is not None and (unit == "token" or "memory" in takes or generates):
         raise LabError(f"command line: --classes is for classifiers, not for {model}. Leave it out.")
 

@@ -50,6 +50,7 @@ def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[s
     objective = open_objective(run, saved, compute.device, part)
     with torch.inference_mode(), compute.autocast():
         numbers = objective.evaluate(objective.players, objective.batches("test", compute.device).epoch(0))
+    examined, notes = objective.examine(objective.players, compute)
     return {
         "run": str(run.folder),
         "data": objective.data.name,
@@ -57,5 +58,6 @@ def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[s
         "data_sha256": objective.data.sha256,
         "checkpoint": saved.path.name,
         "step": saved.state.get("step", saved.state.get("trainer", {}).get("step")),
-        "eval": numbers,
+        "eval": {**numbers, **examined},
+        "notes": notes,
     }

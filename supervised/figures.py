@@ -79,6 +79,24 @@ def mosaic(
     return path
 
 
+def side_by_side(path: Path, columns: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> Path:
+    """The same images in several versions, a column each.
+
+    Args:
+        columns: of each a title, the images (n, channels, height, width), and what to write below each.
+    """
+    n, _, height, width = columns[0][1].shape
+    with drawn(path, 2.2 * len(columns), 2.2 * (height / width + 0.12) * n) as figure:
+        for x, (title, images, below) in enumerate(columns):
+            for y, (image, text) in enumerate(zip(images, below, strict=True)):
+                axes = figure.add_subplot(n, len(columns), y * len(columns) + x + 1)
+                _show(axes, image)
+                axes.text(0.5, -0.02, text, ha="center", va="top", fontsize=7, transform=axes.transAxes)
+                if not y:
+                    axes.set_title(title, fontsize=9)
+    return path
+
+
 def confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Path:
     """How often a class (row) is taken for another (column), of all its samples."""
     n = len(classes)

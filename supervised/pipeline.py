@@ -79,6 +79,7 @@ class SupervisedPipeline:
             [
                 f"{result['data']}, {result['part'] or 'held-out part'}: checkpoint {result['checkpoint']}",
                 *(f"  {name:<{width}}  {value:>10.4g}" for name, value in result["eval"].items()),
+                *result["notes"],
             ]
         )
 

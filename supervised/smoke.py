@@ -6,20 +6,29 @@ from typing import Any
 from supervised.data import sources
 
 STAND_INS = {
+    "adversarial": "digits",
     "classification": "digits",
     "denoising": "digits",
+    "flow": "digits",
     "language_model": "python_library",
     "regression": "diabetes",
     "text_task": "python_origin",
+    "super_resolution": "photographs",
     "translation": "number_words",
+    "variational": "digits",
 }
 """By objective, data that is on every machine."""
 
-MAY_BE_MISSING = ("fashion_mnist",)
+MAY_BE_MISSING = ("fashion_mnist", "more_photographs")
 STEPS, BATCH, CONTEXT = 3, 8, 64
 SAMPLES, CHARACTERS = 300, 20_000
-CHEAPER = {
-    "denoising": {"sampling_steps": 2, "bound_samples": BATCH, "bound_steps": 2, "classifier": None},
+GENERATIVE = {"judge": None, "samples": 32}
+CHEAPER: dict[str, dict[str, Any]] = {
+    "adversarial": GENERATIVE,
+    "denoising": {**GENERATIVE, "sampling_steps": 2, "bound_samples": BATCH, "bound_steps": 2},
+    "flow": GENERATIVE,
+    "super_resolution": {"judge": None, "perceptual_weight": 0.0},
+    "variational": GENERATIVE,
 }
 """By objective, what would make an evaluation long, or needs another run."""
 KEPT = ("augment", "batch_tokens", "tokenizer", "vocab_size")
@@ -34,6 +43,7 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
         source = STAND_INS.get(str(objective.get("name")), source)
         data = {key: data[key] for key in KEPT if key in data}
         data |= {"img_size": 28} if source == "digits" else {}
+        data |= {"img_size": 128} if source == "photographs" else {}
     trained_elsewhere = data.get("tokenizer", "bytes") not in ("bytes", "bpe")
     never = {"every_epochs": 1e6}
     return {

@@ -99,8 +99,10 @@ class Trainer:
         config, n_samples = self.config, samples_in(batch)
         torch.manual_seed(derive_seed(config.seed, 1, self.step))
         rate = optim.learning_rate(config.optimizer, self.step, self.total_steps)
+        for module in self.bare.values():  # one that is not to move may take part, e.g. in an opponent's loss
+            module.train()
         for name in self.objective.turns(self.step):
-            module, optimizer = self.bare[name].train(), self.optimizers[name]
+            module, optimizer = self.bare[name], self.optimizers[name]
             optimizer.zero_grad(set_to_none=True)
             metrics = Means()
             for part in _split(batch, config.accumulate):

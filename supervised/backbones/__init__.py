@@ -51,6 +51,12 @@ _REGISTRY = {
     "seq2seq": ("supervised.backbones.seq2seq", "Seq2Seq"),
     **dict.fromkeys(("unet", "ddpm_cifar10", "ddpm_256"), ("supervised.backbones.diffusion", "UNet")),
     "diffusion_mlp": ("supervised.backbones.diffusion", "DiffusionMLP"),
+    "dcgan_generator": ("supervised.backbones.gan", "DCGANGenerator"),
+    "dcgan_discriminator": ("supervised.backbones.gan", "DCGANDiscriminator"),
+    "srresnet": ("supervised.backbones.gan", "SRResNet"),
+    "srgan_discriminator": ("supervised.backbones.gan", "SRGANDiscriminator"),
+    "vae": ("supervised.backbones.vae", "VAE"),
+    "flow": ("supervised.backbones.flow", "Flow"),
 }
 
 
@@ -62,7 +68,11 @@ TRANSLATORS = ("transformer", "seq2seq")
 """Those that read one sequence of tokens beside another."""
 DENOISERS = ("unet", "ddpm_cifar10", "ddpm_256", "diffusion_mlp")
 """Those that read noisy samples and times, and answer in the samples' shape."""
-_NOT_FOR_IMAGES = ("mlp", "transformer_encoder", "drqn", *RECURRENT, *CAUSAL, *TRANSLATORS, *DENOISERS)
+CRITICS = ("dcgan_discriminator", "srgan_discriminator")
+"""Those that tell one number of an image: how real it looks."""
+GENERATIVE = (*DENOISERS, *CRITICS, "dcgan_generator", "srresnet", "vae", "flow")
+"""Those that make samples, and their opponents: their `example()` is what they take, of one sample."""
+_NOT_FOR_IMAGES = ("mlp", "transformer_encoder", "drqn", *RECURRENT, *CAUSAL, *TRANSLATORS, *GENERATIVE)
 
 
 @runtime_checkable

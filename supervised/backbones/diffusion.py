@@ -305,6 +305,10 @@ class DiffusionMLP(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    def example(self) -> tuple[Tensor, Tensor]:
+        """What it takes, of one sample."""
+        return self.head.bias.new_zeros(1, self.num_features), self.head.bias.new_zeros(1)
+
     def forward(self, x: Tensor, times: Tensor, labels: Tensor | None = None) -> Tensor:
         condition = self.condition(times, labels)
         h = self.stem(x)

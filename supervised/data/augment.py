@@ -69,15 +69,15 @@ class Augment:
         c, n, device = self.config, len(images), images.device
         if c.shift:
             moves = torch.randint(2 * c.shift + 1, (2, n), generator=generator)
-            images = shift(images, c.shift, _carry(moves, device))
+            images = shift(images, c.shift, carry(moves, device))
         if c.flip:
-            mirrored = _carry(torch.rand(n, generator=generator) < 0.5, device)
+            mirrored = carry(torch.rand(n, generator=generator) < 0.5, device)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         if c.cutout:
             height, width = images.shape[2:]
             centre = torch.rand(2, n, generator=generator) * torch.tensor([[height], [width]])
             sides = torch.full((2, n), float(c.cutout))
-            images = images.masked_fill(_carry(_boxes(centre.floor(), sides, height, width), device), 0)
+            images = images.masked_fill(carry(_boxes(centre.floor(), sides, height, width), device), 0)
         return images
 
     def mix(
@@ -93,13 +93,13 @@ class Augment:
         if not alpha:
             return images, labels
         n, device = len(images), images.device
-        partner = _carry(torch.randperm(n, generator=generator), device)
+        partner = carry(torch.randperm(n, generator=generator), device)
         alphas = torch.full((2, n), float(alpha))
         # torch.distributions draws with this, too, but from the global generator alone.
         gammas = torch._standard_gamma(alphas, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
         kept = gammas[0].clamp_min(1e-30) / gammas.clamp_min(1e-30).sum(0)
         if self.config.mixup:
-            share = _carry(kept, device)[:, None, None, None]
+            share = carry(kept, device)[:, None, None, None]
             mixed = images * share + images.index_select(0, partner) * (1 - share)
         else:
             height, width = images.shape[2:]
@@ -107,8 +107,8 @@ class Augment:
             centre = (torch.rand(2, n, generator=generator) * size).floor()
             boxes = _boxes(centre, (1 - kept).sqrt() * size, height, width)
             kept = 1 - boxes.flatten(1).float().mean(1)  # what lies outside the image does not count
-            mixed = torch.where(_carry(boxes, device), images.index_select(0, partner), images)
-        share = _carry(kept, device)[:, None]
+            mixed = torch.where(carry(boxes, device), images.index_select(0, partner), images)
+        share = carry(kept, device)[:, None]
         # Not F.one_hot: it asks the device for the largest label.
         target = (labels[:, None] == torch.arange(num_classes, device=device)).float()
         return mixed, target * share + target.index_select(0, partner) * (1 - share)
@@ -122,10 +122,19 @@ def shift(images: Tensor, padding: int, moves: Tensor) -> Tensor:
         padding: pixels on each side.
         moves: (2, batch), 0 to 2 * padding: where each crop begins, down and right.
     """
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
-    crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: all crops there are
-    return crops[torch.arange(batch, device=images.device), :, moves[0], moves[1]]
+    height, width = images.shape[2:]
+    return crop(F.pad(images, (padding,) * 4), height, width, moves)
+
+
+def crop(images: Tensor, height: int, width: int, corners: Tensor) -> Tensor:
+    """A piece of each image, (batch, channels, height, width).
+
+    Args:
+        images: (batch, channels, ...), of any type.
+        corners: (2, batch): where each piece begins, down and right.
+    """
+    crops = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: all crops there are
+    return crops[torch.arange(len(images), device=images.device), :, corners[0], corners[1]]
 
 
 def _boxes(centre: Tensor, sides: Tensor, height: int, width: int) -> Tensor:
@@ -137,7 +146,7 @@ def _boxes(centre: Tensor, sides: Tensor, height: int, width: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def _carry(drawn: Tensor, device: torch.device) -> Tensor:
+def carry(drawn: Tensor, device: torch.device) -> Tensor:
     """To the device, without waiting for it."""
     if device.type == "cuda":
         drawn = drawn.pin_memory()

@@ -1,5 +1,6 @@
 """Data sets that are there by name: scikit-learn's, Fashion-MNIST where installed, Python's own library."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 from lab.errors import LabError
 from supervised.data import made
 from supervised.data.config import DataConfig
-from supervised.data.images import find_idx, read_idx_folder
+from supervised.data.images import find_idx, open_picture, read_idx_folder
 from supervised.data.library import library_files
 from supervised.data.raw import Columns, Raw, read_text
 
@@ -67,6 +68,36 @@ def photographs(config: DataConfig) -> Raw:
     )
 
 
+def more_photographs(config: DataConfig) -> Raw:
+    """Square patches of scikit-learn's and scikit-image's photographs in colour; two of them are held out.
+
+    Patches to learn from overlap by half, held-out ones do not overlap.
+
+    Raises:
+        LabError: scikit-image is not installed, or `img_size` is too large.
+    """
+    found = importlib.util.find_spec("skimage")
+    if found is None or found.origin is None:
+        raise LabError(
+            "data.source = 'more_photographs': most are scikit-image's. Run `pip install scikit-image`, "
+            "or use photographs."
+        )
+    folder, side = Path(found.origin).parent / "data", config.img_size or PATCH
+    china, flower = (image.transpose(2, 0, 1) for image in _sklearn("load_sample_images").images)
+    astronaut, motorcycle, rocket, cat, coffee = (
+        np.asarray(open_picture(folder / name).convert("RGB")).transpose(2, 0, 1)
+        for name in ("astronaut.png", "motorcycle_left.png", "rocket.jpg", "chelsea.png", "coffee.png")
+    )
+    photographs = {"train": (china, flower, motorcycle, rocket, cat), "test": (astronaut, coffee)}
+    parts: dict[str, Columns] = {}
+    for part, step in (("train", max(1, side // 2)), ("test", side)):
+        patches = [patch for pixels in photographs[part] for patch in _patches(pixels, side, step)]
+        if not patches:
+            raise LabError(f"data.img_size = {side}: no photograph is so large. Make it smaller.")
+        parts[part] = {"inputs": np.stack(patches)}
+    return Raw(kind="images", parts=parts)
+
+
 def table(loader: str, config: DataConfig, **options: Any) -> Raw:
     """A table of scikit-learn, to classify or to predict numbers from."""
     data = _sklearn(loader, **options)
@@ -117,6 +148,7 @@ READERS: dict[str, Callable[[DataConfig], Raw]] = {
     "diabetes": partial(table, "load_diabetes", scaled=False),
     "digits": digits,
     "fashion_mnist": fashion_mnist,
+    "more_photographs": more_photographs,
     "iris": partial(table, "load_iris"),
     "number_words": made.number_words,
     "photographs": photographs,

@@ -8,12 +8,17 @@ from supervised.data import DataSet
 from supervised.objectives.base import Objective
 
 _CLASSES = {
+    "adversarial": ("supervised.objectives.adversarial", "Adversarial"),
     "classification": ("supervised.objectives.classification", "Classification"),
     "denoising": ("supervised.objectives.denoising", "Denoising"),
+    "detection": ("supervised.objectives.detection", "Detection"),
+    "flow": ("supervised.objectives.likelihood", "NormalizingFlow"),
     "language_model": ("supervised.objectives.language_model", "LanguageModelling"),
     "regression": ("supervised.objectives.regression", "Regression"),
+    "super_resolution": ("supervised.objectives.super_resolution", "SuperResolution"),
     "text_task": ("supervised.objectives.text_task", "TextTask"),
     "translation": ("supervised.objectives.translation", "Translation"),
+    "variational": ("supervised.objectives.likelihood", "Variational"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lab.device import Compute
 from lab.errors import LabError
 from supervised.config import SupervisedRun
 from supervised.data import Batches, DataSet
@@ -82,6 +83,10 @@ class Objective(ABC):
     def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
         """Numbers on held-out batches, `headline` among them, by these players: those that are averaged, or
         those that learn. Each sample counts once."""
+
+    def examine(self, players: Players, compute: Compute) -> tuple[dict[str, float], list[str]]:
+        """Numbers that take too long for every evaluation, for `lab evaluate`, and a sentence on each."""
+        return {}, []
 
     def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
         """Draws figures into the folder; yields (name, file) of each."""

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab import checkpoint
 from lab.errors import LabError
-from lab.run import Run
 from supervised import backbones, figures, flow_matching
 from supervised.config import DenoisingRun
 from supervised.data import DataSet
 from supervised.data.augment import Augment, Normalize
+from supervised.detection import BATCH
 from supervised.diffusion import Denoise, Diffusion, alpha_bars, guided
 from supervised.models import make_backbone
-from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
+from supervised.objectives.base import Batch, Loss, Players, require_kind
+from supervised.objectives.generative import Generative, device_of
 
 LEVELS = 256
 """Values of a pixel."""
@@ -42,7 +42,7 @@ class Denoiser(nn.Module):
         return self.backbone(x, times, labels).float()
 
 
-class Denoising(Objective):
+class Denoising(Generative):
     """Squared error of the noise, or of whatever the network says, at a random time for each sample.
 
     Ho et al. 2020 (arXiv 2006.11239), equation 14; Liu et al. 2022 (arXiv 2209.03003), equation 1. Judged
@@ -54,23 +54,23 @@ class Denoising(Objective):
     higher_is_better = False
 
     def __init__(self, settings: DenoisingRun, data: DataSet) -> None:
-        super().__init__(settings, data)
         require_kind(data, ("images", "table"), "denoising", "inputs")
+        super().__init__(settings, data)
         self.config = c = settings.objective
         self.is_flow = c.process == "flow_matching"
         self.is_image = data.kind == "images"
         if c.conditional and not data.num_classes:
             raise LabError(f"objective.conditional: {data.name} has no labels. Leave it out.")
-        of_data: dict[str, Any] = {"num_classes": data.num_classes if c.conditional else 0}
-        shape = data.train.tensors["inputs"].shape[1:]
+        self.classes_made = data.num_classes if c.conditional else 0
+        of_data: dict[str, Any] = {"num_classes": self.classes_made}
         if self.is_image:
-            of_data |= {"in_chans": shape[0], "img_size": list(shape[1:])}
+            of_data |= {"in_chans": self.shape[0], "img_size": list(self.shape[1:])}
             augment = settings.data.augment
             if augment.shift or augment.cutout or augment.mixup or augment.cutmix:
                 raise LabError("data.augment: what is not in the data would be learned, too. Use only flip.")
             self.augment = Augment(augment)
         else:
-            of_data["in_features"] = shape[0]
+            of_data["in_features"] = self.shape[0]
             self.normalize = Normalize.of(data.train.tensors["inputs"])
         fitting = [
             name for name in backbones.DENOISERS if ("in_chans" in backbones.arguments(name)) == self.is_image
@@ -80,7 +80,6 @@ class Denoising(Objective):
         self.diffusion = Diffusion(
             alpha_bars(c.schedule, c.n_steps), predicts=c.predicts, variance=c.variance, clip=self.is_image
         )
-        self.judge, self.judge_hash = self._open_judge(Path(c.classifier)) if c.classifier else (None, "")
         self.players: dict[str, nn.Module] = {"model": Denoiser(backbone)}
 
     # ---- learning ----
@@ -137,17 +136,21 @@ class Denoising(Objective):
             for step, x in way:
                 yield (step + 1) / c.n_steps, x
 
-    def sample(self, players: Players, n: int, labels: Tensor | None, seed: int = 0) -> Tensor:
-        """Samples in the form of the data's inputs, (n, ...); with `labels`, (n,), one of each."""
+    def generate(self, players: Players, n: int, seed: int = 0) -> Tensor:
         noise, generator = self._noise(players, n, seed)
-        ((_, x),) = deque(self._back(players["model"], noise, labels, generator), maxlen=1)
-        return self._unscaled(x)
+        labels, made = self.labels(n), []
+        with torch.no_grad():
+            for start in range(0, n, BATCH):
+                rows = slice(start, start + BATCH)
+                told = None if labels is None else labels[rows].to(noise.device)
+                ((_, x),) = deque(self._back(players["model"], noise[rows], told, generator), maxlen=1)
+                made.append(self._unscaled(x).cpu())
+        return torch.cat(made)
 
     def _noise(self, players: Players, n: int, seed: int) -> tuple[Tensor, torch.Generator]:
-        device = next(players["model"].parameters()).device
+        device = device_of(players)
         generator = torch.Generator(device).manual_seed(seed)
-        shape = self.data.train.tensors["inputs"].shape[1:]
-        return torch.randn(n, *shape, device=device, generator=generator), generator
+        return torch.randn(n, *self.shape, device=device, generator=generator), generator
 
     def _unscaled(self, x: Tensor) -> Tensor:
         if not self.is_image:
@@ -176,7 +179,10 @@ class Denoising(Objective):
                 "bits_per_dim": float(bits / n) + unit,
                 "gaussian_bits_per_dim": float(gaussian / n) + 0.5 * math.log2(2 * math.pi) + unit,
             }
-        return found if self.judge is None else {**found, "recognised": self._recognised(players, self.judge)}
+        if self.classes_made and self.judge.classify is not None:
+            images = self.generate(players, self.config.judged_samples)
+            found |= self.recognised(images, device_of(players))
+        return found
 
     def _bound(self, model: Any, x0: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """Bits per dimension, (batch,)."""
@@ -186,40 +192,9 @@ class Denoising(Objective):
         bins = LEVELS if self.is_image else 0
         return diffusion.bound(denoise, x0, n_times=self.config.bound_steps, generator=generator, bins=bins)
 
-    def _open_judge(self, folder: Path) -> tuple[Objective, str]:
-        """The classifier that recognises samples, and the hash of its weights."""
-        from supervised.evaluate import open_objective
-
-        run = Run.open(folder)
-        saved = checkpoint.load(run.find_checkpoint("best"))
-        judge = open_objective(run, saved, torch.device("cpu"))
-        ours, theirs = (
-            (data.classes, data.train.tensors["inputs"].shape[1:])
-            if data.kind == self.data.kind
-            else data.kind
-            for data in (self.data, judge.data)
-        )
-        if judge.headline != "accuracy" or ours != theirs:
-            raise LabError(
-                f"objective.classifier = {folder}: does not classify what {self.data.name} holds. Name a run "
-                "of classification on the same classes and sizes."
-            )
-        return judge, checkpoint.weights_hash(saved.path)
-
-    def _recognised(self, players: Players, judge: Objective) -> float:
-        """Which share of samples the classifier takes for the class that was asked for."""
-        device = next(players["model"].parameters()).device
-        labels = torch.arange(self.config.judged_samples, device=device) % self.data.num_classes
-        for module in judge.players.values():
-            module.to(device)
-        images = self.sample(players, len(labels), labels)
-        return judge.evaluate(judge.players, [{"inputs": images, "labels": labels}])["accuracy"]
-
     def spec(self) -> dict[str, Any]:
-        spec: dict[str, Any] = {} if self.is_image else self.normalize.spec()
-        if self.config.conditional:
-            spec["classes"] = list(self.data.classes)
-        return {**spec, "classifier_sha256": self.judge_hash} if self.judge_hash else spec
+        spec = super().spec() | ({} if self.is_image else self.normalize.spec())
+        return {**spec, "classes": list(self.data.classes)} if self.classes_made else spec
 
     # ---- pictures ----
 
@@ -235,7 +210,7 @@ class Denoising(Objective):
         labels, names, n_rows = None, (), ROWS
         if self.config.conditional:
             names, n_rows = self.data.classes, self.data.num_classes
-            labels = torch.arange(n_rows, device=next(players["model"].parameters()).device)
+            labels = torch.arange(n_rows, device=device_of(players))
             labels = labels.repeat_interleave(COLUMNS)
         noise, generator = self._noise(players, n_rows * COLUMNS, seed=0)
         frames, x = [(1.0, noise[::COLUMNS])], noise

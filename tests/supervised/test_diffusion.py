@@ -16,6 +16,7 @@ from lab.errors import LabError
 from supervised import backbones, flow_matching
 from supervised.backbones.diffusion import Upsample, load_published, sinusoids
 from supervised.diffusion import Diffusion, alpha_bars, guided
+from supervised.evaluate import evaluate_run
 from supervised.objectives.base import Objective
 from supervised.objectives.denoising import Denoising
 from tests.supervised.test_training import objective_of, settings_of, trained
@@ -414,10 +415,8 @@ def test_of_rows_of_numbers_the_bound_has_their_units() -> None:
 def test_samples_come_in_the_form_of_the_data_and_again() -> None:
     objective = objective_of(settings_of(digits(conditional=True, guidance=2.0, sampling_steps=3)))
     assert isinstance(objective, Denoising)
-    labels = torch.tensor([0, 5, 9])
-    with torch.no_grad():
-        first, again = (objective.sample(objective.players, 3, labels) for _ in range(2))
-        other = objective.sample(objective.players, 3, labels, seed=1)
+    first, again = (objective.generate(objective.players, 3) for _ in range(2))
+    other = objective.generate(objective.players, 3, seed=1)
     assert first.dtype == torch.uint8
     assert first.shape == (3, 1, 8, 8)
     assert torch.equal(first, again)
@@ -435,13 +434,18 @@ def test_a_classifier_says_what_is_recognised(tmp_path: Path) -> None:
         ),
         tmp_path / "classifier",
     )
-    values = digits(conditional=True, classifier=str(classifier.folder), judged_samples=20, sampling_steps=2)
+    values = digits(
+        conditional=True, judge=str(classifier.folder), judged_samples=20, sampling_steps=2, samples=40
+    )
     run = trained(settings_of(values), tmp_path / "run")
     assert run.info["summary"]["eval/recognised"] * 20 == pytest.approx(
         round(run.info["summary"]["eval/recognised"] * 20)
     )
     state = json.loads((run.checkpoints / "best" / "state.json").read_text())
-    assert state["spec"]["classifier_sha256"] == checkpoint.weights_hash(classifier.checkpoints / "best")
+    assert state["spec"]["judge_sha256"] == checkpoint.weights_hash(classifier.checkpoints / "best")
+    result = evaluate_run(run, checkpoint.load(run.find_checkpoint("best")))
+    assert {"bits_per_dim", "recognised", "frechet_features", "detector_accuracy"} <= result["eval"].keys()
+    assert len(result["notes"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -452,7 +456,7 @@ def test_a_classifier_says_what_is_recognised(tmp_path: Path) -> None:
         ({"objective": {"process": "flow_matching", "eta": 0.0}}, "objective.eta: is of diffusion"),
         ({"objective": {"solver": "heun"}}, "objective.solver: is of flow_matching"),
         ({"objective": {"predicts": "epsilom"}}, "'epsilom' is none of epsilon, v, x0"),
-        ({"objective": {"conditional": True, "classifier": "nowhere"}}, "nowhere: no run"),
+        ({"objective": {"conditional": True, "judge": "nowhere"}}, "nowhere: no run"),
         ({"data": {"source": "swiss_roll"}}, "Use one of diffusion_mlp."),
         ({"data": {"source": "python_library"}}, "holds text, and denoising learns from images or table"),
         (

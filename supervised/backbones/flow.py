@@ -1,0 +1,247 @@
+"""A normalizing flow: RealNVP (Dinh et al. 2016, arXiv 1605.08803) with the layers of Glow (Kingma & Dhariwal
+2018, arXiv 1807.03039).
+
+Every layer maps its input to as many numbers, can be undone, and knows the logarithm of its determinant: so
+the density of an image is that of standard normal noise, times the product of the determinants.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.device import autocast
+from supervised.backbones.layers import require_least, require_positive
+
+EDGE = 0.05
+"""How far pixels stay from 0 and 1 in front of the logit (RealNVP, section 4.1)."""
+LARGEST_LOG_SCALE = 2.0
+
+
+class Logit(nn.Module):
+    """From (0, 1) to all real numbers, by logit(edge + (1 - 2 edge) x)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        p = EDGE + (1 - 2 * EDGE) * x
+        # d logit(p) / dp = 1 / (p (1 - p))
+        log_det = math.log(1 - 2 * EDGE) - p.log() - (1 - p).log()
+        return p.logit(), log_det.flatten(1).sum(1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return (y.sigmoid() - EDGE) / (1 - 2 * EDGE)
+
+
+class Squeeze(nn.Module):
+    """Blocks of 2x2 pixels become four channels (RealNVP, section 3.6)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return F.pixel_shuffle(y, 2)
+
+
+class ActNorm(nn.Module):
+    """A scale and a shift for each channel, which begin such that the first batch comes out as mean 0 and
+    variance 1 (Glow, section 3.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
+        self.log_scale.copy_(-(std + 1e-6).log()[:, None, None])
+        self.shift.copy_(-mean[:, None, None])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = x.shape[2] * x.shape[3]
+        return (x + self.shift) * self.log_scale.exp(), (pixels * self.log_scale.sum()).expand(len(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * (-self.log_scale).exp() - self.shift
+
+
+class Mix(nn.Module):
+    """A 1x1 convolution that begins as a random rotation of the channels; its matrix is kept as
+    P L (U + diag s), of which the determinant is the product of s (Glow, section 3.2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        rotation = torch.linalg.qr(torch.randn(channels, channels))[0]
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.permutation: Tensor
+        self.sign: Tensor
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("sign", diagonal.sign())
+        self.lower, self.upper = nn.Parameter(lower.tril(-1)), nn.Parameter(upper.triu(1))
+        self.log_s = nn.Parameter(diagonal.abs().log())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        one = torch.eye(len(self.log_s), device=self.log_s.device)
+        return self.lower.tril(-1) + one, self.upper.triu(1) + (self.sign * self.log_s.exp()).diag()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = x.shape[2] * x.shape[3]
+        with autocast(x.device.type, "fp32"):  # what is lost here, the inverse cannot give back
+            lower, upper = self._factors()
+            mixed = F.conv2d(x, (self.permutation @ lower @ upper)[:, :, None, None])
+        return mixed, (pixels * self.log_s.sum()).expand(len(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        solve = torch.linalg.solve_triangular
+        with autocast(y.device.type, "fp32"):
+            lower, upper = self._factors()
+            matrix = solve(lower, self.permutation.T, upper=False, unitriangular=True)
+            return F.conv2d(y, solve(upper, matrix, upper=True)[:, :, None, None])
+
+
+class Coupling(nn.Module):
+    """Half of the channels, scaled and shifted by what a net says of the others (RealNVP, section 3.2).
+
+    The net's last layer begins at zero, so the layer begins as the identity (Glow, section 3.3).
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.kept = channels - channels // 2
+        self.net = nn.Sequential(
+            nn.Conv2d(self.kept, hidden, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, 2 * (channels - self.kept), 3, padding=1),
+        )
+        for parameter in self.net[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def _told(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self.net(kept).to(kept.dtype).chunk(2, 1)
+        return LARGEST_LOG_SCALE * (log_scale / LARGEST_LOG_SCALE).tanh(), shift
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept, changed = x[:, : self.kept], x[:, self.kept :]
+        log_scale, shift = self._told(kept)
+        changed = (changed + shift) * log_scale.exp()
+        return torch.cat((kept, changed), 1), log_scale.flatten(1).sum(1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        kept, changed = y[:, : self.kept], y[:, self.kept :]
+        log_scale, shift = self._told(kept)
+        return torch.cat((kept, changed * (-log_scale).exp() - shift), 1)
+
+
+class Flow(nn.Module):
+    """Images to noise and back.
+
+    Each level makes four channels of every 2x2 pixels, and takes them through `depth` times a scale and
+    shift, a mixing of channels and a coupling. Behind each level but the last, half of the channels are
+    finished: what is left of them beyond what the other half says (a coupling) is noise (RealNVP, section
+    3.6; Glow, figure 2b).
+
+    Args:
+        in_chans: channels of the images.
+        img_size: height and width of the images, divisible by 2 ** levels.
+        levels: how often the image is halved.
+        depth: steps of each level.
+        hidden: width of the nets in the couplings.
+
+    Shapes: images (batch, in_chans, height, width), 0 to 1 -> noise (batch, in_chans * height * width), and
+    the logarithm of the determinant (batch,).
+
+    Raises:
+        ValueError: an image that cannot be halved so often.
+    """
+
+    spec: dict[str, Any]
+
+    def __init__(
+        self,
+        in_chans: int = 1,
+        img_size: int | Sequence[int] = 28,
+        levels: int = 2,
+        depth: int = 8,
+        hidden: int = 64,
+    ) -> None:
+        super().__init__()
+        require_positive(in_chans=in_chans, levels=levels, depth=depth, hidden=hidden)
+        height, width = require_least(img_size, 2**levels)
+        if height % 2**levels or width % 2**levels:
+            raise ValueError(f"img_size {img_size} cannot be halved {levels} times: use fewer levels")
+        self.shape = (in_chans, height, width)
+        self.logit = Logit()
+        self.levels, self.splits = nn.ModuleList(), nn.ModuleList()
+        self.shapes: list[tuple[int, int, int]] = []
+        """Of what is finished behind each level, (channels, height, width)."""
+        channels = in_chans
+        for level in range(levels):
+            channels, height, width = 4 * channels, height // 2, width // 2
+            steps = nn.ModuleList([Squeeze()])
+            for _ in range(depth):
+                steps.extend([ActNorm(channels), Mix(channels), Coupling(channels, hidden)])
+            self.levels.append(steps)
+            if level < levels - 1:
+                self.splits.append(Coupling(channels, hidden))
+                channels //= 2
+            self.shapes.append((channels, height, width))
+        self.num_features = sum(map(math.prod, self.shapes))
+
+    def example(self) -> tuple[Tensor]:
+        return (next(self.parameters()).new_zeros(1, *self.shape),)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._forward(images, initialize=False)
+
+    def initialize(self, images: Tensor) -> None:
+        """Sets scales and shifts by a batch, layer after layer; once, before training."""
+        with torch.no_grad():
+            self._forward(images, initialize=True)
+
+    def _steps(self) -> list[list[Any]]:
+        return [list(steps) for steps in self.levels]  # type: ignore[arg-type]
+
+    def _forward(self, images: Tensor, initialize: bool) -> tuple[Tensor, Tensor]:
+        x, log_det = self.logit(images)
+        finished = []
+        for level, steps in enumerate(self._steps()):
+            for step in steps:
+                if initialize and isinstance(step, ActNorm):
+                    step.initialize(x)
+                x, more = step(x)
+                log_det = log_det + more
+            if level < len(self.splits):
+                x, more = self.splits[level](x)
+                log_det = log_det + more
+                x, noise = x.chunk(2, 1)
+                finished.append(noise.flatten(1))
+        return torch.cat([*finished, x.flatten(1)], 1), log_det
+
+    def inverse(self, noise: Tensor) -> Tensor:
+        """The images that noise (batch, in_chans * height * width) stands for."""
+        parts = [
+            part.unflatten(1, shape)
+            for part, shape in zip(noise.split([*map(math.prod, self.shapes)], 1), self.shapes, strict=True)
+        ]
+        x = parts.pop()
+        for level in reversed(range(len(self.levels))):
+            if level < len(self.splits):
+                split: Any = self.splits[level]
+                x = split.inverse(torch.cat((x, parts.pop()), 1))
+            for step in reversed(self._steps()[level]):
+                x = step.inverse(x)
+        return self.logit.inverse(x)
+
+    def log_density(self, images: Tensor) -> Tensor:
+        """Nats, (batch,): of the density over (0, 1) to the power of the number of pixels and channels."""
+        return log_density(*self(images))
+
+
+def log_density(noise: Tensor, log_det: Tensor) -> Tensor:
+    """Nats, (batch,), of what a flow returned: the noise's under a standard normal, and the determinant's."""
+    return log_det - 0.5 * (noise.square() + math.log(2 * math.pi)).sum(1)
