@@ -43,7 +43,7 @@ N_SAMPLES = 20
 """Drawn by DDIM and DDPM: as many of each of ten classes."""
 
 
-def make(job: Job) -> tuple[Turn, dict[str, Any]]:
+def make(job: Job, folder: Path) -> tuple[Turn, dict[str, Any]]:
     """A side, ready to take turns, and facts about it: `parameters`, and of ours `flops` of a step."""
     name, _, what = job.case.partition(", ")
     shape, data = SHAPES[name], load(images(name))
@@ -80,7 +80,7 @@ def make(job: Job) -> tuple[Turn, dict[str, Any]]:
 
 def unet2d(shape: dict[str, Any], channels: int) -> Any:
     """diffusers' U-Net of a shape, with the options that google/ddpm-cifar10-32 has."""
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     size, mults = shape["img_size"], shape["mults"]
     attends = ["Attn" if size >> i in shape["attention"] else "" for i in range(len(mults))]
@@ -104,7 +104,7 @@ def unet2d(shape: dict[str, Any], channels: int) -> Any:
 
 def diffusers_training(unet: nn.Module, images: Tensor, batch_size: int, precision: str) -> Iterator[None]:
     """Steps of diffusers' examples/unconditional_image_generation/train_unconditional.py, nothing logged."""
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE)
@@ -126,7 +126,7 @@ def diffusers_training(unet: nn.Module, images: Tensor, batch_size: int, precisi
 
 def diffusers_sampling(unet: nn.Module, shape: Sequence[int], precision: str) -> Iterator[None]:
     """Steps back by DDPMScheduler, over and over."""
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(1000)

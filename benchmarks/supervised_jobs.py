@@ -5,6 +5,7 @@
 It says what it trains, then answers each number of steps on its input with the seconds they took.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -315,7 +316,7 @@ def nanogpt_loop(
     return lambda n: seconds(endless, n), sum(p.numel() for p in model.parameters())
 
 
-def serve(job: Job, make: Callable[[Job], tuple[Turn, dict[str, Any]]]) -> None:
+def serve(job: Job, make: Callable[[Job, Path], tuple[Turn, dict[str, Any]]]) -> None:
     """Answers on what was the standard output, where nothing else may write."""
     answers = sys.stdout
     sys.stdout = sys.stderr
@@ -323,12 +324,12 @@ def serve(job: Job, make: Callable[[Job], tuple[Turn, dict[str, Any]]]) -> None:
     if job.side == "peak":
         print(json.dumps(matmul_peaks(job.threads)), file=answers, flush=True)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        turn, facts = make(job, Path(folder))
-        print(json.dumps(facts), file=answers, flush=True)
-        for line in sys.stdin:
-            print(json.dumps(turn(int(line))), file=answers, flush=True)
+    turn, facts = make(job)
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(turn(int(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    serve(Job(**json.loads(sys.argv[1])), make)
+    with tempfile.TemporaryDirectory() as folder:
+        serve(Job(**json.loads(sys.argv[1])), functools.partial(make, folder=Path(folder)))
