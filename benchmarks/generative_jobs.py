@@ -43,7 +43,7 @@ N_SAMPLES = 20
 """Drawn by DDIM and DDPM: as many of each of ten classes."""
 
 
-def make(job: Job, folder: Path) -> tuple[Turn, dict[str, Any]]:
+def make(job: Job) -> tuple[Turn, dict[str, Any]]:
     """A side, ready to take turns, and facts about it: `parameters`, and of ours `flops` of a step."""
     name, _, what = job.case.partition(", ")
     shape, data = SHAPES[name], load(images(name))

@@ -316,7 +316,7 @@ def nanogpt_loop(
     return lambda n: seconds(endless, n), sum(p.numel() for p in model.parameters())
 
 
-def serve(job: Job, make: Callable[[Job, Path], tuple[Turn, dict[str, Any]]]) -> None:
+def serve(job: Job, make: Callable[[Job], tuple[Turn, dict[str, Any]]]) -> None:
     """Answers on what was the standard output, where nothing else may write."""
     answers = sys.stdout
     sys.stdout = sys.stderr
