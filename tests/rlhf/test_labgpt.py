@@ -195,10 +195,13 @@ def test_save_pretrained_and_back_is_bit_exact(tmp_path: Path, make: Any, option
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert same_tensors(model, again)
-    ids = some_ids()
-    assert torch.equal(model(ids).logits, again(ids).logits)
     head = "reward" if make is reward_model else "causal_lm"
-    assert torch.equal(load(tmp_path, head=head)(ids).logits, model(ids).logits)  # type: ignore[call-overload]
+    loaded = load(tmp_path, head=head)  # type: ignore[call-overload]
+    assert same_tensors(model, loaded)
+    ids = some_ids()
+    for other in (again, loaded):
+        # Equal weights, but where they lie in memory decides, on some processors, in which order is summed.
+        torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
 
 
 def test_tied_weights_are_one_tensor_in_memory_on_disk_and_after_loading(tmp_path: Path) -> None:
