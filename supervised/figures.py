@@ -64,7 +64,7 @@ def mosaic(
         for j, image in enumerate(row):
             top, left = i * (height + 1), j * (width + 1)
             spaced[:, top : top + height, left : left + width] = image
-    wide = 0.7 * n_columns + (0.9 if row_names else 0.1)
+    wide = 0.7 * n_columns + (1.2 if row_names else 0.1)
     with drawn(path, wide, 0.7 * height / width * n_rows + 0.3) as figure:
         axes = figure.add_subplot()
         _show(axes, spaced)
