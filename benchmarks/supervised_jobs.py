@@ -39,7 +39,8 @@ from supervised.data import DataSet, load
 from supervised.data.config import DataConfig
 from supervised.trainer import Trainer
 
-N_PNGS = 6_000
+N_ROWS = 6_000
+"""Of the sets of the library `datasets`."""
 PEAK_SIZES = (512, 1024, 2048)
 GPT2 = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True}
 """What nanoGPT is among the shapes `gpt` can take."""
@@ -74,9 +75,8 @@ def make(job: Job, folder: Path) -> tuple[Turn, dict[str, Any]]:
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if job.side == "DataLoader loop":
         return plain_loop(model.train(), Images(data.train.tensors), IMAGE_BATCH), facts
-    as_pngs = job.side == "Trainer on PNGs"
-    images_ = png_dataset(data.train.tensors) if as_pngs else Images(data.train.tensors)
-    return hf_trainer(model, images_, IMAGE_BATCH, bf16, folder), facts
+    feed = {"Trainer on PNGs": png_dataset, "Trainer on arrays": array_dataset}.get(job.side, Images)
+    return hf_trainer(model, feed(data.train.tensors), IMAGE_BATCH, bf16, folder), facts
 
 
 def image_values(backbone: str, data: DataSet) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def png_dataset(tensors: dict[str, Tensor]) -> Any:
     from datasets import Dataset as HubDataset
     from PIL.Image import fromarray
 
-    images, labels = tensors["inputs"][:N_PNGS, 0].numpy(), tensors["labels"][:N_PNGS].tolist()
+    images, labels = tensors["inputs"][:N_ROWS, 0].numpy(), tensors["labels"][:N_ROWS].tolist()
     mean, std = float(images.mean()) / 255, float(images.std()) / 255
     features = Features({"image": Image(), "labels": ClassLabel(num_classes=10)})
     rows = {"image": [fromarray(image) for image in images], "labels": labels}
@@ -192,6 +192,15 @@ def png_dataset(tensors: dict[str, Tensor]) -> Any:
         return {"inputs": [torch.from_numpy((a - mean) / std) for a in arrays], "labels": batch["labels"]}
 
     return HubDataset.from_dict(rows, features=features).with_transform(normalised)
+
+
+def array_dataset(tensors: dict[str, Tensor]) -> Any:
+    """Normalised images as rows of a table that gives tensors, as the documentation of `datasets` begins."""
+    from datasets import Dataset as HubDataset
+
+    images = Images({name: tensor[:N_ROWS] for name, tensor in tensors.items()})
+    rows = {"inputs": [images[i]["inputs"].numpy() for i in range(len(images))]}
+    return HubDataset.from_dict({**rows, "labels": images.labels.tolist()}).with_format("torch")
 
 
 def plain_loop(model: nn.Module, images: Images, batch_size: int) -> Turn:

@@ -6,8 +6,8 @@ All sides of a case have the same network, batch size, optimiser and number of t
 one, then all cores, which is what everybody's torch takes. Each lives in a process of its own, as it would
 elsewhere; they take turns, and are compared round by round: a ratio is the median over rounds. Of the peers
 of the image networks one Trainer is fed as transformers' own image-classification example feeds it, PNGs
-from a `datasets.Dataset` through a transform; the others get tensors from a Dataset that normalises each
-image. The images are Fashion-MNIST, or scikit-learn's digits where it is not installed. PATH is a checkout of
+from a `datasets.Dataset` through a transform, and one as `datasets` teaches it first, arrays with
+`with_format("torch")`; the others get tensors from a Dataset that normalises each image, the quickest form. The images are Fashion-MNIST, or scikit-learn's digits where it is not installed. PATH is a checkout of
 github.com/karpathy/nanoGPT, whose model.py is used as it is. The share of the machine's peak is a step's
 FLOPs over what the best of some matrix products reaches.
 """
@@ -50,6 +50,7 @@ IMAGE_SIDES = (
     ("ours", "bf16"),
     ("ours", "fp32"),
     ("Trainer on PNGs", "fp32"),
+    ("Trainer on arrays", "fp32"),
     ("Trainer on tensors", "fp32"),
     ("Trainer on tensors", "bf16"),
     ("DataLoader loop", "fp32"),
@@ -163,6 +164,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
         with ExitStack() as stack:
             peaks[threads] = Side(Job(case="", side="peak", precision="", threads=threads), stack).facts
         for jobs, n_steps in _cases(threads, nanogpt):
+            if options.cases and jobs[0].case not in options.cases:
+                continue
             rows += measure(jobs, 2 if options.quick else n_steps, options.rounds, peaks[threads])
     results = {
         "machine": about,
@@ -234,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nanogpt", type=Path, help="a clone of github.com/karpathy/nanoGPT")
+    known = [*IMAGE_STEPS, *GPT_SHAPES]
+    parser.add_argument("--cases", nargs="+", choices=known, help="only these", metavar="CASE")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
     parser.add_argument("--threads", type=int, nargs="+", help="of torch (1, then all cores)")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it work?")

@@ -73,7 +73,7 @@ def test_profiles_add_up(results: dict[str, Any]) -> None:
 def test_the_sides_of_supervised_speed_do_the_same_work(tmp_path: Path) -> None:
     out = tmp_path / "supervised_speed.json"
     command = [sys.executable, "-m", "benchmarks.supervised_speed", "--quick", "--rounds", "1"]
-    command += ["--threads", "1", "--out", str(out)]
+    command += ["--threads", "1", "--cases", "lenet5", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "ours is so many times as fast" in done.stdout
@@ -81,13 +81,11 @@ def test_the_sides_of_supervised_speed_do_the_same_work(tmp_path: Path) -> None:
     by_case: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
         by_case.setdefault(row["case"], []).append(row)
-    assert {case: {row["parameters"] for row in rows} for case, rows in by_case.items()} == {
-        "lenet5": {61_706},
-        "resnet8": {77_754},
-    }
+    found = {case: {row["parameters"] for row in rows} for case, rows in by_case.items()}
+    assert found == {"lenet5": {61_706}}
     for rows in by_case.values():
         spent = {(row["side"], row["precision"]): row["ms_a_step_by_round"][0] for row in rows}
-        assert len(spent) == 6
+        assert len(spent) == 7
         for row in rows:
             assert 0 < row["share_of_matmul_peak"] < 1
             for precision, ratio in row["ours_is_so_many_times_as_fast"].items():
