@@ -39,7 +39,7 @@ from supervised.diffusion import Diffusion, alpha_bars
 from supervised.evaluate import open_objective
 from supervised.objectives.denoising import Denoising
 
-N_SAMPLES = 20
+N_SAMPLES = 100
 """Drawn by DDIM and DDPM: as many of each of ten classes."""
 
 
@@ -169,18 +169,20 @@ def samplers(folder: Path | None, quick: bool) -> list[dict[str, Any]]:
     torch.set_flush_denormal(True)
     objective = _to_sample_with(folder)
     steps = {"DDIM": (50, 0.0), "DDPM": (objective.config.n_steps, 1.0)}
+    n_samples = N_SAMPLES
     if quick:
-        steps = {"DDIM": (1, 0.0), "DDPM": (2, 1.0)}
+        steps, n_samples = {"DDIM": (1, 0.0), "DDPM": (2, 1.0)}, 20
+    objective.samples = n_samples
     rows = []
     for name, (n_steps, eta) in steps.items():
         objective.config = replace(objective.config, sampling_steps=n_steps, eta=eta)
         began = time.perf_counter()
         with autocast("cpu", "bf16"):
-            images = objective.generate(objective.players, N_SAMPLES)
-        row: dict[str, Any] = {"sampler": name, "steps": n_steps, "samples": N_SAMPLES}
+            images = objective.generate(objective.players, n_samples)
+        row: dict[str, Any] = {"sampler": name, "steps": n_steps, "samples": n_samples}
         row["seconds"] = round(time.perf_counter() - began, 2)
         with torch.no_grad():
-            row |= objective.recognised(images, images.device)
+            row |= objective.judged(images)
         rows.append(row)
     return rows
 

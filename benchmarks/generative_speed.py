@@ -98,6 +98,7 @@ def table(results: dict[str, Any]) -> str:
         )
     for row in results["samplers"]:
         judged = f", {row['recognised']:.0%} recognised" if "recognised" in row else ""
+        judged += "".join(f", {name} {row[name]:.3g}" for name in row if name.startswith("frechet_"))
         drawn = f"{row['samples']} samples by {row['sampler']} in {row['steps']} steps"
         lines.append(f"{drawn}: {row['seconds']} s{judged}")
     return "\n".join(lines)

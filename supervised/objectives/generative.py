@@ -1,5 +1,6 @@
 """What all objectives have in common that learn to make images."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -54,8 +55,11 @@ class Generative(Objective):
 
     def distance(self, players: Players) -> dict[str, float]:
         """How far generated images are from those learned from, by features."""
-        device = device_of(players)
-        images = self.generate(players, self.samples)
+        return self.judged(self.generate(players, self.samples))
+
+    def judged(self, images: Tensor) -> dict[str, float]:
+        """How far these, by `generate`, are from images learned from, by features; and `recognised`."""
+        device = device_of(self.players)
         made = detection.in_batches(self.judge.features, images, device)
         numbers = {self.distance_name: detection.frechet_distance(self._real[0], made)}
         return numbers | self.recognised(images, device)
@@ -80,7 +84,11 @@ class Generative(Objective):
         if self.data.kind != "images":
             return {}, []
         with torch.no_grad(), compute.autocast():
-            numbers = self.distance(players)
+            began = time.perf_counter()
+            images = self.generate(players, self.samples)
+            seconds = time.perf_counter() - began
+            numbers = self.judged(images)
+            numbers["ms_to_sample_one"] = 1000 * seconds / self.samples
             numbers[f"{self.distance_name}_floor"] = detection.frechet_distance(*self._real)
             data = detection.real_versus_generated(
                 self.data, lambda n, seed: self.generate(players, n, seed), self.samples
