@@ -10,7 +10,17 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "gallery.md"
 TEXT_LINES = 24
-HEADLINES = ("accuracy", "bleu", "bits_per_byte", "bits_per_dim", "r2", "pearson")
+HEADLINES = (
+    "accuracy",
+    "bleu",
+    "bits_per_byte",
+    "bits_per_dim",
+    "psnr",
+    "frechet_features",
+    "rollout_mse",
+    "r2",
+    "pearson",
+)
 PERCENT = ("accuracy",)
 
 
@@ -30,7 +40,7 @@ def page(results: Path = RESULTS, place: Path = PAGE.parent) -> str:
         "|---|---|---|",
     ]
     for path, result in learned.items():
-        lines += [f"| {_label(path, run)} | {_headline(run)} | {_minutes(run)} |" for run in result["runs"]]
+        lines += [f"| {_label(path, run)} | {_headline(run)} | {minutes(run)} |" for run in result["runs"]]
     for path, result in learned.items():
         lines += ["", f"## {path.stem}", "", _purpose(path.stem), "", f"`{result['command']}`", ""]
         lines += _numbers(path, result["runs"])
@@ -87,7 +97,8 @@ def _headline(run: dict[str, Any]) -> str:
     return f"{key.replace('_', ' ')} **{shown}** on {run['evaluation']['part']}"
 
 
-def _minutes(run: dict[str, Any]) -> str:
+def minutes(run: dict[str, Any]) -> str:
+    """How long a recorded run took, on what."""
     minutes, seconds = divmod(round(run["training_seconds"]), 60)
     return f"{minutes}m{seconds:02}s on {run['compute']['threads']} thread(s), {run['compute']['precision']}"
 

@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"batch_size": 8, "n_steps": 2, "img_size": 32},
     },
     "ddpm_fashion": {
-        **{"width": 32, "mults": [1, 2, 2], "attention": [7], "n_res": 1, "groups": 8},
+        **{"width": 16, "mults": [1, 3, 4], "attention": [7], "n_res": 1, "groups": 8},
         **{"batch_size": 64, "n_steps": 4, "img_size": 28},
     },
 }

@@ -72,6 +72,7 @@ def _one(folder: Path, file_values: dict[str, Any], part: str | None) -> dict[st
             if not key.startswith(UNIMPORTANT)
         },
         "evaluation": {"part": found["part"] or "held-out", "step": found["step"], **found["eval"]},
+        **({"notes": found["notes"]} if found["notes"] else {}),
         "data_sha256": found["data_sha256"],
         "numbers_in_checkpoint": sum(value.numel() for value in weights.values()),
         "training_seconds": run.info["summary"]["time/elapsed_seconds"],
