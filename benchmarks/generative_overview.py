@@ -1,4 +1,4 @@
-"""Writes docs/generative.md, four ways to make an image side by side: `python -m benchmarks.generative_overview`.
+"""Writes docs/generative.md, four ways to make an image: `python -m benchmarks.generative_overview`.
 
 Numbers and samples are those of benchmarks/results/; the diagrams are drawn from the modules themselves, of
 which one image goes through each on the meta device.
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gallery import minutes
-
 from supervised import backbones
 from supervised.figures import drawn
 
@@ -53,9 +52,10 @@ FAMILIES = (
     Family(
         "Adversarial: the generator and its critic",
         "dcgan_fashion",
-        "A generator makes an image of noise, at once. A critic learns to tell its images from real ones, and "
-        "the generator to mislead it: two losses, two optimisers, one loop. Nobody can say how likely an image "
-        "is. Here with R3GAN's loss, which compares real and made images in pairs and punishes steep critics.",
+        "A generator makes an image of noise, at once. A critic learns to tell its images from real ones, "
+        "and the generator to mislead it: two losses, two optimisers, one loop. Nobody can say how likely an "
+        "image is. Here with R3GAN's loss, which compares real and made images in pairs and punishes steep "
+        "critics.",
         (
             Chain("noise", r"layers\.\d+", "image"),
             Chain("image, real\nor made", r"layers\.\d+", "how real", "dcgan_discriminator"),
@@ -133,7 +133,7 @@ def stages(module: nn.Module, pattern: str) -> list[Stage]:
 
 
 def diagram(path: Path, family: Family, results: Path = RESULTS) -> Path:
-    """Draws a family's networks: a box a module, as high as its images and as wide as its channels are many."""
+    """Draws a family's networks: a box a module, the higher its images and the wider its channels are."""
     rows = [(chain, *_row(family, chain, results)) for chain in family.chains]
     rows = [(chain, _folded(found), title) for chain, found, title in rows]
     longest = max(len(found) for _, found, _ in rows)
@@ -175,7 +175,7 @@ def _folded(found: Sequence[Stage]) -> list[Stage]:
             period > 1 and alike[at : at + period] == alike[at + times * period : at + (times + 1) * period]
         ):
             times += 1
-        if len(set(alike[at : at + period])) == 1:  # one and the same module: it may have a place in a U
+        if len(set(cycle)) == 1:  # one and the same module: it may have a place in a U
             period, times = 1, 1
         folded += [replace(stage, times=times) for stage in found[at : at + period]]
         at += period * times
@@ -231,15 +231,16 @@ def page(results: Path = RESULTS) -> str:
     lines = [
         "# Four ways to make an image",
         "",
-        "Adversarial, variational, flow and diffusion: the same clothes (Fashion-MNIST), one training loop, one",
-        "measure. Written by `python -m benchmarks.generative_overview` from benchmarks/results/ and the modules",
-        "themselves.",
+        "Adversarial, variational, flow and diffusion: the same clothes (Fashion-MNIST), one training loop,",
+        "one measure. Written by `python -m benchmarks.generative_overview` from benchmarks/results/ and the",
+        "modules themselves.",
         "",
-        "- **bits per dimension**: what a held-out image costs by the model's likelihood, or by a bound on it.",
-        "- **distance**: Fréchet distance of generated from real images on the features of our own classifier.",
-        "  It is no FID. Its floor is what real held-out images have.",
-        "- **detector**: the share that a classifier, trained to tell real from generated, gets right on images it",
-        "  has not seen, with its 95% interval. 50% is as good as a coin: nobody could tell.",
+        "- **bits per dimension**: what a held-out image costs by the model's likelihood, or by a bound on",
+        "  it.",
+        "- **distance**: Fréchet distance of generated from real images on the features of our own",
+        "  classifier. It is no FID. Its floor is what real held-out images have.",
+        "- **detector**: the share that a classifier, trained to tell real from generated, gets right on",
+        "  images it has not seen, with its 95% interval. 50% is as good as a coin: nobody could tell.",
         "- **recognised**: images that the classifier takes for the class that was asked for.",
         "",
         *table(results),

@@ -6,8 +6,9 @@ All sides of a case have the same network, batch size, optimiser and number of t
 one, then all cores, which is what everybody's torch takes. Each lives in a process of its own, as it would
 elsewhere; they take turns, and are compared round by round: a ratio is the median over rounds. Of the peers
 of the image networks one Trainer is fed as transformers' own image-classification example feeds it, PNGs
-from a `datasets.Dataset` through a transform, and one as `datasets` teaches it first, arrays with
-`with_format("torch")`; the others get tensors from a Dataset that normalises each image, the quickest form. The images are Fashion-MNIST, or scikit-learn's digits where it is not installed. PATH is a checkout of
+from a `datasets.Dataset` through a transform, and one as the documentation of `datasets` begins, arrays with
+`with_format("torch")`; the others get tensors from a Dataset that normalises each image, the quickest form.
+The images are Fashion-MNIST, or scikit-learn's digits where it is not installed. PATH is a checkout of
 github.com/karpathy/nanoGPT, whose model.py is used as it is. The share of the machine's peak is a step's
 FLOPs over what the best of some matrix products reaches.
 """
