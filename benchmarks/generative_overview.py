@@ -170,10 +170,8 @@ def _folded(found: Sequence[Stage]) -> list[Stage]:
     alike = [(stage.kind, stage.shape) for stage in found]
     while at < len(found):
         period = next((p for p in (2, 3, 4) if alike[at : at + p] == alike[at + p : at + 2 * p] != []), 1)
-        times = 1
-        while (
-            period > 1 and alike[at : at + period] == alike[at + times * period : at + (times + 1) * period]
-        ):
+        cycle, times = alike[at : at + period], 1
+        while period > 1 and alike[at + times * period : at + (times + 1) * period] == cycle:
             times += 1
         if len(set(cycle)) == 1:  # one and the same module: it may have a place in a U
             period, times = 1, 1
