@@ -26,6 +26,11 @@ def names() -> list[str]:
 def check(config: DataConfig) -> None:
     """Raises if there is no such source, before anything heavy is loaded."""
     if config.source in bundled.READERS or config.source.startswith("hub:"):
+        if config.format != "auto":
+            raise LabError(
+                f"data.format = {config.format!r}: is for files and folders, and {config.source} is found by "
+                "name. Leave it out."
+            )
         return
     path = Path(config.source)
     if not path.exists():

@@ -690,6 +690,8 @@ def test_settings_that_do_not_fit_the_data(tmp_path: Path) -> None:
     assert "data.augment: is for images, and iris holds table" in error(
         "iris", augment=AugmentConfig(flip=True)
     )
+    assert "data.batch_tokens: is for pairs and tasks, and iris holds table" in error("iris", batch_tokens=9)
+    assert "data.format = 'idx': is for files and folders" in error("iris", format="idx")
     path = write(tmp_path / "a.txt", "text")
     assert "data.format = 'idx' is of a folder" in error(path, format="idx")
     assert "data.format = 'npz' is of a file" in error(tmp_path, format="npz")
