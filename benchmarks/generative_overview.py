@@ -135,7 +135,7 @@ def stages(module: nn.Module, pattern: str) -> list[Stage]:
 def diagram(path: Path, family: Family, results: Path = RESULTS) -> Path:
     """Draws a family's networks: a box a module, the higher its images and the wider its channels are."""
     rows = [(chain, *_row(family, chain, results)) for chain in family.chains]
-    rows = [(chain, _folded(found), title) for chain, found, title in rows]
+    rows = [(chain, folded(found), title) for chain, found, title in rows]
     longest = max(len(found) for _, found, _ in rows)
     with drawn(path, 2.8 + 0.62 * longest, 0.3 + 2.1 * len(rows)) as figure:
         for index, (chain, found, title) in enumerate(rows, start=1):
@@ -164,7 +164,7 @@ def _row(family: Family, chain: Chain, results: Path) -> tuple[list[Stage], str]
     return stages(module, chain.pattern), f"{name}, {n_parameters:,} parameters"
 
 
-def _folded(found: Sequence[Stage]) -> list[Stage]:
+def folded(found: Sequence[Stage]) -> list[Stage]:
     """Of several modules that come again and again in the same order, only the first ones."""
     folded, at = [], 0
     alike = [(stage.kind, stage.shape) for stage in found]
