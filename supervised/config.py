@@ -460,6 +460,41 @@ class FlowRun(SupervisedRun):
     objective: FlowConfig = field(default_factory=FlowConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoencodingConfig(ObjectiveConfig):
+    """What an image was, from a corrupted one, by way of a backbone's features: without labels."""
+
+    name: str = "autoencoding"
+    noise: float = 0.1
+    """Standard deviation of the noise that is put on pixels of 0..1."""
+    mask: float = 0.25
+    """Share of each image, of each frame on its own, that is wiped out."""
+    patch: int = 4
+    """Side of the squares that are wiped out, pixels."""
+    foretell: int = 0
+    """The last so many frames of a stack are not shown but to be foretold."""
+    decoder_width: int = 16
+    """Channels of the decoder's last stage but one; each stage before has twice as many."""
+    least_std: float = 0.01
+    """A pixel's error is in units of its own standard deviation over the data, or in this one if that is
+    smaller: 1 would be plain pixels, for which what is small does not count."""
+
+    def __post_init__(self) -> None:
+        require(self.noise >= 0, "objective.noise", f"{self.noise} must not be negative")
+        require(0 <= self.mask < 1, "objective.mask", f"{self.mask} must be at least 0 and below 1")
+        require(self.patch >= 1, "objective.patch", f"{self.patch} must be at least 1")
+        require(self.foretell >= 0, "objective.foretell", f"{self.foretell} must not be negative")
+        require(self.decoder_width >= 1, "objective.decoder_width", "must be at least 1")
+        require(self.least_std > 0, "objective.least_std", f"{self.least_std} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencodingRun(SupervisedRun):
+    """A run of autoencoding."""
+
+    objective: AutoencodingConfig = field(default_factory=AutoencodingConfig)
+
+
 PIXEL_LOSSES = ("l1", "mse")
 
 
@@ -540,6 +575,7 @@ class DetectionRun(ClassificationRun):
 
 _RUNS: dict[str, type[SupervisedRun]] = {
     "adversarial": AdversarialRun,
+    "autoencoding": AutoencodingRun,
     "classification": ClassificationRun,
     "denoising": DenoisingRun,
     "detection": DetectionRun,

@@ -7,6 +7,7 @@ from supervised.data import sources
 
 STAND_INS = {
     "adversarial": "digits",
+    "autoencoding": "digits",
     "classification": "digits",
     "denoising": "digits",
     "flow": "digits",
@@ -25,6 +26,7 @@ SAMPLES, CHARACTERS = 300, 20_000
 GENERATIVE = {"judge": None, "samples": 32}
 CHEAPER: dict[str, dict[str, Any]] = {
     "adversarial": GENERATIVE,
+    "autoencoding": {"foretell": 0},
     "denoising": {**GENERATIVE, "sampling_steps": 2, "bound_samples": BATCH, "bound_steps": 2},
     "flow": GENERATIVE,
     "super_resolution": {"judge": None, "perceptual_weight": 0.0},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from supervised.data.batches import Batches
     from supervised.data.dataset import DataSet, load
-    from supervised.data.splits import Ragged, SequenceSplit, Split, TensorSplit, TokenSplit
+    from supervised.data.splits import Ragged, SequenceSplit, Split, StackSplit, TensorSplit, TokenSplit
 
 _HOMES = {
     "Batches": "supervised.data.batches",
@@ -19,11 +19,22 @@ _HOMES = {
     "Ragged": "supervised.data.splits",
     "SequenceSplit": "supervised.data.splits",
     "Split": "supervised.data.splits",
+    "StackSplit": "supervised.data.splits",
     "TensorSplit": "supervised.data.splits",
     "TokenSplit": "supervised.data.splits",
 }
 
-__all__ = ["Batches", "DataSet", "Ragged", "SequenceSplit", "Split", "TensorSplit", "TokenSplit", "load"]
+__all__ = [
+    "Batches",
+    "DataSet",
+    "Ragged",
+    "SequenceSplit",
+    "Split",
+    "StackSplit",
+    "TensorSplit",
+    "TokenSplit",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

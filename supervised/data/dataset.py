@@ -14,7 +14,7 @@ from lab.errors import LabError
 from supervised.data import sources, tokenizers
 from supervised.data.config import DataConfig
 from supervised.data.raw import EVALUATION, Columns, Raw, is_evaluation, is_part, n_rows, take
-from supervised.data.splits import Ragged, SequenceSplit, Split, TensorSplit, TokenSplit
+from supervised.data.splits import Ragged, SequenceSplit, Split, StackSplit, TensorSplit, TokenSplit
 from supervised.data.tokenizers import Tokenizer
 
 MOST_CLASSES = 1_000_000
@@ -26,10 +26,11 @@ class DataSet:
 
     name: str
     kind: str
-    """images, table, text, pairs or tasks."""
+    """images, table, text, pairs, tasks or stacks."""
     train: Any
     test: Any
-    """A `TensorSplit` of images and tables, a `TokenSplit` of text, else a `SequenceSplit`."""
+    """A `TensorSplit` of images and tables, a `TokenSplit` of text, a `StackSplit` of stacks, else a
+    `SequenceSplit`."""
     sha256: str
     """Of all tensors of both parts: what a run was trained and judged on."""
     classes: tuple[str, ...] = ()
@@ -71,6 +72,8 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
     if raw.kind in ("images", "table"):
         _check_shapes(train, test, config.source)
         splits = [TensorSplit({name: _tensor(v) for name, v in part.items()}) for part in (train, test)]
+    elif raw.kind == "stacks":
+        splits = [StackSplit.of(part["frames"], part["begins"], config.stack) for part in (train, test)]
     else:
         tokenizer = _tokenizer(config, train, tokenizer_folder)
         if raw.kind == "text":

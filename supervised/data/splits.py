@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from supervised.data.stacks import whole_stacks
+
 
 @dataclass(frozen=True)
 class TensorSplit:
@@ -92,4 +94,32 @@ class SequenceSplit:
         yield from self.tensors.items()
 
 
-Split: TypeAlias = TensorSplit | TokenSplit | SequenceSplit
+@dataclass(frozen=True)
+class StackSplit:
+    """Frames of games; a sample is `size` in a row, and each frame is kept once."""
+
+    frames: Tensor
+    """(frames, height, width) uint8."""
+    starts: Tensor
+    """(samples,) int64: the first frame of each."""
+    size: int
+
+    @classmethod
+    def of(cls, frames: np.ndarray, begins: np.ndarray, size: int) -> "StackSplit":
+        """All stacks of frames of one game, by where games begin, bool (frames,)."""
+        kept = np.require(frames, requirements=["C", "W"])
+        return cls(torch.from_numpy(kept), torch.from_numpy(whole_stacks(begins, size)), size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a sample: (size, height, width)."""
+        return (self.size, *self.frames.shape[1:])
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        yield from (("frames", self.frames), ("starts", self.starts))
+
+
+Split: TypeAlias = TensorSplit | TokenSplit | SequenceSplit | StackSplit

@@ -9,6 +9,7 @@ from supervised.objectives.base import Objective
 
 _CLASSES = {
     "adversarial": ("supervised.objectives.adversarial", "Adversarial"),
+    "autoencoding": ("supervised.objectives.autoencoding", "Autoencoding"),
     "classification": ("supervised.objectives.classification", "Classification"),
     "denoising": ("supervised.objectives.denoising", "Denoising"),
     "detection": ("supervised.objectives.detection", "Detection"),
