@@ -71,6 +71,8 @@ class AgentConfig:
     """One of `lab list backbones`."""
     backbone_spec: dict[str, Any] = field(default_factory=dict)
     """The backbone's own arguments, e.g. {width: 256}."""
+    start_from: str | None = None
+    """A finished run of autoencoding whose backbone's weights this one begins with; of drqn the eyes do."""
     dueling: bool = False
     """Split the head into state value and advantages (Wang et al. 2016)."""
     gamma: float = 0.99

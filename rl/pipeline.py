@@ -14,7 +14,7 @@ from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rl import games
+from rl import games, pretrained
 from rl.config import DRQNConfig, RunConfig, run_config_class
 from supervised import backbones
 
@@ -47,6 +47,7 @@ class RLPipeline:
                 "batch_size": 8,
                 "train_freq": 32,
             }
+        changed["agent"]["start_from"] = None
         return config.merge(values, changed)
 
     def train(self, config_: RunConfig, folder: Path | None, resume: bool) -> None:
@@ -73,6 +74,8 @@ class RLPipeline:
         else:
             run, saved = None, None
             Run.check_new(folder)
+        if saved is None and settings.agent.start_from is not None:
+            pretrained.find(settings.agent.start_from)
         check_without_torch(settings.device)
         mode, why = tracking.choose_mode(settings.tracking.wandb)
 

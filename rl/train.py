@@ -15,6 +15,7 @@ from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import derive_seed, seed_everything
 from lab.tracking import Tracker
+from rl import pretrained
 from rl.agent import DQN, QLearner, crossings
 from rl.config import DQNConfig, DRQNConfig, EnvConfig, PQNConfig, RunConfig
 from rl.curve import draw_curve
@@ -78,6 +79,9 @@ def train(
     """
     compute = resolve(settings.device, run.info["compute"] if run is not None else None)
     agent = make_agent(settings, compute)
+    # A checkpoint has all weights: those the run once began with may be gone.
+    begun = saved is None and settings.agent.start_from is not None
+    parents = [pretrained.begin(agent)] if begun else []
     values = config.to_dict(settings)
     if run is None:
         run = Run.create(
@@ -89,6 +93,7 @@ def train(
             group=f"{settings.env.game}__{settings.agent.algorithm}__{config.config_hash(values)}",
             x_axis="agent_steps",
             compute=compute.describe(),
+            parents=parents,
         )
     else:
         run.continue_from(saved.state["metrics_bytes"] if saved else 0)

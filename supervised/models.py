@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lab import checkpoint
+from lab.checkpoint import Checkpoint
 from lab.errors import LabError
 from lab.run import Run
 from supervised import backbones
@@ -53,6 +54,18 @@ def _start_from(backbone: nn.Module, folder: Path) -> dict[str, str]:
     """Gives the backbone a run's best weights; returns what run.json says of that run."""
     run = Run.open(folder)
     saved = checkpoint.load(run.find_checkpoint("best"))
+    return load_backbone(backbone, run, saved, f"model.start_from = {folder}")
+
+
+def load_backbone(backbone: nn.Module, run: Run, saved: Checkpoint, where: str) -> dict[str, str]:
+    """Gives a backbone the weights of a run's; `where` begins what is said if they do not fit.
+
+    Returns:
+        What run.json says of that run.
+
+    Raises:
+        LabError: the run's backbone is another one.
+    """
     mark = ".backbone."
     weights = {key.partition(mark)[2]: value for key, value in saved.tensors("model").items() if mark in key}
     try:
@@ -60,8 +73,8 @@ def _start_from(backbone: nn.Module, folder: Path) -> dict[str, str]:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise LabError(
-            f"model.start_from = {folder}: its backbone is another one ({first}). Use the same "
-            "model.backbone and model.spec, and data of the same shape."
+            f"{where}: its backbone is another one ({first}). Use the same backbone and spec, and data of "
+            "the same shape."
         ) from None
     return {"run_id": run.info["id"], "stage": "pretraining", "sha256": checkpoint.weights_hash(saved.path)}
 

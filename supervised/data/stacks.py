@@ -25,13 +25,13 @@ def read_stacks(arrays: dict[str, np.ndarray], path: Path, config: DataConfig) -
     begins = arrays.get("begins", np.zeros(len(frames), bool))
     if frames.dtype != np.uint8 or frames.ndim != 3:
         raise LabError(
-            f"{path}: frames are {' x '.join(map(str, frames.shape))} of {frames.dtype}, where steps x height "
-            "x width of uint8 are needed. Record them anew."
+            f"{path}: frames are {' x '.join(map(str, frames.shape))} of {frames.dtype}, where steps x "
+            "height x width of uint8 are needed. Record them anew."
         )
     if begins.dtype != bool or begins.shape != frames.shape[:1]:
         raise LabError(
-            f"{path}: begins is {' x '.join(map(str, begins.shape))} of {begins.dtype}, where it says of each "
-            f"of {len(frames):,} frames, true or false, whether a game begins. Record them anew."
+            f"{path}: begins is {' x '.join(map(str, begins.shape))} of {begins.dtype}, where it says of "
+            f"each of {len(frames):,} frames, true or false, whether a game begins. Record them anew."
         )
     border = round(len(frames) * (1 - config.held_out))
     parts = {}
@@ -40,8 +40,8 @@ def read_stacks(arrays: dict[str, np.ndarray], path: Path, config: DataConfig) -
         if not len(whole_stacks(columns["begins"], config.stack)):
             raise LabError(
                 f"{path}: the {'training' if part == 'train' else 'held-out'} part has "
-                f"{len(columns['frames']):,} frames, nowhere {config.stack} of one game in a row. Record more, "
-                "or make data.stack smaller."
+                f"{len(columns['frames']):,} frames, nowhere {config.stack} of one game in a row. Record "
+                "more, or make data.stack smaller."
             )
         parts[part] = columns
     return Raw(kind="stacks", parts=parts)

@@ -1,5 +1,5 @@
-"""What an image was, from a corrupted one, by way of a backbone's features (denoising autoencoders, Vincent et
-al. 2008): teaches a backbone to see where nobody says what there is to see."""
+"""What an image was, from a corrupted one, by way of a backbone's features (Vincent et al. 2008, denoising
+autoencoders): a backbone learns to see where nobody says what there is to see."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -3,13 +3,23 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.errors import LabError
-from supervised.data import Batches, Ragged, SequenceSplit, Split, TensorSplit, TokenSplit, batches
+from supervised.data import (
+    Batches,
+    Ragged,
+    SequenceSplit,
+    Split,
+    StackSplit,
+    TensorSplit,
+    TokenSplit,
+    batches,
+)
 from tests.host_reads import HostReads
 
 CPU = torch.device("cpu")
@@ -33,9 +43,18 @@ def pairs(lengths: list[tuple[int, int]]) -> SequenceSplit:
     )
 
 
+def stacks(n: int) -> StackSplit:
+    """Frames that tell their number; a game begins with every tenth."""
+    numbers = np.arange(n)
+    return StackSplit.of(
+        np.broadcast_to(numbers[:, None, None], (n, 2, 2)).astype(np.uint8), numbers % 10 == 0, 4
+    )
+
+
 SPLITS: dict[str, tuple[Split, dict[str, Any]]] = {
     "rows": (rows(23), {}),
     "text": (text(97), {"context": 8}),
+    "stacks": (stacks(43), {}),
     "pairs": (pairs([(1 + i % 5, 2 + i % 7) for i in range(31)]), {"batch_tokens": 20}),
 }
 

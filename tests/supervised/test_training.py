@@ -157,6 +157,38 @@ def points(folder: Path) -> dict[str, Any]:
     }
 
 
+def restored_digits(folder: Path) -> dict[str, Any]:
+    return {
+        "objective": {"name": "autoencoding", "patch": 2, "decoder_width": 8},
+        "data": {"source": "digits", "limit": 200},
+        "model": {"backbone": "nature_cnn", "spec": {"width": 32, "norm": "layer"}},
+        "batch_size": 32,
+        "accumulate": 2,
+        "ema_decay": 0.9,
+    }
+
+
+def write_frames(folder: Path, n: int = 200, side: int = 12) -> Path:
+    """Games of 50 frames in which a ball of one pixel goes to and fro, each on a course of its own."""
+    frames = np.full((n, side, side), 90, np.uint8)
+    speeds = np.random.default_rng(0).integers(1, side, (-(-n // 50), 2))
+    for i in range(n):
+        at = speeds[i // 50] * (i % 50 + 1) % (2 * side - 2)
+        row, column = np.minimum(at, 2 * side - 2 - at)
+        frames[i, row, column] = 240
+    np.savez(folder / "frames.npz", frames=frames, begins=np.arange(n) % 50 == 0)
+    return folder / "frames.npz"
+
+
+def frames(folder: Path) -> dict[str, Any]:
+    return {
+        "objective": {"name": "autoencoding", "foretell": 1, "noise": 0.05, "mask": 0.1, "decoder_width": 8},
+        "data": {"source": str(write_frames(folder)), "stack": 5},
+        "model": {"backbone": "nature_cnn", "spec": {"width": 64}},
+        "batch_size": 32,
+    }
+
+
 def table(folder: Path) -> dict[str, Any]:
     return {
         "objective": {"name": "regression"},
@@ -170,6 +202,8 @@ def table(folder: Path) -> dict[str, Any]:
 PROBLEMS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "classification": digits,
     "rows": rows_of_digits,
+    "autoencoding": restored_digits,
+    "frames": frames,
     "regression": table,
     "diffusion": noisy_digits,
     "flow matching": points,
