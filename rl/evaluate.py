@@ -32,6 +32,11 @@ class Player:
         """New games: whoever has a memory has an empty one."""
         self._memory = [None] * n_games
 
+    def forget(self, games: np.ndarray) -> None:
+        """These games begin anew."""
+        for game in games:
+            self._memory[game] = None
+
     def q_values(self, observations: np.ndarray, games: np.ndarray) -> Tensor:
         """Q-values (n, n_actions) for observations uint8 (n, 4, height, width), the next of these games."""
         if not isinstance(self.q_net, RecurrentQNetwork):
