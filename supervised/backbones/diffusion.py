@@ -44,7 +44,8 @@ class Condition(nn.Module):
         hidden: of what comes out.
         num_classes: 0: none.
 
-    Shapes: times (batch,), or (1,) for all alike; labels (batch,) or None for "none" -> (batch or 1, hidden).
+    Shapes: times (batch,), or (1,) for all alike; labels (batch,), several a sample (batch, n), whose vectors
+    are added up, or None for "none" -> (batch or 1, hidden).
     """
 
     def __init__(self, width: int, hidden: int, num_classes: int) -> None:
@@ -61,7 +62,7 @@ class Condition(nn.Module):
         if self.classes is None:
             return F.silu(x)
         of_class = self.classes.weight[-1:] if labels is None else self.classes(labels)
-        return F.silu(x + of_class)
+        return F.silu(x + (of_class.sum(1) if of_class.dim() == 3 else of_class))
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -149,10 +150,11 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """Down to few pixels with many channels and up again; what was seen on the way down is handed across.
 
-    Ho et al. 2020, appendix B, and their published code. The last layer is part of it, and begins at 0.
+    Ho et al. 2020, appendix B, and their published code. The last layer is part of it, and begins at 0;
+    `num_features` is its channels.
 
     Args:
-        in_chans: channels of the images; `num_features` is the same.
+        in_chans: channels of the images.
         img_size: height and width, pixels, halved from each level to the next.
         width: channels at full size.
         mults: of each level's channels, times `width`.
@@ -162,8 +164,11 @@ class UNet(nn.Module):
         dropout: probability, within the blocks.
         groups: of the group normalisations.
         num_classes: 0: samples have no class.
+        out_chans: channels of the answer; 0: as many as the images have. Fewer, where some channels are only
+            there to be looked at.
 
-    Shapes: images (batch, in_chans, height, width), times and labels as in `Condition` -> as the images.
+    Shapes: images (batch, in_chans, height, width), times and labels as in `Condition` -> (batch, out_chans,
+    height, width).
 
     Raises:
         ValueError: sizes that cannot be halved, groups that do not share the channels, or unknown sizes.
@@ -199,8 +204,10 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         groups: int = 32,
         num_classes: int = 0,
+        out_chans: int = 0,
     ) -> None:
         super().__init__()
+        out_chans = out_chans or in_chans
         require_positive(in_chans=in_chans, width=width, mults=mults, n_res=n_res, groups=groups)
         sizes = _halvings(img_size, len(mults))
         if width % groups:
@@ -244,8 +251,8 @@ class UNet(nn.Module):
             self.up.append(level(ins, out, height, Upsample(out) if i else None))
             now = out
         self.norm = nn.GroupNorm(groups, width, EPS)
-        self.head = nn.Conv2d(width, in_chans, 3, padding=1)
-        self.num_features = in_chans
+        self.head = nn.Conv2d(width, out_chans, 3, padding=1)
+        self.num_features = out_chans
         self.shape = (in_chans, *sizes[0])
         _init(self)
 

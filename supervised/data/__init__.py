@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from supervised.data.batches import Batches
     from supervised.data.dataset import DataSet, load
-    from supervised.data.splits import Ragged, SequenceSplit, Split, StackSplit, TensorSplit, TokenSplit
+    from supervised.data.splits import FrameSplit, Ragged, SequenceSplit, Split, TensorSplit, TokenSplit
 
 _HOMES = {
     "Batches": "supervised.data.batches",
     "DataSet": "supervised.data.dataset",
     "load": "supervised.data.dataset",
+    "FrameSplit": "supervised.data.splits",
     "Ragged": "supervised.data.splits",
     "SequenceSplit": "supervised.data.splits",
     "Split": "supervised.data.splits",
-    "StackSplit": "supervised.data.splits",
     "TensorSplit": "supervised.data.splits",
     "TokenSplit": "supervised.data.splits",
 }
@@ -27,10 +27,10 @@ _HOMES = {
 __all__ = [
     "Batches",
     "DataSet",
+    "FrameSplit",
     "Ragged",
     "SequenceSplit",
     "Split",
-    "StackSplit",
     "TensorSplit",
     "TokenSplit",
     "load",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lab.errors import LabError
 from lab.seeding import derive_seed
-from supervised.data.splits import Ragged, SequenceSplit, Split, StackSplit, TensorSplit, TokenSplit
+from supervised.data.splits import FrameSplit, Ragged, SequenceSplit, Split, TensorSplit, TokenSplit
 
 BUDGET = 0.5
 """Share of the device's free memory that a data set may take."""
@@ -34,7 +34,7 @@ class Batches:
         seed: of the order.
         shuffle: False: in order, each sample exactly once, for evaluation.
         drop_last: leave out a last batch that is smaller (of a `SequenceSplit`, they differ anyway).
-        context: tokens to predict in a window of a `TokenSplit`.
+        context: tokens to predict in a window of a `TokenSplit`; steps of a window of a `FrameSplit`.
         batch_tokens: of a `SequenceSplit`: batches have as many samples as, padded, make so many tokens on
             either side; 0: `batch_size` samples.
         resident: keep the split on the device; None: if it fits.
@@ -47,10 +47,11 @@ class Batches:
             to be full, and its mask leaves out what came before;
         `SequenceSplit`: its sequences, (batch, time) or, where `group` belong to a sample, (batch, group,
             time), int64, padded; and its tensors. Samples of similar length share a batch;
-        `StackSplit`: "inputs" (batch, size, height, width) uint8.
+        `FrameSplit`: "frames" (batch, context, height, width) uint8 and "actions" (batch, context) int64, of
+            windows that do not leave their stretch: all there are, or in order those that touch no other.
 
     Raises:
-        LabError: a text is too short for `context`.
+        LabError: a text is too short for `context`, or every stretch of frames.
     """
 
     def __init__(
@@ -76,10 +77,10 @@ class Batches:
         self._plan: _Plan
         if isinstance(split, TensorSplit):
             self._plan = _Rows(split, place, batch_size, shuffle and drop_last)
-        elif isinstance(split, StackSplit):
-            self._plan = _Stacks(split, place, batch_size, shuffle and drop_last)
         elif isinstance(split, TokenSplit):
             self._plan = _Windows(split, place, batch_size, shuffle, drop_last, context)
+        elif isinstance(split, FrameSplit):
+            self._plan = _Stretches(split, place, batch_size, shuffle, drop_last, context)
         else:
             self._plan = _Sequences(split, place, batch_size, batch_tokens)
 
@@ -147,38 +148,19 @@ def _permutation(n: int, generator: torch.Generator | None) -> Tensor:
     return torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
 
 
-class _Samples(_Plan):
-    """Of samples that are all alike in size."""
-
-    def __init__(self, n: int, place: torch.device, batch_size: int, drop_last: bool) -> None:
-        self.n, self.place = n, place
-        self.batch_size = min(batch_size or n, n)
-        self.n_batches = n // self.batch_size if drop_last else math.ceil(n / self.batch_size)
+class _Rows(_Plan):
+    def __init__(self, split: TensorSplit, place: torch.device, batch_size: int, drop_last: bool) -> None:
+        self.n, self.place = len(split), place
+        self.batch_size = min(batch_size or self.n, self.n)
+        self.n_batches = self.n // self.batch_size if drop_last else math.ceil(self.n / self.batch_size)
+        self.tensors = {name: tensor.to(place) for name, tensor in split.tensors.items()}
 
     def order(self, generator: torch.Generator | None) -> list[Tensor]:
         return list(_permutation(self.n, generator).to(self.place).split(self.batch_size))
 
-
-class _Rows(_Samples):
-    def __init__(self, split: TensorSplit, place: torch.device, batch_size: int, drop_last: bool) -> None:
-        super().__init__(len(split), place, batch_size, drop_last)
-        self.tensors = {name: tensor.to(place) for name, tensor in split.tensors.items()}
-
     def gather(self, order: list[Tensor], index: int) -> Batch:
         # index_select copies whole rows: ten times as fast as indexing, on a CPU.
         return {name: tensor.index_select(0, order[index]) for name, tensor in self.tensors.items()}
-
-
-class _Stacks(_Samples):
-    def __init__(self, split: StackSplit, place: torch.device, batch_size: int, drop_last: bool) -> None:
-        super().__init__(len(split), place, batch_size, drop_last)
-        self.frames, self.starts = split.frames.to(place), split.starts.to(place)
-        self.steps = torch.arange(split.size, device=place)
-
-    def gather(self, order: list[Tensor], index: int) -> Batch:
-        at = self.starts.index_select(0, order[index])[:, None] + self.steps
-        found = self.frames.index_select(0, at.flatten())
-        return {"inputs": found.unflatten(0, (-1, len(self.steps)))}
 
 
 class _Windows(_Plan):
@@ -221,6 +203,39 @@ class _Windows(_Plan):
         at = starts + self.steps
         ids = self.ids.index_select(0, at.flatten()).view(at.shape).long()
         return {"ids": ids, "mask": at[:, :-1] >= wanted} if self.masked else {"ids": ids}
+
+
+class _Stretches(_Plan):
+    def __init__(
+        self,
+        split: FrameSplit,
+        place: torch.device,
+        batch_size: int,
+        shuffle: bool,
+        drop_last: bool,
+        context: int,
+    ) -> None:
+        self.starts = split.windows(context, apart=1 if shuffle else context)
+        n = len(self.starts)
+        if not n:
+            longest = len(split) // max(int(split.begins.sum()), 1)
+            raise LabError(
+                f"data.source: no stretch of play has the {context} frames of a window (on average they have "
+                f"{longest}). Record longer ones, or make objective.context or objective.rollout smaller."
+            )
+        self.frames, self.actions, self.place = split.frames.to(place), split.actions.to(place), place
+        self.steps = torch.arange(context, device=place)
+        self.batch_size = min(batch_size or n, n)
+        self.n_batches = n // self.batch_size if shuffle and drop_last else math.ceil(n / self.batch_size)
+
+    def order(self, generator: torch.Generator | None) -> list[Tensor]:
+        rows = self.starts[_permutation(len(self.starts), generator)]
+        return list(rows.to(self.place).split(self.batch_size))
+
+    def gather(self, order: list[Tensor], index: int) -> Batch:
+        at = order[index][:, None] + self.steps
+        frames, actions = (t.index_select(0, at.flatten()) for t in (self.frames, self.actions))
+        return {"frames": frames.view(*at.shape, *frames.shape[1:]), "actions": actions.view(at.shape)}
 
 
 class _Sequences(_Plan):

@@ -11,6 +11,7 @@ import numpy as np
 
 from lab.errors import LabError
 from supervised.data import made
+from supervised.data.catch import catch
 from supervised.data.config import DataConfig
 from supervised.data.images import find_idx, open_picture, read_idx_folder
 from supervised.data.library import library_files
@@ -145,6 +146,7 @@ def python_library(config: DataConfig) -> Raw:
 
 READERS: dict[str, Callable[[DataConfig], Raw]] = {
     "breast_cancer": partial(table, "load_breast_cancer"),
+    "catch": catch,
     "diabetes": partial(table, "load_diabetes", scaled=False),
     "digits": digits,
     "fashion_mnist": fashion_mnist,

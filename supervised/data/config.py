@@ -45,11 +45,11 @@ class DataConfig:
     """The part that is evaluated on, e.g. validation; empty: test, else validation, else `held_out`."""
     held_out: float = 0.2
     """Share kept for evaluation where the source has no such part: of each class, of documents, of a text's
-    end."""
+    end, of the last stretches of play."""
     split_seed: int = 0
     """Another seed holds out others."""
     limit: int | None = None
-    """Samples of each part at most (of text: characters); null: all."""
+    """Samples of each part at most (of text: characters, of play: steps); null: all."""
     img_size: int | None = None
     """Side of the square that images from files are scaled and cropped to; of patches of photographs."""
     stack: int = 4

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from supervised.data import sources, tokenizers
+from supervised.data import frames, sources, tokenizers
 from supervised.data.config import DataConfig
 from supervised.data.raw import EVALUATION, Columns, Raw, is_evaluation, is_part, n_rows, take
-from supervised.data.splits import Ragged, SequenceSplit, Split, StackSplit, TensorSplit, TokenSplit
+from supervised.data.splits import FrameSplit, Ragged, SequenceSplit, Split, TensorSplit, TokenSplit
 from supervised.data.tokenizers import Tokenizer
 
 MOST_CLASSES = 1_000_000
@@ -26,15 +26,15 @@ class DataSet:
 
     name: str
     kind: str
-    """images, table, text, pairs, tasks or stacks."""
+    """images, table, text, pairs, tasks or frames."""
     train: Any
     test: Any
-    """A `TensorSplit` of images and tables, a `TokenSplit` of text, a `StackSplit` of stacks, else a
+    """A `TensorSplit` of images and tables, a `TokenSplit` of text, a `FrameSplit` of frames, else a
     `SequenceSplit`."""
     sha256: str
     """Of all tensors of both parts: what a run was trained and judged on."""
     classes: tuple[str, ...] = ()
-    """Their names, where samples have labels."""
+    """Their names, where samples have labels; of frames those of the actions."""
     tokenizer: Any = None
     """Of texts."""
     form: str = ""
@@ -60,10 +60,6 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
     raw = sources.read(config)
     if config.augment.any and raw.kind != "images":
         raise LabError(f"data.augment: is for images, and {config.source} holds {raw.kind}. Leave it out.")
-    if config.batch_tokens and raw.kind not in ("pairs", "tasks"):
-        raise LabError(
-            f"data.batch_tokens: is for pairs and tasks, and {config.source} holds {raw.kind}. Use batch_size."
-        )
     train, test = _choose(raw, config)
     classes = _check_labels(raw, train, test, config.source)
     notes = list(raw.notes)
@@ -72,8 +68,9 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
     if raw.kind in ("images", "table"):
         _check_shapes(train, test, config.source)
         splits = [TensorSplit({name: _tensor(v) for name, v in part.items()}) for part in (train, test)]
-    elif raw.kind == "stacks":
-        splits = [StackSplit.of(part["frames"], part["begins"], config.stack) for part in (train, test)]
+    elif raw.kind == "frames":
+        classes = raw.classes
+        splits = [FrameSplit(**{name: _tensor(v) for name, v in part.items()}) for part in (train, test)]
     else:
         tokenizer = _tokenizer(config, train, tokenizer_folder)
         if raw.kind == "text":
@@ -131,6 +128,8 @@ def _choose(raw: Raw, config: DataConfig) -> tuple[Columns, Columns]:
         test = raw.parts[found[0]]
     elif raw.kind == "text":
         train, test = _hold_out_text(train["text"], config)
+    elif raw.kind == "frames":
+        train, test = frames.hold_out(train, config.held_out)
     else:
         train, test = _hold_out(train, config)
     for part, columns in (("training", train), ("held-out", test)):
@@ -191,6 +190,8 @@ def _limited(columns: Columns, kind: str, config: DataConfig) -> Columns:
         return {"text": texts}
     if n <= limit:
         return columns
+    if kind == "frames":
+        return {name: values[:limit] for name, values in columns.items()}
     rows = np.random.default_rng(config.split_seed).permutation(n)[:limit]
     return take(columns, np.sort(rows))
 

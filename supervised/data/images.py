@@ -10,9 +10,9 @@ import numpy as np
 import psutil
 
 from lab.errors import LabError, first_line
+from supervised.data import frames
 from supervised.data.config import DataConfig
 from supervised.data.raw import EVALUATION, Columns, Raw, read_bytes
-from supervised.data.stacks import read_stacks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -209,10 +209,9 @@ _INPUTS, _LABELS = ("images", "inputs", "x", "data"), ("labels", "targets", "y",
 
 
 def read_npz(path: Path, config: DataConfig) -> Raw:
-    """Arrays of images (uint8, channels first or last, or none), of a table (a sample is one row), or frames.
+    """Arrays of images (uint8, channels first or last, or none) or of a table (a sample is one row).
 
-    Names are {images, labels} or {x, y}; of parts {x_train, y_train, x_test, ...} or {train_images, ...};
-    {frames, begins} of a game.
+    Names are {images, labels} or {x, y}; of parts {x_train, y_train, x_test, ...} or {train_images, ...}.
 
     Raises:
         LabError: it is damaged, or holds none of these.
@@ -227,8 +226,8 @@ def read_npz(path: Path, config: DataConfig) -> Raw:
                 "loaded, for that runs code. Save its arrays as numbers."
             ) from None
         raise LabError(f"{path}: not a readable .npz file: {first_line(error)}. Get it again.") from None
-    if "frames" in arrays:
-        return read_stacks(arrays, path, config)
+    if frames.is_record(arrays):
+        return frames.as_record(arrays, path)
     parts: dict[str, Columns] = {}
     kinds = set()
     for part in ("train", *EVALUATION):

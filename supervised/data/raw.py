@@ -25,7 +25,8 @@ class Raw:
     Columns by kind: images {"inputs": (n, channels, height, width) uint8, "labels"}; table {"inputs": (n,
     columns) float32, "labels" int64 or "targets" float32}; text {"text"}; pairs {"source", "target"}; tasks
     {"texts": the sequences of a sample, each a list of texts; "labels" int64, or float32 to be predicted as
-    a number}; stacks {"frames": (n, height, width) uint8, "begins": (n,) bool, where a game begins}.
+    a number}; frames {"frames": (steps, height, width) uint8, "actions" int64, "begins" bool: see
+    `rl.frames`}, whose classes are the actions' names.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""The parts of a data set as tensors: rows of equal shape, one long text, or sequences of any length."""
+"""The parts of a data set as tensors: rows of equal shape, one long text, sequences of any length, play."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,8 +7,6 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-
-from supervised.data.stacks import whole_stacks
 
 
 @dataclass(frozen=True)
@@ -95,31 +93,34 @@ class SequenceSplit:
 
 
 @dataclass(frozen=True)
-class StackSplit:
-    """Frames of games; a sample is `size` in a row, and each frame is kept once."""
+class FrameSplit:
+    """Records of play end to end: step t + 1 follows step t unless begins[t + 1]."""
 
     frames: Tensor
-    """(frames, height, width) uint8."""
-    starts: Tensor
-    """(samples,) int64: the first frame of each."""
-    size: int
-
-    @classmethod
-    def of(cls, frames: np.ndarray, begins: np.ndarray, size: int) -> "StackSplit":
-        """All stacks of frames of one game, by where games begin, bool (frames,)."""
-        kept = np.require(frames, requirements=["C", "W"])
-        return cls(torch.from_numpy(kept), torch.from_numpy(whole_stacks(begins, size)), size)
+    """(steps, height, width) uint8: what was seen before the action."""
+    actions: Tensor
+    """(steps,) int64."""
+    begins: Tensor
+    """(steps,) bool: the frame is the first of a stretch."""
 
     def __len__(self) -> int:
-        return len(self.starts)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of a sample: (size, height, width)."""
-        return (self.size, *self.frames.shape[1:])
+        return len(self.frames)
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        yield from (("frames", self.frames), ("starts", self.starts))
+        yield from (("frames", self.frames), ("actions", self.actions), ("begins", self.begins))
+
+    def windows(self, length: int, apart: int = 1) -> Tensor:
+        """(n,) int64: where windows of so many steps begin, none of which leaves its stretch.
+
+        Args:
+            length: steps of a window.
+            apart: steps from one to the next of the same stretch.
+        """
+        starts = torch.cat((self.begins.nonzero()[:, 0], torch.tensor([len(self)])))
+        stretches = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+        return torch.cat(
+            [torch.arange(start, max(end - length + 1, start), apart) for start, end in stretches]
+        )
 
 
-Split: TypeAlias = TensorSplit | TokenSplit | SequenceSplit | StackSplit
+Split: TypeAlias = TensorSplit | TokenSplit | SequenceSplit | FrameSplit
