@@ -123,12 +123,21 @@ def _build_parser() -> _Parser:
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
-    play = command("play", _play, "Film a trained agent, its Q-values drawn beside the screen.")
+    play = command(
+        "play",
+        _play,
+        "Film a trained agent, its Q-values drawn beside the screen; or play by hand in a world model.",
+    )
     run_argument(play)
     play.add_argument("--out", type=Path, help="the mp4; default media/play.mp4 in the run folder")
     play.add_argument("--seed", type=int, default=0, help="seed of the game (0)")
-    play.add_argument("--epsilon", type=_probability, default=0.001, help="chance of a random action (0.001)")
+    play.add_argument("--epsilon", type=_probability, help="chance of a random action (0.001)")
     play.add_argument("--max_steps", type=_count, default=27_000, help="agent steps at most (the whole game)")
+    play.add_argument(
+        "--world-model",
+        action="store_true",
+        help="RUN is a world model: play in what it dreams, here in the terminal, with arrows and space",
+    )
 
     export = command("export", _export, "Write a trained agent for another library.")
     run_argument(export)
@@ -217,6 +226,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _play(options: argparse.Namespace) -> int:
     result = _pipeline_of(options.run).play(options.run, options)
+    if options.world_model:
+        print(f"{result['run']}: {result['steps']} frames, {result['frames_per_second']:g} a second")
+        return 0
     end = "game over" if result["ended"] else "film ended before the game"
     print(f"{result['path']}: score {result['return']:g} in {result['steps']} agent steps ({end})")
     return 0

@@ -38,7 +38,8 @@ class Pipeline(Protocol):
         ...
 
     def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
-        """Films a run's agent; returns one JSON object with the film's `path`."""
+        """Films a run's agent; returns one JSON object with the film's `path`. With `world_model`, plays in
+        what the run dreams."""
         ...
 
     def export(self, folder: Path, options: Namespace) -> Path:

@@ -21,6 +21,9 @@ from supervised import backbones
 # What may change between the sessions of one run: none of it alters what was computed so far.
 MAY_CHANGE = ("total_steps", "eval.stop_at", "tracking.", "checkpoint.keep", "film.", "name")
 
+EPSILON = 0.001
+"""Of an agent that is filmed."""
+
 
 class RLPipeline:
     """Deep Q-learning on Atari."""
@@ -124,6 +127,9 @@ class RLPipeline:
 
     def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
         run = Run.open(folder)
+        if options.world_model:
+            raise LabError(f"{folder}: is an agent, no world model. Film it without --world-model.")
+        epsilon = EPSILON if options.epsilon is None else options.epsilon
         checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
         path = options.out or run.media / "play.mp4"
         if path.suffix != ".mp4":
@@ -135,7 +141,7 @@ class RLPipeline:
         from rl.film import film
 
         player, _, _ = load_player(run, options.checkpoint)
-        return film(player, path, options.seed, options.epsilon, options.max_steps)
+        return film(player, path, options.seed, epsilon, options.max_steps)
 
     def export(self, folder: Path, options: Namespace) -> Path:
         run = Run.open(folder)

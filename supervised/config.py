@@ -573,6 +573,62 @@ class DetectionRun(ClassificationRun):
     objective: DetectionConfig  # pyright: ignore[reportGeneralTypeIssues]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorldModelConfig(ObjectiveConfig):
+    """The next frame of a game, from those before and the actions (DIAMOND, arXiv 2405.12399)."""
+
+    name: str = "world_model"
+    context: int = 4
+    """Frames that are seen, each with the action taken there."""
+    patch: int = 2
+    """Side of the squares of pixels that the network sees as channels of one: 2 costs a quarter of 1."""
+    start: str = "frame"
+    """Where the way to the next frame begins: frame (the last one) or noise."""
+    start_noise: float = 0.0
+    """Standard deviation of noise on that frame, whose pixels are -1 to 1."""
+    sampling_steps: int = 1
+    """Of the way to a frame."""
+    first_share: float = 0.5
+    """Share of samples that are learned at the beginning of the way; the others' times are even."""
+    change_weight: float = 0.0
+    """What pixels that change count beside all: there are few, but they are the game."""
+    context_noise: float = 0.0
+    """Standard deviation, at most, of noise on the past frames while learning (DIAMOND's conditioning
+    augmentation), so that dreams do not drift."""
+    own_frames: int = 0
+    """Of the past frames while learning, so many are the network's own, each at the cost of a third of a
+    step: likewise."""
+    rollout: int = 15
+    """Frames dreamed in a row to judge it."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.start in ("frame", "noise"), "objective.start", f"{self.start!r} is none of frame, noise"
+        )
+        for key in ("context", "patch", "sampling_steps", "rollout"):
+            require(getattr(self, key) >= 1, f"objective.{key}", "must be at least 1")
+        for key in ("start_noise", "change_weight", "context_noise", "own_frames"):
+            require(getattr(self, key) >= 0, f"objective.{key}", "must not be negative")
+        require(0 <= self.first_share <= 1, "objective.first_share", "must lie in 0 to 1")
+        require(
+            self.start == "frame" or not self.start_noise,
+            "objective.start_noise",
+            "is of start: frame; noise begins with nothing else",
+        )
+
+    @property
+    def noise(self) -> float | None:
+        """As `supervised.dreaming.start_of` takes it."""
+        return None if self.start == "noise" else self.start_noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldModelRun(SupervisedRun):
+    """A run of a world model."""
+
+    objective: WorldModelConfig = field(default_factory=WorldModelConfig)
+
+
 _RUNS: dict[str, type[SupervisedRun]] = {
     "adversarial": AdversarialRun,
     "autoencoding": AutoencodingRun,
@@ -586,6 +642,7 @@ _RUNS: dict[str, type[SupervisedRun]] = {
     "text_task": TextTaskRun,
     "translation": TranslationRun,
     "variational": VariationalRun,
+    "world_model": WorldModelRun,
 }
 
 

@@ -160,6 +160,23 @@ def learning_curve(path: Path, rows: Sequence[Mapping[str, Any]], headline: str)
     return path
 
 
+def errors_by_step(path: Path, dreamed: np.ndarray, copied: np.ndarray) -> Path:
+    """Mean squared errors (frames,) of a world model's rollout, and of the last real frame repeated."""
+    with drawn(path, 5, 3.6) as figure:
+        axes = figure.add_subplot()
+        steps = range(1, len(dreamed) + 1)
+        axes.plot(steps, copied, color=GREY, marker="o", markersize=3, label="last frame repeated")
+        axes.plot(steps, dreamed, color=BLUE, marker="o", markersize=3, label="dreamed")
+        axes.set(xlabel="frames since the last real one", ylabel="mean squared error (pixels 0 to 1)")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.legend(fontsize=8)
+    return path
+
+
 def filters(path: Path, kernels: np.ndarray) -> Path:
     """Kernels of a first layer, (n, channels, height, width), each stretched to its own range."""
     low, high = (f(kernels, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lab import checkpoint, config, tracking
+from lab import checkpoint, config, terminal, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors
@@ -84,7 +84,23 @@ class SupervisedPipeline:
         )
 
     def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
-        raise LabError(f"{folder}: learned from a data set and plays no game. Its pictures are in media/.")
+        run = Run.open(folder)
+        is_world_model = run.info["config"]["objective"]["name"] == "world_model"
+        if not options.world_model:
+            raise LabError(
+                f"{folder}: is a world model. Play in it: lab play {folder} --world-model"
+                if is_world_model
+                else f"{folder}: learned from a data set and plays no game. Its pictures are in media/."
+            )
+        if not is_world_model:
+            raise LabError(f"{folder}: is no world model. Its pictures are in media/.")
+        refuse_options(options, ("out", "epsilon"), "is for films of agents; a world model is played by hand")
+        terminal.require_terminal("--world-model")
+        saved = checkpoint.load(run.find_checkpoint(options.checkpoint))
+        quiet_threads()
+        from supervised.play import play_run
+
+        return play_run(run, saved, options.seed, options.max_steps)
 
     def export(self, folder: Path, options: Namespace) -> Path:
         raise LabError(

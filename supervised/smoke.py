@@ -17,6 +17,7 @@ STAND_INS = {
     "super_resolution": "photographs",
     "translation": "number_words",
     "variational": "digits",
+    "world_model": "catch",
 }
 """By objective, data that is on every machine."""
 

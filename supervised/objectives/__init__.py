@@ -20,6 +20,7 @@ _CLASSES = {
     "text_task": ("supervised.objectives.text_task", "TextTask"),
     "translation": ("supervised.objectives.translation", "Translation"),
     "variational": ("supervised.objectives.likelihood", "Variational"),
+    "world_model": ("supervised.objectives.world_model", "WorldModel"),
 }
 
 
