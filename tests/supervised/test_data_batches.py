@@ -3,7 +3,6 @@
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,10 +11,10 @@ from hypothesis import strategies as st
 from lab.errors import LabError
 from supervised.data import (
     Batches,
+    FrameSplit,
     Ragged,
     SequenceSplit,
     Split,
-    StackSplit,
     TensorSplit,
     TokenSplit,
     batches,
@@ -43,19 +42,21 @@ def pairs(lengths: list[tuple[int, int]]) -> SequenceSplit:
     )
 
 
-def stacks(n: int) -> StackSplit:
-    """Frames that tell their number; a game begins with every tenth."""
-    numbers = np.arange(n)
-    return StackSplit.of(
-        np.broadcast_to(numbers[:, None, None], (n, 2, 2)).astype(np.uint8), numbers % 10 == 0, 4
+def play(lengths: list[int]) -> FrameSplit:
+    """Stretches of play of so many frames, each of which tells its step."""
+    n = sum(lengths)
+    begins = torch.zeros(n, dtype=torch.bool)
+    begins[list(itertools.accumulate([0, *lengths[:-1]]))] = True
+    return FrameSplit(
+        torch.arange(n, dtype=torch.uint8)[:, None, None].repeat(1, 2, 3), torch.arange(n), begins
     )
 
 
 SPLITS: dict[str, tuple[Split, dict[str, Any]]] = {
     "rows": (rows(23), {}),
     "text": (text(97), {"context": 8}),
-    "stacks": (stacks(43), {}),
     "pairs": (pairs([(1 + i % 5, 2 + i % 7) for i in range(31)]), {"batch_tokens": 20}),
+    "play": (play([9, 3, 20]), {"context": 4}),
 }
 
 

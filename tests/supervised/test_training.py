@@ -189,6 +189,22 @@ def frames(folder: Path) -> dict[str, Any]:
     }
 
 
+def play(folder: Path) -> dict[str, Any]:
+    return {
+        "objective": {
+            "name": "world_model",
+            **{"start_noise": 0.1, "sampling_steps": 2, "context_noise": 0.1, "own_frames": 1, "rollout": 3},
+            "change_weight": 1.0,
+        },
+        "data": {"source": "catch", "limit": 200},
+        "model": {"backbone": "unet", "spec": {"width": 8, "mults": [1, 2], "n_res": 1, "groups": 4}},
+        "batch_size": 32,
+        "accumulate": 2,
+        "ema_decay": 0.9,
+        "eval": {"every_epochs": 0.5},
+    }
+
+
 def table(folder: Path) -> dict[str, Any]:
     return {
         "objective": {"name": "regression"},
@@ -207,6 +223,7 @@ PROBLEMS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "regression": table,
     "diffusion": noisy_digits,
     "flow matching": points,
+    "world model": play,
     "language model": text,
     "translation": pairs,
     "translation by LSTM": pairs_by_lstm,
