@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -116,8 +117,8 @@ class FrameSplit:
             length: steps of a window.
             apart: steps from one to the next of the same stretch.
         """
-        starts = torch.cat((self.begins.nonzero()[:, 0], torch.tensor([len(self)])))
-        stretches = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+        starts = [*np.flatnonzero(self.begins.numpy()).tolist(), len(self)]
+        stretches = pairwise(starts)
         return torch.cat(
             [torch.arange(start, max(end - length + 1, start), apart) for start, end in stretches]
         )

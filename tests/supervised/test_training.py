@@ -193,7 +193,13 @@ def play(folder: Path) -> dict[str, Any]:
     return {
         "objective": {
             "name": "world_model",
-            **{"start_noise": 0.1, "sampling_steps": 2, "context_noise": 0.1, "own_frames": 1, "rollout": 3},
+            **{
+                "start_noise": 0.02,
+                "sampling_steps": 2,
+                "context_noise": 0.02,
+                "own_frames": 1,
+                "rollout": 3,
+            },
             "change_weight": 1.0,
         },
         "data": {"source": "catch", "limit": 200},
