@@ -69,7 +69,7 @@ def begin(agent: "QLearner") -> dict[str, str]:
     for key in defaults:
         if _plain(a[key]) != _plain(b[key]):
             what = {
-                "in_chans": "Let it see as many frames (data.stack less objective.foretell).",
+                "in_chans": "Let it see as many frames (objective.frames).",
                 "img_size": "Record frames of env.image_size.",
             }.get(key, "Make model.spec and agent.backbone_spec the same.")
             raise LabError(

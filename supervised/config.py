@@ -471,8 +471,10 @@ class AutoencodingConfig(ObjectiveConfig):
     """Share of each image, of each frame on its own, that is wiped out."""
     patch: int = 4
     """Side of the squares that are wiped out, pixels."""
+    frames: int = 4
+    """Of play, which follow each other, that the backbone sees: as many as an agent."""
     foretell: int = 0
-    """The last so many frames of a stack are not shown but to be foretold."""
+    """So many frames behind them are not shown but to be foretold."""
     decoder_width: int = 16
     """Channels of the decoder's last stage but one; each stage before has twice as many."""
     least_std: float = 0.01
@@ -483,6 +485,7 @@ class AutoencodingConfig(ObjectiveConfig):
         require(self.noise >= 0, "objective.noise", f"{self.noise} must not be negative")
         require(0 <= self.mask < 1, "objective.mask", f"{self.mask} must be at least 0 and below 1")
         require(self.patch >= 1, "objective.patch", f"{self.patch} must be at least 1")
+        require(self.frames >= 1, "objective.frames", f"{self.frames} must be at least 1")
         require(self.foretell >= 0, "objective.foretell", f"{self.foretell} must not be negative")
         require(self.decoder_width >= 1, "objective.decoder_width", "must be at least 1")
         require(self.least_std > 0, "objective.least_std", f"{self.least_std} must be positive")

@@ -52,8 +52,6 @@ class DataConfig:
     """Samples of each part at most (of text: characters, of play: steps); null: all."""
     img_size: int | None = None
     """Side of the square that images from files are scaled and cropped to; of patches of photographs."""
-    stack: int = 4
-    """Frames of a game, one behind the other, that are one sample: an agent sees four."""
     grayscale: bool = False
     """One channel instead of three, of images from files."""
     suffix: str = ".txt"
@@ -77,7 +75,6 @@ class DataConfig:
         require(0 <= self.split_seed < 2**31, "data.split_seed", "must be between 0 and 2^31 - 1")
         require(self.limit is None or self.limit >= 2, "data.limit", "must be at least 2, or null")
         require(self.img_size is None or self.img_size >= 1, "data.img_size", "must be at least 1, or null")
-        require(self.stack >= 1, "data.stack", f"{self.stack} must be at least 1")
         require(
             len(self.pair) == 2 and self.pair[0] != self.pair[1],
             "data.pair",

@@ -12,7 +12,7 @@ from lab.errors import LabError, first_line
 from supervised import backbones, figures
 from supervised.backbones.gan import grow
 from supervised.config import AutoencodingRun
-from supervised.data import DataSet, StackSplit
+from supervised.data import Batches, DataSet, FrameSplit
 from supervised.models import make_backbone
 from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
 from supervised.objectives.generative import to_bytes
@@ -56,24 +56,22 @@ class Autoencoding(Objective):
 
     def __init__(self, settings: AutoencodingRun, data: DataSet) -> None:
         super().__init__(settings, data)
-        require_kind(data, ("images", "stacks"), "autoencoding")
+        require_kind(data, ("images", "frames"), "autoencoding")
         if settings.data.augment.any:
             raise LabError("data.augment: what is shown is what is to be restored. Leave it out.")
         self.config = c = settings.objective
         split = data.train
-        self.frames = isinstance(split, StackSplit)
-        channels, height, width = split.shape if self.frames else split.tensors["inputs"].shape[1:]
-        if c.foretell >= (channels if self.frames else 1):
+        self.of_play = isinstance(split, FrameSplit)
+        if c.foretell and not self.of_play:
             raise LabError(
-                f"objective.foretell = {c.foretell}: "
-                + (
-                    f"none of data.stack = {channels} frames is left to be seen. Make it smaller."
-                    if self.frames
-                    else f"is for frames of a game, and {data.name} holds {data.kind}. Leave it out."
-                )
+                f"objective.foretell = {c.foretell}: is for frames of a game, and {data.name} holds "
+                f"{data.kind}. Leave it out."
             )
-        self.seen = channels - c.foretell
-        """Channels that the backbone sees; the others are foretold."""
+        images = split.frames[:, None] if self.of_play else split.tensors["inputs"]
+        height, width = images.shape[2:]
+        self.seen = c.frames if self.of_play else images.shape[1]
+        """Channels that the backbone sees; those behind them are foretold."""
+        channels = self.seen + c.foretell
         backbone, self.parents = make_backbone(
             settings.model, backbones.image_names(), in_chans=self.seen, img_size=[height, width]
         )
@@ -81,16 +79,30 @@ class Autoencoding(Objective):
             decoder = grow(backbone.num_features, (height, width), c.decoder_width, channels, "group")  # type: ignore[arg-type]
         except ValueError as error:
             raise LabError(f"data.source = {data.name!r}: {first_line(error)}. Use larger images.") from None
-        mean, std = pixel_statistics(split.frames if self.frames else split.tensors["inputs"])
+        mean, std = pixel_statistics(images)
         shape = (channels, height, width)
         mean, std = mean.expand(shape).clone(), std.clamp(min=c.least_std).expand(shape).clone()
         self.players = {"model": Autoencoder(backbone, decoder, mean, std)}
+
+    def batches(self, part: str, device: torch.device) -> Batches:
+        if not self.of_play:
+            return super().batches(part, device)
+        s, train = self.settings, part == "train"
+        return Batches(
+            self.data.train if train else self.data.test,
+            s.batch_size if train else s.eval.batch_size or s.batch_size,
+            device,
+            seed=s.seed,
+            shuffle=train,
+            drop_last=train,
+            context=self.seen + self.config.foretell,
+        )
 
     def _parts(
         self, model: Any, batch: Batch, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What was shown, 0..1; what of it was to be restored and what was, in units of deviations."""
-        images = batch["inputs"].float() / 255
+        images = batch["frames" if self.of_play else "inputs"].float() / 255
         shown = self._corrupted(images[:, : self.seen], model.mean[: self.seen], generator)
         return shown, (images - model.mean) / model.std, model(shown)
 
@@ -141,12 +153,13 @@ class Autoencoding(Objective):
     def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
         """Held-out images: as they were, as they were shown, as they were restored."""
         model: Any = players["model"]
-        images = torch.cat([batch["inputs"] for batch in batches])
+        key = "frames" if self.of_play else "inputs"
+        images = torch.cat([batch[key] for batch in batches])
         images = images[torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()]
-        shown, wanted, found = self._parts(model, {"inputs": images}, torch.Generator().manual_seed(0))
+        shown, wanted, found = self._parts(model, {key: images}, torch.Generator().manual_seed(0))
         wanted, found = (to_bytes(x * model.std + model.mean) for x in (wanted, found))
         # Of frames one behind the other the newest stands for all.
-        newest = slice(self.seen - 1, self.seen) if self.frames else slice(None)
+        newest = slice(self.seen - 1, self.seen) if self.of_play else slice(None)
         rows = [wanted[:, newest], to_bytes(shown)[:, newest], found[:, newest]]
         names = ["held out", "as shown", "restored"]
         if self.config.foretell:

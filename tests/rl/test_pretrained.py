@@ -37,14 +37,14 @@ QUIET = {
 }
 
 
-def pretrain(folder: Path, stack: int = 5, model: dict[str, Any] | None = None, **more: Any) -> Path:
+def pretrain(folder: Path, frames: int = 4, model: dict[str, Any] | None = None, **more: Any) -> Path:
     """A run of autoencoding on noise, in `folder`/run."""
-    frames = np.random.default_rng(0).integers(0, 256, (60, SIDE, SIDE), dtype=np.uint8)
+    play = np.random.default_rng(0).integers(0, 256, (60, SIDE, SIDE), dtype=np.uint8)
     folder.mkdir(exist_ok=True)
-    np.savez(folder / "frames.npz", frames=frames)
+    np.savez(folder / "frames.npz", frames=play, begins=np.arange(60) == 0, actions=np.zeros(60, np.uint8))
     values = {
-        "objective": {"name": "autoencoding", "foretell": 1, "decoder_width": 4},
-        "data": {"source": str(folder / "frames.npz"), "stack": stack},
+        "objective": {"name": "autoencoding", "frames": frames, "foretell": 1, "decoder_width": 4},
+        "data": {"source": str(folder / "frames.npz")},
         "model": {"backbone": "nature_cnn", "spec": SPEC, **(model or {})},
         "batch_size": 8,
         "max_steps": 3,
@@ -99,7 +99,7 @@ def body_of(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
 def test_the_body_lands_in_both_networks_bit_for_bit(algorithm: str, seen: Path, tmp_path: Path) -> None:
-    run = seen if algorithm != "drqn" else pretrain(tmp_path, stack=2)  # one frame is seen, one foretold
+    run = seen if algorithm != "drqn" else pretrain(tmp_path, frames=1)
     agent, untouched = (agent_of(settings_of(algorithm, start)) for start in (run, None))
     parent = pretrained.begin(agent)
     assert parent["run_id"] == Run.open(run).info["id"]
@@ -152,7 +152,7 @@ def test_both_see_the_same_in_the_same_bytes(seen: Path) -> None:
         q_net = agent.policy.q_net
         heard: list[torch.Tensor] = []
         q_net.features_extractor.register_forward_hook(lambda _, inputs, output: heard.append(output))
-        q_net(batch["inputs"][:, :4])
+        q_net(batch["frames"][:, :4])
     assert shown[0].max() <= 1
     torch.testing.assert_close(heard[0], features[0], rtol=1e-4, atol=1e-5)
     assert features[0].std() > 0.1

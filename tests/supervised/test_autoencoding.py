@@ -8,9 +8,6 @@ import pytest
 import torch
 
 from lab.errors import LabError
-from supervised.data import StackSplit, load
-from supervised.data.config import DataConfig
-from supervised.data.stacks import whole_stacks
 from supervised.objectives.autoencoding import pixel_statistics
 from supervised.trainer import Trainer
 from tests.supervised.test_training import (
@@ -19,58 +16,12 @@ from tests.supervised.test_training import (
     objective_of,
     restored_digits,
     settings_of,
-    write_frames,
 )
 
 
 def make(values: dict[str, Any], **objective: Any) -> Any:
     values["objective"] |= objective
     return objective_of(settings_of(values))
-
-
-# ---- frames ----
-
-
-def test_no_stack_reaches_from_one_game_into_the_next() -> None:
-    begins = np.array([1, 0, 0, 1, 0, 0, 0, 1, 1], bool)
-    assert whole_stacks(begins, 3).tolist() == [0, 3, 4]
-    assert whole_stacks(begins, 1).tolist() == list(range(9))
-    assert whole_stacks(begins, 5).tolist() == []
-    assert whole_stacks(begins, 10).tolist() == []
-
-
-def test_a_file_of_frames_is_kept_once_and_its_end_held_out(tmp_path: Path) -> None:
-    data = load(DataConfig(source=str(write_frames(tmp_path)), stack=5, held_out=0.25))
-    assert data.kind == "stacks"
-    assert isinstance(data.train, StackSplit)
-    assert data.train.frames.shape == (150, 12, 12)
-    assert data.test.frames.shape == (50, 12, 12)
-    assert len(data.train) == 3 * 46
-    assert len(data.test) == 46
-    kept = np.load(tmp_path / "frames.npz")["frames"]
-    assert torch.equal(data.test.frames, torch.from_numpy(kept[150:]))
-    few = load(DataConfig(source=str(tmp_path / "frames.npz"), limit=20))
-    assert [len(few.train), len(few.test)] == [17, 17]
-    assert load(DataConfig(source=str(tmp_path / "frames.npz"), stack=4)).sha256 != data.sha256
-
-
-@pytest.mark.parametrize(
-    ("arrays", "said"),
-    [
-        ({"frames": np.zeros((9, 4, 4), np.float32)}, "frames are 9 x 4 x 4 of float32"),
-        ({"frames": np.zeros((9, 4), np.uint8)}, "frames are 9 x 4 of uint8"),
-        ({"begins": np.zeros(8, bool)}, "begins is 8 of bool, where it says of each of 9"),
-        ({"begins": np.zeros(9, int)}, "begins is 9 of int64"),
-        ({"begins": np.ones(9, bool)}, "the training part has 7 frames, nowhere 4 of one game in a row"),
-        ({}, "the held-out part has 2 frames, nowhere 4"),
-    ],
-)
-def test_other_frames_are_refused(arrays: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", **({"frames": np.zeros((9, 4, 4), np.uint8)} | arrays))  # type: ignore[arg-type]
-    with pytest.raises(LabError) as caught:
-        load(DataConfig(source=str(tmp_path / "a.npz")))
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 # ---- what counts ----
@@ -86,9 +37,10 @@ def test_mean_and_deviation_of_each_pixel() -> None:
 def test_a_ball_of_one_pixel_is_most_of_the_loss(tmp_path: Path) -> None:
     """Beside a bright half that changes as a whole, whose plain pixels deviate a hundred times as much."""
     values = frames(tmp_path)
-    still = np.load(tmp_path / "frames.npz")["frames"]
+    play = dict(np.load(tmp_path / "frames.npz"))
+    still = play["frames"]
     still[:, :6] = np.where(np.arange(200) % 50 < 25, 20, 200)[:, None, None]  # the ball is left below
-    np.savez(tmp_path / "frames.npz", frames=still, begins=np.arange(200) % 50 == 0)
+    np.savez(tmp_path / "frames.npz", **play)  # type: ignore[arg-type]
     shares = {}
     for least in (1e-3, 1.0):
         objective = make(values, least_std=least, noise=0.0, mask=0.0)
@@ -154,8 +106,8 @@ def test_what_is_corrupted_and_how(tmp_path: Path) -> None:
 def test_a_frame_that_is_foretold_is_not_seen(tmp_path: Path) -> None:
     objective = make(frames(tmp_path))
     batch = next(objective.batches("train", CPU.device).epoch(0))
-    other = {"inputs": batch["inputs"].clone()}
-    other["inputs"][:, -1] = 255 - other["inputs"][:, -1]
+    other = {"frames": batch["frames"].clone()}
+    other["frames"][:, -1] = 255 - other["frames"][:, -1]
     model = objective.players["model"].eval()
     one, two = (objective._parts(model, b, torch.Generator().manual_seed(0)) for b in (batch, other))
     assert one[0].shape[1] == 4
@@ -167,7 +119,7 @@ def test_a_moving_ball_is_learned(tmp_path: Path) -> None:
     """Even where it will be, on held-out frames of a course that was learned from."""
     values = frames(tmp_path)
     seen = np.load(tmp_path / "frames.npz")
-    twice = {name: np.concatenate([seen[name]] * 2) for name in ("frames", "begins")}
+    twice = {name: np.concatenate([seen[name]] * 2) for name in seen}
     np.savez(tmp_path / "frames.npz", **twice)  # type: ignore[arg-type]
     values["data"]["held_out"] = 0.5
     optimizer = {"learning_rate": 3e-3}
@@ -189,7 +141,7 @@ def test_a_moving_ball_is_learned(tmp_path: Path) -> None:
             "is for frames of a game, and digits holds",
         ),
         ({"model": {"backbone": "mlp"}}, "model.backbone = 'mlp': does not read what there is here"),
-        ({"data": {"source": "iris"}}, "autoencoding learns from images or stacks"),
+        ({"data": {"source": "iris"}}, "autoencoding learns from images or frames"),
         ({"data": {"source": "digits", "augment": {"flip": True}}}, "data.augment: what is shown"),
         ({"data": {"source": "digits", "img_size": 6}}, "Use larger images."),
         ({"objective": {"name": "autoencoding", "noise": -1.0}}, "objective.noise"),
@@ -198,7 +150,7 @@ def test_a_moving_ball_is_learned(tmp_path: Path) -> None:
         ({"objective": {"name": "autoencoding", "foretell": -1}}, "objective.foretell"),
         ({"objective": {"name": "autoencoding", "decoder_width": 0}}, "objective.decoder_width"),
         ({"objective": {"name": "autoencoding", "least_std": 0.0}}, "objective.least_std"),
-        ({"data": {"source": "digits", "stack": 0}}, "data.stack"),
+        ({"objective": {"name": "autoencoding", "frames": 0}}, "objective.frames"),
     ],
 )
 def test_mistakes_say_what_to_do(values: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -206,8 +158,3 @@ def test_mistakes_say_what_to_do(values: dict[str, Any], said: str, tmp_path: Pa
         objective_of(settings_of({**restored_digits(tmp_path), **values}))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_nothing_left_to_see_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match=r"none of data\.stack = 5 frames is left to be seen"):
-        make(frames(tmp_path), foretell=5)

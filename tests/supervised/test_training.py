@@ -176,14 +176,15 @@ def write_frames(folder: Path, n: int = 200, side: int = 12) -> Path:
         at = speeds[i // 50] * (i % 50 + 1) % (2 * side - 2)
         row, column = np.minimum(at, 2 * side - 2 - at)
         frames[i, row, column] = 240
-    np.savez(folder / "frames.npz", frames=frames, begins=np.arange(n) % 50 == 0)
+    begins, actions = np.arange(n) % 50 == 0, np.zeros(n, np.uint8)
+    np.savez(folder / "frames.npz", frames=frames, begins=begins, actions=actions)
     return folder / "frames.npz"
 
 
 def frames(folder: Path) -> dict[str, Any]:
     return {
         "objective": {"name": "autoencoding", "foretell": 1, "noise": 0.05, "mask": 0.1, "decoder_width": 8},
-        "data": {"source": str(write_frames(folder)), "stack": 5},
+        "data": {"source": str(write_frames(folder))},
         "model": {"backbone": "nature_cnn", "spec": {"width": 64}},
         "batch_size": 32,
     }
