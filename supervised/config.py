@@ -465,9 +465,9 @@ class AutoencodingConfig(ObjectiveConfig):
     """What an image was, from a corrupted one, by way of a backbone's features: without labels."""
 
     name: str = "autoencoding"
-    noise: float = 0.1
+    noise: float = 0.02
     """Standard deviation of the noise that is put on pixels of 0..1."""
-    mask: float = 0.25
+    mask: float = 0.1
     """Share of each image, of each frame on its own, that is wiped out."""
     patch: int = 4
     """Side of the squares that are wiped out, pixels."""

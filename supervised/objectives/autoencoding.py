@@ -23,6 +23,9 @@ SHOWN = 10
 class Autoencoder(nn.Module):
     """A backbone, and a decoder that restores from its features each pixel in units of its own deviation.
 
+    Images of a game are nearly alike, and so are their features at first: only centred and stretched over the
+    batch do they tell the decoder anything. Without that Pong's paddles take twice as many steps.
+
     Args:
         backbone, decoder: images 0..1 -> (batch, features) -> (batch, channels, height, width).
         mean, std: of each pixel over the data, (channels, height, width), 0..1.
@@ -31,13 +34,15 @@ class Autoencoder(nn.Module):
     def __init__(self, backbone: Any, decoder: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.backbone, self.decoder = backbone, decoder
+        self.stretch = nn.BatchNorm1d(backbone.num_features, affine=False)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.decoder(self.backbone(images)[:, :, None, None]).float()
+        features = self.stretch(self.backbone(images).float())
+        return self.decoder(features[:, :, None, None]).float()
 
 
 class Autoencoding(Objective):
@@ -61,6 +66,12 @@ class Autoencoding(Objective):
             raise LabError("data.augment: what is shown is what is to be restored. Leave it out.")
         self.config = c = settings.objective
         split = data.train
+        n = min(settings.batch_size or len(split), len(split))
+        if n < 2 * settings.accumulate:
+            raise LabError(
+                f"batch_size: features are compared over a batch, and {n} images in {settings.accumulate} "
+                "parts leave none to compare with. Make it larger, or accumulate smaller."
+            )
         self.of_play = isinstance(split, FrameSplit)
         if c.foretell and not self.of_play:
             raise LabError(
