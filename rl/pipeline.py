@@ -50,7 +50,7 @@ class RLPipeline:
                 "batch_size": 8,
                 "train_freq": 32,
             }
-        changed["agent"]["start_from"] = None
+        changed["agent"] |= {"start_from": None}
         return config.merge(values, changed)
 
     def train(self, config_: RunConfig, folder: Path | None, resume: bool) -> None:

@@ -140,7 +140,7 @@ def test_both_see_the_same_in_the_same_bytes(seen: Path) -> None:
     assert isinstance(objective, Autoencoding)
     batch = next(objective.batches("test", torch.device("cpu")).epoch(0))
     shown: list[torch.Tensor] = []
-    backbone = objective.players["model"].backbone
+    backbone: Any = objective.players["model"].backbone
     backbone.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
     features: list[torch.Tensor] = []
     backbone.register_forward_hook(lambda _, inputs, output: features.append(output))

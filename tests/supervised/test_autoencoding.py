@@ -122,6 +122,7 @@ def test_a_moving_ball_is_learned(tmp_path: Path) -> None:
     twice = {name: np.concatenate([seen[name]] * 2) for name in seen}
     np.savez(tmp_path / "frames.npz", **twice)  # type: ignore[arg-type]
     values["data"]["held_out"] = 0.5
+    values["objective"]["least_std"] = 0.01
     optimizer = {"learning_rate": 3e-3}
     settings = settings_of(values, max_steps=300, epochs=1000.0, optimizer=optimizer)
     objective: Any = objective_of(settings)

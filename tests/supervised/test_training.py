@@ -169,8 +169,10 @@ def restored_digits(folder: Path) -> dict[str, Any]:
 
 
 def write_frames(folder: Path, n: int = 200, side: int = 12) -> Path:
-    """Games of 50 frames in which a ball of one pixel goes to and fro, each on a course of its own."""
+    """Games of 50 frames in which a ball of one pixel goes to and fro, each on a course of its own; the row
+    on top, as a score, is bright in the second half of each."""
     frames = np.full((n, side, side), 90, np.uint8)
+    frames[np.arange(n) % 50 >= 25, 0] = 200
     speeds = np.random.default_rng(0).integers(1, side, (-(-n // 50), 2))
     for i in range(n):
         at = speeds[i // 50] * (i % 50 + 1) % (2 * side - 2)
@@ -183,7 +185,7 @@ def write_frames(folder: Path, n: int = 200, side: int = 12) -> Path:
 
 def frames(folder: Path) -> dict[str, Any]:
     return {
-        "objective": {"name": "autoencoding", "foretell": 1, "noise": 0.05, "mask": 0.1, "decoder_width": 8},
+        "objective": {"name": "autoencoding", "foretell": 1, "decoder_width": 8, "least_std": 0.3},
         "data": {"source": str(write_frames(folder))},
         "model": {"backbone": "nature_cnn", "spec": {"width": 64}},
         "batch_size": 32,
