@@ -599,8 +599,9 @@ class WorldModelConfig(ObjectiveConfig):
     """Standard deviation, at most, of noise on the past frames while learning (DIAMOND's conditioning
     augmentation), so that dreams do not drift."""
     own_frames: int = 0
-    """Of the past frames while learning, so many are the network's own, each at the cost of a third of a
-    step: likewise."""
+    """Of the past frames while learning, so many are the network's own: likewise."""
+    own_share: float = 0.5
+    """Of the batch in which they are; each frame costs a third of a step on such samples."""
     rollout: int = 15
     """Frames dreamed in a row to judge it."""
 
@@ -612,7 +613,8 @@ class WorldModelConfig(ObjectiveConfig):
             require(getattr(self, key) >= 1, f"objective.{key}", "must be at least 1")
         for key in ("start_noise", "change_weight", "context_noise", "own_frames"):
             require(getattr(self, key) >= 0, f"objective.{key}", "must not be negative")
-        require(0 <= self.first_share <= 1, "objective.first_share", "must lie in 0 to 1")
+        for key in ("first_share", "own_share"):
+            require(0 <= getattr(self, key) <= 1, f"objective.{key}", "must lie in 0 to 1")
         require(
             self.start == "frame" or not self.start_noise,
             "objective.start_noise",

@@ -96,18 +96,20 @@ class WorldModel(Objective):
     def loss(self, player: str, batch: Batch) -> Loss:
         """Squared error of the velocity at a random time of the way to the last frame of each window.
 
-        Before it stand `own_frames` that the network has just dreamed, and noise on all: what it will see of
-        itself in a rollout (GameNGen, arXiv 2408.14837, section 3.2.1). Pixels that change count more.
+        In a share of the batch, `own_frames` stand before it that the network has just dreamed, and on all
+        there is noise: what it will see of itself in a rollout (GameNGen, arXiv 2408.14837, section 3.2.1).
+        Pixels that change count more.
         """
         c, model = self.config, self.players[player]
         frames, actions = dreaming.scaled(batch["frames"]), batch["actions"]
         n, device = len(frames), frames.device
-        past, target = frames[:, : c.context], frames[:, -1:]
-        if c.own_frames:
-            told = actions[:, : c.context - 1 + c.own_frames]
+        past, target = frames[:, -c.context - 1 : -1], frames[:, -1:]
+        n_own = round(n * c.own_share) if c.own_frames else 0
+        if n_own:
+            begun, told = frames[:n_own, : c.context], actions[:n_own, : c.context - 1 + c.own_frames]
             with torch.no_grad():
-                own = list(dreaming.dream(model, past, told, n_steps=1, noise=c.noise))
-            past = torch.cat((past, *own), 1)[:, -c.context :]
+                own = list(dreaming.dream(model, begun, told, n_steps=1, noise=c.noise))
+            past = torch.cat((torch.cat((begun, *own), 1)[:, -c.context :], past[n_own:]))
         if c.context_noise:
             level = c.context_noise * torch.rand(n, 1, 1, 1, device=device)
             past = past + level * torch.randn_like(past)

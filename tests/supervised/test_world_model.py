@@ -268,7 +268,7 @@ def test_changes_count_more_and_own_frames_are_dreamed() -> None:
     # All of the error of a network that says nothing is where something changes.
     assert loss_of(weighted, batch) == pytest.approx(10 * before, rel=1e-4)
 
-    own = objective_of(objective={"own_frames": 2})
+    own = objective_of(objective={"own_frames": 2, "own_share": 0.25})
     batch = next(own.batches("train", torch.device("cpu")).epoch(0))
     assert batch["frames"].shape[1] == 7
     shown = []
@@ -280,8 +280,10 @@ def test_changes_count_more_and_own_frames_are_dreamed() -> None:
     hook.remove()
     past, _, actions = shown[-1]
     frames = dreaming.scaled(batch["frames"])
-    torch.testing.assert_close(past[:, :2], frames[:, 2:4])
-    torch.testing.assert_close(past[:, 3:], (frames[:, 3:4] + 0.2).clamp(max=1))
+    n_own = 4  # of 16
+    torch.testing.assert_close(past[:n_own, :2], frames[:n_own, 2:4])
+    torch.testing.assert_close(past[:n_own, 3:], (frames[:n_own, 3:4] + 0.2).clamp(max=1))
+    assert torch.equal(past[n_own:], frames[n_own:, 2:6])
     assert torch.equal(actions, batch["actions"][:, 2:6])
 
 
