@@ -593,8 +593,9 @@ class WorldModelConfig(ObjectiveConfig):
     """Of the way to a frame."""
     first_share: float = 0.5
     """Share of samples that are learned at the beginning of the way; the others' times are even."""
-    change_weight: float = 0.0
-    """What pixels that change count beside all: there are few, but they are the game."""
+    motion_weight: float = 0.0
+    """What pixels near those that moved in the past frames count beside all: there are few, but they are the
+    game."""
     context_noise: float = 0.0
     """Standard deviation, at most, of noise on the past frames while learning (DIAMOND's conditioning
     augmentation), so that dreams do not drift."""
@@ -611,7 +612,7 @@ class WorldModelConfig(ObjectiveConfig):
         )
         for key in ("context", "patch", "sampling_steps", "rollout"):
             require(getattr(self, key) >= 1, f"objective.{key}", "must be at least 1")
-        for key in ("start_noise", "change_weight", "context_noise", "own_frames"):
+        for key in ("start_noise", "motion_weight", "context_noise", "own_frames"):
             require(getattr(self, key) >= 0, f"objective.{key}", "must not be negative")
         for key in ("first_share", "own_share"):
             require(0 <= getattr(self, key) <= 1, f"objective.{key}", "must lie in 0 to 1")

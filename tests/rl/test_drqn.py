@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from lab.device import Compute
 from rl.agent import DQN
-from rl.config import DQNConfig, DRQNConfig
+from rl.config import DQNConfig, DRQNConfig, EnvConfig
 from rl.drqn import DRQN
 from rl.envs import AtariVecEnv
+from rl.evaluate import Player
+from rl.frames import record
 from rl.sequences import SequenceReplay
 from supervised import backbones
 from tests.host_reads import HostReads
@@ -183,6 +185,31 @@ def test_the_loss_is_dqns_at_every_step_behind_the_burn_in(
     agent.learn_from(batch)
     torch.testing.assert_close(agent._loss_sum, torch.stack(losses).mean())
     assert all(not torch.equal(a, b) for a, b in zip(before, online.parameters(), strict=True))
+
+
+def test_who_is_recorded_forgets_where_a_game_begins(make_drqn: Callable[..., DRQN]) -> None:
+    class Noting(Player):
+        """Keeps what it said."""
+
+        said: list[torch.Tensor] = []  # noqa: RUF012
+
+        def q_values(self, observations: np.ndarray, games: np.ndarray) -> torch.Tensor:
+            self.said.append(super().q_values(observations, games))
+            return self.said[-1]
+
+    q_net = make_drqn().policy.q_net
+    env = EnvConfig(game="pong", n_envs=2, image_size=44, max_episode_frames=80, num_threads=1)
+    arrays = record(env, Noting(q_net, env), 2 * 40, 0.0, 3)
+    second = int(np.flatnonzero(arrays["begins"][:40])[1])
+    fresh, stale = Player(q_net, env), Player(q_net, env)
+    for player, first in ((fresh, second), (stale, 0)):
+        player.begin(1)
+        q = torch.empty(0)
+        for step in range(first, second + 3):
+            seen = np.repeat(arrays["frames"][None, None, step], 4, 1)
+            q = player.q_values(seen, np.zeros(1, np.int64))
+        difference = float((q[0] - Noting.said[second + 2][0]).abs().max())
+        assert (difference < 1e-6) == (player is fresh)
 
 
 def test_a_step_runs_on_the_meta_device_and_never_waits(make_drqn: Callable[..., DRQN]) -> None:

@@ -203,7 +203,7 @@ def play(folder: Path) -> dict[str, Any]:
                 "own_frames": 1,
                 "rollout": 3,
             },
-            "change_weight": 1.0,
+            "motion_weight": 1.0,
         },
         "data": {"source": "catch", "limit": 200},
         "model": {"backbone": "unet", "spec": {"width": 8, "mults": [1, 2], "n_res": 1, "groups": 4}},

@@ -24,10 +24,11 @@ from lab.errors import LabError
 from lab.run import Run
 from lab.terminal import half_blocks, parse_keys
 from supervised import dreaming, objectives
+from supervised.backbones.diffusion import Condition
 from supervised.config import WorldModelConfig, run_config_class
 from supervised.data import Batches, FrameSplit, load
 from supervised.data.config import DataConfig
-from supervised.objectives.world_model import WorldModel
+from supervised.objectives.world_model import WorldModel, near_motion
 from supervised.pipeline import SupervisedPipeline
 from supervised.play import action_of, open_dream
 
@@ -213,6 +214,19 @@ def test_where_a_way_begins() -> None:
         assert float(found.std()) == pytest.approx(std, rel=0.05)
 
 
+def test_vectors_of_several_labels_are_added_up() -> None:
+    condition = Condition(8, 6, 4)
+    times, vectors = torch.tensor([3.0, 5.0]), condition.classes
+    assert vectors is not None
+    nn.init.zeros_(condition.linear2.weight)
+    nn.init.zeros_(condition.linear2.bias)
+    found = condition(times, torch.tensor([[0, 2], [3, 3]]))
+    of_each = vectors.weight
+    torch.testing.assert_close(
+        found, torch.nn.functional.silu(torch.stack((of_each[0] + of_each[2], 2 * of_each[3])))
+    )
+
+
 def test_bytes_survive_scaling() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(dreaming.unscaled(dreaming.scaled(every)), every)
@@ -258,14 +272,25 @@ def test_the_loss_is_of_the_frame_behind_the_last_action() -> None:
     assert loss_of(objective, batch) == pytest.approx(0, abs=1e-12)
 
 
-def test_changes_count_more_and_own_frames_are_dreamed() -> None:
+def test_near_motion_is_near_what_moved_in_the_past() -> None:
+    past = torch.zeros(2, 4, 12, 12)
+    past[0, 1, 5, 2] = 1.0
+    found = near_motion(past)
+    assert found.shape == (2, 1, 12, 12)
+    wanted = torch.zeros(12, 12)
+    wanted[2:9, 0:6] = 1
+    assert torch.equal(found[0, 0], wanted)
+    assert not found[1].any()
+
+
+def test_motion_counts_more_and_own_frames_are_dreamed() -> None:
     plain = objective_of()
-    weighted = objective_of(objective={"change_weight": 9.0})
+    weighted = objective_of(objective={"motion_weight": 9.0})
     batch = next(plain.batches("train", torch.device("cpu")).epoch(0))
     torch.manual_seed(1)
     before = loss_of(plain, batch)
     torch.manual_seed(1)
-    # All of the error of a network that says nothing is where something changes.
+    # The error of a network that says nothing is where something moves, and here it moved before.
     assert loss_of(weighted, batch) == pytest.approx(10 * before, rel=1e-4)
 
     own = objective_of(objective={"own_frames": 2, "own_share": 0.25})
@@ -291,7 +316,7 @@ def test_changes_count_more_and_own_frames_are_dreamed() -> None:
 def test_it_learns_the_rules_of_a_made_game(tmp_path: Path) -> None:
     """Copying the last frame is far off soon; the ball and the paddle follow rules."""
     settings = settings_of(
-        objective={"change_weight": 5.0},
+        objective={"motion_weight": 5.0},
         model={"spec": {"width": 16}},
         batch_size=32,
         max_steps=250,
