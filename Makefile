@@ -35,7 +35,8 @@ check: $(DEV)  ## what CI runs before the tests: lint, format, import contract, 
 	@$(BIN)/pyright
 
 test: check  ## everything but the tests that train for minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 \
+		--dist=loadfile --no-loadscope-reorder
 
 test-slow: $(DEV)  ## the tests that train for minutes
 	@$(BIN)/python -m pytest -m slow --timeout=0

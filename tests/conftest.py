@@ -30,7 +30,22 @@ TINY = (
 )
 """Overrides that make of pong_cpu.yaml a run of seconds, with four checkpoints."""
 
+LONGEST = (
+    "test_benchmarks",
+    "test_runs",
+    "test_generators",
+    "test_smoke",
+    "test_world_model",
+    "test_generative",
+)
+"""Files that take a minute or more: begun first, so that no worker has one left when the others are done."""
+
 LabCommand = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts by file, the longest first; within a file nothing changes."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)
