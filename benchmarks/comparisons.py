@@ -23,6 +23,12 @@ QUESTIONS = {
         "--baseline=pqn",
         "--threshold=15",
     ),
+    "pong_pretrained": (
+        "--metric=eval/mean_reward",
+        "--metric=rollout/ep_rew_mean",
+        "--by=agent.start_from",
+        "--threshold=0",
+    ),
     "tiny_two_betas": (
         "--metric=eval/win_rate",
         "--metric=objective/scores",

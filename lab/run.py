@@ -129,6 +129,16 @@ class Run:
             raise LabError(f"{folder}: no run: there is no run.json in it.{_nearest_run(folder)}")
         return cls(folder, _read_info(folder))
 
+    @classmethod
+    def named_by(cls, key: str, folder: Path) -> "Run":
+        """Opens the run that a config's `key` names, to begin with it or to judge by it."""
+        if not (folder / "run.json").exists():
+            raise LabError(
+                f"{key} = {str(folder)!r}: no run: there is no run.json in it.{_nearest_run(folder)} Train it "
+                "first, or name another."
+            )
+        return cls.open(folder)
+
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"

@@ -22,9 +22,7 @@ def find(folder: str) -> tuple[Run, Checkpoint]:
     Raises:
         LabError: there is no such run, it is of another kind or not finished, or its checkpoint is damaged.
     """
-    if not (Path(folder) / "run.json").exists():
-        raise LabError(f"agent.start_from = {folder}: no run: there is no run.json in it. Train it first.")
-    run = Run.open(Path(folder))
+    run = Run.named_by("agent.start_from", Path(folder))
     objective = (run.info["config"].get("objective") or {}).get("name")
     kind = objective if run.info["pipeline"] == "supervised" else run.info["pipeline"]
     if kind not in SAME_SIGHT:

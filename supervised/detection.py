@@ -90,7 +90,7 @@ def open_classifier(
     Raises:
         LabError: the run is none of classification, or of images of another shape or other classes.
     """
-    run = Run.open(Path(folder))
+    run = Run.named_by("objective.judge", Path(folder))
     values, source = run.info["config"], str(run.folder / "run.json")
     name = values.get("objective", {}).get("name")
     if name != "classification":

@@ -52,7 +52,7 @@ def make_backbone(
 
 def _start_from(backbone: nn.Module, folder: Path) -> dict[str, str]:
     """Gives the backbone a run's best weights; returns what run.json says of that run."""
-    run = Run.open(folder)
+    run = Run.named_by("model.start_from", folder)
     saved = checkpoint.load(run.find_checkpoint("best"))
     return load_backbone(backbone, run, saved, f"model.start_from = {folder}")
 

@@ -36,6 +36,8 @@ def check(config: DataConfig) -> None:
     if not path.exists():
         nearby = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(config.source, [*names(), *nearby])
+        if not hint and path.suffix == ".npz":
+            hint = f" Is it a record of play? `lab frames GAME --out {path}` makes one."
         raise LabError(
             f"data.source = {config.source!r}: no such data set, file or folder.{hint} By name there are "
             f"{', '.join(names())}; on the Hub, hub:OWNER/NAME."

@@ -25,7 +25,7 @@ class Detection(Classification):
         from supervised.evaluate import open_objective
 
         folder = Path(settings.objective.generator)
-        run = Run.open(folder)
+        run = Run.named_by("objective.generator", folder)
         saved = checkpoint.load(run.find_checkpoint("best"))
         maker = open_objective(run, saved, torch.device("cpu"))
         if not isinstance(maker, Generative):

@@ -231,7 +231,7 @@ def test_batch_norms_which_agents_do_without_are_refused(tmp_path: Path) -> None
 
 
 def test_runs_that_are_none_are_refused(seen: Path, tmp_path: Path) -> None:
-    assert "nowhere: no run: there is no run.json" in refused(
+    assert "nowhere': no run: there is no run.json" in refused(
         settings_of("pqn", tmp_path / "nowhere"), tmp_path
     )
     run = Path(shutil.copytree(seen, tmp_path / "run", symlinks=True))

@@ -155,6 +155,7 @@ def test_fashion_mnist_that_is_nowhere_says_how_to_get_it(
 def test_a_name_that_is_none(tmp_path: Path) -> None:
     message = error("fashion_mnits")
     assert "no such data set, file or folder. Did you mean 'fashion_mnist'?" in message
+    assert "`lab frames GAME --out runs/pong.npz` makes one" in error("runs/pong.npz")
     assert "hub:OWNER/NAME" in message
     jsonl(tmp_path / "train.jsonl", {"text": "a"})
     assert "Did you mean" in error(tmp_path / "trian.jsonl")
