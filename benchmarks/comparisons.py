@@ -27,6 +27,7 @@ QUESTIONS = {
         "--metric=eval/mean_reward",
         "--metric=rollout/ep_rew_mean",
         "--by=agent.start_from",
+        "--baseline=null",
         "--threshold=0",
     ),
     "tiny_two_betas": (
