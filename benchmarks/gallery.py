@@ -111,7 +111,7 @@ def _purpose(name: str) -> str:
 
 
 def _numbers(path: Path, runs: list[dict[str, Any]]) -> list[str]:
-    keys = list(runs[0]["evaluation"])
+    keys = [key for key in runs[0]["evaluation"] if "_step_" not in key]  # those are drawn
     rows = ["| run | " + " | ".join(keys) + " |", "|" + "---|" * (len(keys) + 1)]
     for run in runs:
         cells = [_label(path, run), *(run["evaluation"].get(key, "") for key in keys)]
