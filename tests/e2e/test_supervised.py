@@ -131,7 +131,7 @@ MISTAKES = {
     "unknown key": (["--objective.beam=2"], ["command line: unknown key 'objective.beam'"]),
     "too small": (["--model.backbone=alexnet"], ["img_size [8, 8] is too small"]),
     "no linear layer": (["--model.backbone=resnet8", "--model.adapt=lora"], ["no linear layers"]),
-    "no run": (["--model.start_from=nowhere"], ["nowhere: no run"]),
+    "no run": (["--model.start_from=nowhere"], ["model.start_from = 'nowhere': no run"]),
 }
 
 

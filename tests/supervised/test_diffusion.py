@@ -456,7 +456,7 @@ def test_a_classifier_says_what_is_recognised(tmp_path: Path) -> None:
         ({"objective": {"process": "flow_matching", "eta": 0.0}}, "objective.eta: is of diffusion"),
         ({"objective": {"solver": "heun"}}, "objective.solver: is of flow_matching"),
         ({"objective": {"predicts": "epsilom"}}, "'epsilom' is none of epsilon, v, x0"),
-        ({"objective": {"conditional": True, "judge": "nowhere"}}, "nowhere: no run"),
+        ({"objective": {"conditional": True, "judge": "nowhere"}}, "objective.judge = 'nowhere': no run"),
         ({"data": {"source": "swiss_roll"}}, "Use one of diffusion_mlp."),
         ({"data": {"source": "python_library"}}, "holds text, and denoising learns from images or table"),
         (
