@@ -134,8 +134,8 @@ class Run:
         """Opens the run that a config's `key` names, to begin with it or to judge by it."""
         if not (folder / "run.json").exists():
             raise LabError(
-                f"{key} = {str(folder)!r}: no run: there is no run.json in it.{_nearest_run(folder)} Train it "
-                "first, or name another."
+                f"{key} = {str(folder)!r}: no run: there is no run.json in it.{_nearest_run(folder)} "
+                "Train it first, or name another."
             )
         return cls.open(folder)
 

@@ -62,7 +62,8 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
         raise LabError(f"data.augment: is for images, and {config.source} holds {raw.kind}. Leave it out.")
     if config.batch_tokens and raw.kind not in ("pairs", "tasks"):
         raise LabError(
-            f"data.batch_tokens: is for pairs and tasks, and {config.source} holds {raw.kind}. Use batch_size."
+            f"data.batch_tokens: is for pairs and tasks, and {config.source} holds {raw.kind}. "
+            "Use batch_size."
         )
     train, test = _choose(raw, config)
     classes = _check_labels(raw, train, test, config.source)
