@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lab import config
 from lab.checkpoint import Checkpoint
@@ -32,12 +33,17 @@ def open_objective(run: Run, saved: Checkpoint, device: torch.device, part: str 
     if part is not None:
         settings = replace(settings, data=replace(settings.data, evaluate_on=part))
     objective = objectives.make(settings, load(settings.data, run.folder))
-    files = {path.stem for path in saved.path.glob("*.safetensors")}
-    weights = saved.tensors("average" if "average" in files else "model")
+    weights = judged_weights(saved)
     for name, module in objective.players.items():
         module.load_state_dict(part_of(weights, name))
         module.to(device).eval()
     return objective
+
+
+def judged_weights(saved: Checkpoint) -> dict[str, Tensor]:
+    """All players' weights by "player.name": averaged, where there is an average."""
+    files = {path.stem for path in saved.path.glob("*.safetensors")}
+    return saved.tensors("average" if "average" in files else "model")
 
 
 def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[str, Any]:

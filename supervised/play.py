@@ -14,7 +14,7 @@ from lab.run import Run
 from lab.terminal import Terminal
 from supervised import dreaming
 from supervised.config import WorldModelConfig
-from supervised.evaluate import run_config
+from supervised.evaluate import judged_weights, run_config
 from supervised.models import make_backbone
 from supervised.trainer import part_of
 
@@ -90,8 +90,7 @@ def open_dream(run: Run, saved: Checkpoint, seed: int) -> tuple[Dream, list[str]
     config, spec = settings.objective, saved.state["spec"]
     assert isinstance(config, WorldModelConfig)
     compute = resolve(settings.device, run.info["compute"])
-    files = {path.stem for path in saved.path.glob("*.safetensors")}
-    weights = part_of(saved.tensors("average" if "average" in files else "model"), "model")
+    weights = part_of(judged_weights(saved), "model")
     names = list(spec["actions"])
     of_data = dreaming.network_shape(config.context, config.patch, len(names), spec["shape"])
     # Not `start_from`: a checkpoint has all weights, and that run may be gone.

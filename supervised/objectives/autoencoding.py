@@ -12,7 +12,7 @@ from lab.errors import LabError, first_line
 from supervised import backbones, figures
 from supervised.backbones.gan import grow
 from supervised.config import AutoencodingRun
-from supervised.data import Batches, DataSet, FrameSplit
+from supervised.data import DataSet, FrameSplit
 from supervised.models import make_backbone
 from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
 from supervised.objectives.generative import to_bytes
@@ -95,19 +95,8 @@ class Autoencoding(Objective):
         mean, std = mean.expand(shape).clone(), std.clamp(min=c.least_std).expand(shape).clone()
         self.players = {"model": Autoencoder(backbone, decoder, mean, std)}
 
-    def batches(self, part: str, device: torch.device) -> Batches:
-        if not self.of_play:
-            return super().batches(part, device)
-        s, train = self.settings, part == "train"
-        return Batches(
-            self.data.train if train else self.data.test,
-            s.batch_size if train else s.eval.batch_size or s.batch_size,
-            device,
-            seed=s.seed,
-            shuffle=train,
-            drop_last=train,
-            context=self.seen + self.config.foretell,
-        )
+    def window(self, train: bool) -> int:
+        return self.seen + self.config.foretell
 
     def _parts(
         self, model: Any, batch: Batch, generator: torch.Generator | None = None

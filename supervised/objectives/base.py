@@ -53,8 +53,7 @@ class Objective(ABC):
 
     def batches(self, part: str, device: torch.device) -> Batches:
         """The batches of "train", shuffled, or of "test", in order."""
-        s, d = self.settings, self.settings.data
-        train = part == "train"
+        s, train = self.settings, part == "train"
         return Batches(
             self.data.train if train else self.data.test,
             s.batch_size if train else s.eval.batch_size or s.batch_size,
@@ -62,9 +61,13 @@ class Objective(ABC):
             seed=s.seed,
             shuffle=train,
             drop_last=train,
-            context=d.context,
-            batch_tokens=d.batch_tokens,
+            context=self.window(train),
+            batch_tokens=s.data.batch_tokens,
         )
+
+    def window(self, train: bool) -> int:
+        """Tokens or frames of a sample, where the data are longer texts or play."""
+        return self.settings.data.context
 
     def share(self, part: Batch, batch: Batch) -> float | Tensor:
         """How much the loss of a part counts in that of the whole batch: all parts' shares sum to 1."""

@@ -12,7 +12,7 @@ from lab.device import Compute
 from lab.errors import LabError
 from supervised import dreaming, figures, flow_matching
 from supervised.config import WorldModelRun
-from supervised.data import Batches, DataSet, FrameSplit
+from supervised.data import DataSet, FrameSplit
 from supervised.models import make_backbone
 from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
 from supervised.objectives.generative import device_of
@@ -88,17 +88,9 @@ class WorldModel(Objective):
         at = some[:, None] + torch.arange(context)
         return split.frames[at], split.actions[at]
 
-    def batches(self, part: str, device: torch.device) -> Batches:
-        s, c, train = self.settings, self.config, part == "train"
-        return Batches(
-            self.data.train if train else self.data.test,
-            s.batch_size if train else s.eval.batch_size or s.batch_size,
-            device,
-            seed=s.seed,
-            shuffle=train,
-            drop_last=train,
-            context=c.context + (c.own_frames + 1 if train else c.rollout),
-        )
+    def window(self, train: bool) -> int:
+        c = self.config
+        return c.context + (c.own_frames + 1 if train else c.rollout)
 
     # ---- learning ----
 
