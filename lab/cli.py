@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lab import comparing, sweep, sync
+from lab.arguments import count, probability
 from lab.errors import LabError
 
 KINDS = ("algorithms", "backbones", "configs", "datasets", "games", "labelers", "objectives")
@@ -109,11 +110,13 @@ def _build_parser() -> _Parser:
         "what it started from, and its cost.",
     )
     run_argument(evaluate)
-    evaluate.add_argument("--episodes", type=_count, help="games to play; default as in the run's config")
-    evaluate.add_argument("--prompts", type=_count, help="unseen prompts; default as in the run's config")
-    evaluate.add_argument("--samples", type=_count, help="answers per prompt; default as in the run's config")
+    evaluate.add_argument("--episodes", type=count, help="games to play; default as in the run's config")
+    evaluate.add_argument("--prompts", type=count, help="unseen prompts; default as in the run's config")
+    evaluate.add_argument("--samples", type=count, help="answers per prompt; default as in the run's config")
     evaluate.add_argument(
-        "--epsilon", type=_probability, help="probability of a random action, e.g. 0.05 as Mnih et al. 2015"
+        "--epsilon",
+        type=probability,
+        help="probability of a random action, e.g. 0.05 as Mnih et al. 2015",
     )
     evaluate.add_argument(
         "--seed", type=int, help="seed of the first game (game i has seed + i) or of sampling"
@@ -131,8 +134,8 @@ def _build_parser() -> _Parser:
     run_argument(play)
     play.add_argument("--out", type=Path, help="the mp4; default media/play.mp4 in the run folder")
     play.add_argument("--seed", type=int, default=0, help="seed of the game (0)")
-    play.add_argument("--epsilon", type=_probability, help="chance of a random action (0.001)")
-    play.add_argument("--max_steps", type=_count, default=27_000, help="agent steps at most (the whole game)")
+    play.add_argument("--epsilon", type=probability, help="chance of a random action (0.001)")
+    play.add_argument("--max_steps", type=count, default=27_000, help="agent steps at most (the whole game)")
     play.add_argument(
         "--world-model",
         action="store_true",
@@ -272,19 +275,6 @@ def _configs() -> list[str]:
 def _first_comment(path: Path) -> str:
     first = path.read_text(encoding="utf-8").splitlines()[:1]
     return first[0].lstrip("# ") if first and first[0].startswith("#") else ""
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _probability(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no probability between 0 and 1")
 
 
 if __name__ == "__main__":

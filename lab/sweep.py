@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from lab import config
+from lab.arguments import count
 from lab.errors import LabError, first_line
 from lab.files import explain_write_errors
 from lab.run import folder_name
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sweep", type=Path, metavar="SWEEP", help="a YAML file, e.g. configs/sweeps/pong_dqn.yaml")
     add("--out", type=Path, metavar="DIR", help="the folder of its runs; default runs/<name of the sweep>")
-    add("--jobs", type=_count, default=1, metavar="N", help="runs at once (1)")
-    add("--count", type=_count, metavar="N", help="settings to try; default as in the file")
+    add("--jobs", type=count, default=1, metavar="N", help="runs at once (1)")
+    add("--count", type=count, metavar="N", help="settings to try; default as in the file")
     add("--retry", action="store_true", help="do failed runs again")
     add("--local", action="store_true", help="make no sweep at W&B; its runs are tracked all the same")
 
@@ -154,12 +155,6 @@ def _show(sweep: Sweep, scored: Sequence[Candidate]) -> None:
         print(f"and {len(scored) - SHOWN} more in sweep.json")
     if len(scored) > 1:
         print("The best of several looks better than it is: train it with other seeds before you trust it.")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 # ---- its page at W&B ----

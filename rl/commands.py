@@ -1,13 +1,13 @@
 """The commands of the Atari agents beside `lab train`: frames. Imports nothing heavy."""
 
 import argparse
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from lab import checkpoint
+from lab.arguments import count, probability
 from lab.device import quiet_threads
 from lab.errors import LabError
 from lab.progress import Progress
@@ -34,14 +34,19 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--checkpoint", default="best", help="best (default), latest, or a folder in the run's checkpoints/"
     )
     frames.add_argument(
-        "--epsilon", type=_probability, default=0.5, help="the agent's chance of a random action (0.5)"
+        "--epsilon",
+        type=probability,
+        default=0.5,
+        help="the agent's chance of a random action (0.5)",
     )
-    frames.add_argument("--steps", type=_whole, default=50_000, help="agent steps in all (50,000)")
+    frames.add_argument("--steps", type=count, default=50_000, help="agent steps in all (50,000)")
     frames.add_argument("--seed", type=_seed, default=0, help="seed of the first game (0)")
     frames.add_argument(
-        "--image_size", type=_whole, help=f"side of the image, pixels; as in the run, else {IMAGE_SIZE}"
+        "--image_size",
+        type=count,
+        help=f"side of the image, pixels; as in the run, else {IMAGE_SIZE}",
     )
-    frames.add_argument("--n_envs", type=_whole, default=8, help="games played side by side (8)")
+    frames.add_argument("--n_envs", type=count, default=8, help="games played side by side (8)")
     frames.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -112,20 +117,7 @@ def _run_of(folder: Path, game: str, options: argparse.Namespace) -> Run:
     return run
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
     return int(text)
-
-
-def _probability(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no probability between 0 and 1")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 
 from lab import config
+from lab.arguments import count
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -29,9 +30,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="how much it is trained on: tokens, images or else inputs, e.g. 300e9; by default as published, "
         "else 20 tokens a parameter, or 90 epochs of ImageNet",
     )
-    estimate.add_argument("--classes", type=_whole, help="outputs of a classifier; of an image model 1000")
+    estimate.add_argument("--classes", type=count, help="outputs of a classifier; of an image model 1000")
     estimate.add_argument("--gpu", help="only this one, e.g. A100")
-    estimate.add_argument("--gpus", type=_whole, default=1, help="how many share the work (1)")
+    estimate.add_argument("--gpus", type=count, default=1, help="how many share the work (1)")
     estimate.add_argument(
         "--utilisation", type=_share, help="share of its peak that the GPU reaches in training, e.g. 0.4"
     )
@@ -65,12 +66,6 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 def _share(text: str) -> float:
