@@ -286,6 +286,8 @@ class GenerativeConfig(ObjectiveConfig):
     judge: str | None = None
     """A finished run of classification whose features tell how far generated images are from real ones; null:
     the pixels themselves do."""
+    conditional: bool = False
+    """Learn samples of each class, by the labels of the data."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 2, "objective.samples", "must be at least 2")
@@ -308,8 +310,6 @@ class DenoisingConfig(GenerativeConfig):
     """Of diffusion's loss over the steps: simple (all alike), or min_snr (Hang et al. 2023, gamma 5)."""
     variance: str = "large"
     """Of diffusion's steps back: large (as forward) or small (as the posterior's)."""
-    conditional: bool = False
-    """Learn samples of each class, by the labels of the data."""
     label_dropout: float = 0.1
     """Share of samples whose class is not told, so that it can be guided (Ho and Salimans 2022)."""
     guidance: float = 1.0
@@ -402,8 +402,6 @@ class AdversarialConfig(GenerativeConfig):
     non_saturating has none."""
     critic_steps: int = 1
     """Of the discriminator for each of the generator; wgan_gp: 5."""
-    conditional: bool = False
-    """Make images of a given class."""
     critic: CriticConfig = field(default_factory=lambda: CriticConfig(backbone="dcgan_discriminator"))
 
     def __post_init__(self) -> None:
@@ -420,7 +418,19 @@ class AdversarialRun(SupervisedRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VariationalConfig(GenerativeConfig):
+class LikelihoodConfig(GenerativeConfig):
+    """Images from noise that a likelihood says something of."""
+
+    temperature: float = 1.0
+    """Standard deviation of the noise that images are made from (arXiv 1807.03039: 0.7)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.temperature > 0, "objective.temperature", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariationalConfig(LikelihoodConfig):
     """Images from noise, by a bound on their likelihood (arXiv 1312.6114)."""
 
     name: str = "variational"
@@ -441,16 +451,10 @@ class VariationalRun(SupervisedRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig(GenerativeConfig):
+class FlowConfig(LikelihoodConfig):
     """Images from noise, by their exact likelihood."""
 
     name: str = "flow"
-    temperature: float = 1.0
-    """Standard deviation of the noise that images are made from (arXiv 1807.03039: 0.7)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.temperature > 0, "objective.temperature", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

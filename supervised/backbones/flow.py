@@ -6,7 +6,7 @@ the density of an image is that of standard normal noise, times the product of t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,36 +105,88 @@ class Mix(nn.Module):
 class Coupling(nn.Module):
     """Half of the channels, scaled and shifted by what a net says of the others (RealNVP, section 3.2).
 
-    The net's last layer begins at zero, so the layer begins as the identity (Glow, section 3.3).
+    The net's last layer begins at zero, so the layer begins as the identity (Glow, section 3.3). Of classes,
+    the net is told by a vector that is added to what its first layer says.
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, num_classes: int = 0, kernel_size: int = 3) -> None:
         super().__init__()
-        self.kept = channels - channels // 2
+        self.kept, around = channels - channels // 2, kernel_size // 2
         self.net = nn.Sequential(
-            nn.Conv2d(self.kept, hidden, 3, padding=1),
+            nn.Conv2d(self.kept, hidden, kernel_size, padding=around),
             nn.ReLU(),
             nn.Conv2d(hidden, hidden, 1),
             nn.ReLU(),
-            nn.Conv2d(hidden, 2 * (channels - self.kept), 3, padding=1),
+            nn.Conv2d(hidden, 2 * (channels - self.kept), kernel_size, padding=around),
         )
+        self.of_class = nn.Embedding(num_classes, hidden) if num_classes else None
         for parameter in self.net[-1].parameters():
             nn.init.zeros_(parameter)
 
-    def _told(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self.net(kept).to(kept.dtype).chunk(2, 1)
+    def _told(self, kept: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self.net[0](kept)
+        if self.of_class is not None and labels is not None:
+            x = x + self.of_class(labels)[:, :, None, None].to(x.dtype)
+        log_scale, shift = self.net[1:](x).to(kept.dtype).chunk(2, 1)
         return LARGEST_LOG_SCALE * (log_scale / LARGEST_LOG_SCALE).tanh(), shift
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = x[:, : self.kept], x[:, self.kept :]
-        log_scale, shift = self._told(kept)
+        log_scale, shift = self._told(kept, labels)
         changed = (changed + shift) * log_scale.exp()
         return torch.cat((kept, changed), 1), log_scale.flatten(1).sum(1)
 
-    def inverse(self, y: Tensor) -> Tensor:
+    def inverse(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         kept, changed = y[:, : self.kept], y[:, self.kept :]
-        log_scale, shift = self._told(kept)
+        log_scale, shift = self._told(kept, labels)
         return torch.cat((kept, changed * (-log_scale).exp() - shift), 1)
+
+
+class ClassNormal(nn.Module):
+    """A scale and a shift of each number for each class: the noise of a class is a normal distribution of its
+    own (Glow, its published code's `learn_top` and `ycond`)."""
+
+    def __init__(self, features: int, num_classes: int) -> None:
+        super().__init__()
+        self.of_class = nn.Embedding(num_classes, 2 * features)
+        nn.init.zeros_(self.of_class.weight)
+
+    def _told(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, mean = self.of_class(labels).chunk(2, 1)
+        return LARGEST_LOG_SCALE * (log_scale / LARGEST_LOG_SCALE).tanh(), mean
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, mean = self._told(labels)
+        return (x - mean) * (-log_scale).exp(), -log_scale.sum(1)
+
+    def inverse(self, y: Tensor, labels: Tensor) -> Tensor:
+        log_scale, mean = self._told(labels)
+        return y * log_scale.exp() + mean
+
+
+class Steps(nn.ModuleList):
+    """Layers one behind the other; those that know classes are told which it is."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_det = x.new_zeros(len(x))
+        for layer in self:
+            x, more = layer(x, labels) if isinstance(layer, Coupling) else layer(x)
+            log_det = log_det + more
+        return x, log_det
+
+    def inverse(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
+        layers: list[Any] = list(self)
+        for layer in reversed(layers):
+            y = layer.inverse(y, labels) if isinstance(layer, Coupling) else layer.inverse(y)
+        return y
+
+
+def steps(
+    channels: int, depth: int, hidden: int, num_classes: int = 0, kernel_size: int = 3
+) -> Iterator[nn.Module]:
+    """`depth` times a scale and shift, a mixing of the channels and a coupling (Glow, figure 2a)."""
+    for _ in range(depth):
+        yield from (ActNorm(channels), Mix(channels), Coupling(channels, hidden, num_classes, kernel_size))
 
 
 class Flow(nn.Module):
@@ -151,9 +203,10 @@ class Flow(nn.Module):
         levels: how often the image is halved.
         depth: steps of each level.
         hidden: width of the nets in the couplings.
+        num_classes: that images are of; 0: they have no labels.
 
-    Shapes: images (batch, in_chans, height, width), 0 to 1 -> noise (batch, in_chans * height * width), and
-    the logarithm of the determinant (batch,).
+    Shapes: images (batch, in_chans, height, width), 0 to 1, and with classes labels (batch,) -> noise (batch,
+    in_chans * height * width), and the logarithm of the determinant (batch,).
 
     Raises:
         ValueError: an image that cannot be halved so often.
@@ -168,6 +221,7 @@ class Flow(nn.Module):
         levels: int = 2,
         depth: int = 8,
         hidden: int = 64,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         require_positive(in_chans=in_chans, levels=levels, depth=depth, hidden=hidden)
@@ -182,48 +236,54 @@ class Flow(nn.Module):
         channels = in_chans
         for level in range(levels):
             channels, height, width = 4 * channels, height // 2, width // 2
-            steps = nn.ModuleList([Squeeze()])
-            for _ in range(depth):
-                steps.extend([ActNorm(channels), Mix(channels), Coupling(channels, hidden)])
-            self.levels.append(steps)
+            self.levels.append(Steps([Squeeze(), *steps(channels, depth, hidden, num_classes)]))
             if level < levels - 1:
-                self.splits.append(Coupling(channels, hidden))
+                self.splits.append(Coupling(channels, hidden, num_classes))
                 channels //= 2
             self.shapes.append((channels, height, width))
         self.num_features = sum(map(math.prod, self.shapes))
+        self.num_classes = num_classes
+        self.prior = ClassNormal(self.num_features, num_classes) if num_classes else None
 
-    def example(self) -> tuple[Tensor]:
-        return (next(self.parameters()).new_zeros(1, *self.shape),)
+    def example(self) -> tuple[Tensor, ...]:
+        weight = next(self.parameters())
+        images = weight.new_zeros(1, *self.shape)
+        return (images, weight.new_zeros(1, dtype=torch.long)) if self.num_classes else (images,)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._forward(images, initialize=False)
-
-    def initialize(self, images: Tensor) -> None:
+    def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Sets scales and shifts by a batch, layer after layer; once, before training."""
+        hooks = [
+            module.register_forward_pre_hook(lambda layer, inputs: layer.initialize(*inputs))
+            for module in self.modules()
+            if isinstance(module, ActNorm)
+        ]
         with torch.no_grad():
-            self._forward(images, initialize=True)
+            self(images, labels)
+        for hook in hooks:
+            hook.remove()
 
-    def _steps(self) -> list[list[Any]]:
-        return [list(steps) for steps in self.levels]  # type: ignore[arg-type]
-
-    def _forward(self, images: Tensor, initialize: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.logit(images)
         finished = []
-        for level, steps in enumerate(self._steps()):
-            for step in steps:
-                if initialize and isinstance(step, ActNorm):
-                    step.initialize(x)
-                x, more = step(x)
-                log_det = log_det + more
+        for level, layers in enumerate(self.levels):
+            x, more = layers(x, labels)
+            log_det = log_det + more
             if level < len(self.splits):
-                x, more = self.splits[level](x)
+                x, more = self.splits[level](x, labels)
                 log_det = log_det + more
                 x, noise = x.chunk(2, 1)
                 finished.append(noise.flatten(1))
-        return torch.cat([*finished, x.flatten(1)], 1), log_det
+        noise = torch.cat([*finished, x.flatten(1)], 1)
+        if self.prior is None:
+            return noise, log_det
+        noise, more = self.prior(noise, labels)
+        return noise, log_det + more
 
-    def inverse(self, noise: Tensor) -> Tensor:
+    def inverse(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The images that noise (batch, in_chans * height * width) stands for."""
+        if self.prior is not None:
+            assert labels is not None
+            noise = self.prior.inverse(noise, labels)
         parts = [
             part.unflatten(1, shape)
             for part, shape in zip(noise.split([*map(math.prod, self.shapes)], 1), self.shapes, strict=True)
@@ -232,14 +292,14 @@ class Flow(nn.Module):
         for level in reversed(range(len(self.levels))):
             if level < len(self.splits):
                 split: Any = self.splits[level]
-                x = split.inverse(torch.cat((x, parts.pop()), 1))
-            for step in reversed(self._steps()[level]):
-                x = step.inverse(x)
+                x = split.inverse(torch.cat((x, parts.pop()), 1), labels)
+            layers: Any = self.levels[level]
+            x = layers.inverse(x, labels)
         return self.logit.inverse(x)
 
-    def log_density(self, images: Tensor) -> Tensor:
+    def log_density(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Nats, (batch,): of the density over (0, 1) to the power of the number of pixels and channels."""
-        return log_density(*self(images))
+        return log_density(*self(images, labels))
 
 
 def log_density(noise: Tensor, log_det: Tensor) -> Tensor:

@@ -48,12 +48,41 @@ class _Conv(nn.Sequential):
             super().__init__(conv, make_norm(norm, channels), activation)
 
 
+class Residual(nn.Module):
+    """Two convolutions of 3x3 beside the identity, nothing behind the sum (SRGAN, figure 4)."""
+
+    def __init__(self, width: int, norm: str | None, activation: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            _Conv(_conv3(width, width), norm, width, activation),
+            _Conv(_conv3(width, width), norm, width, nn.Identity()),
+        )
+
+    def silence(self) -> None:
+        """Lets it begin as the identity, so that sums over many blocks begin no larger than one."""
+        conv, norm, _ = self.layers[-1]  # type: ignore[misc]
+        nn.init.zeros_(getattr(norm, "weight", conv.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def _conv3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, stride, 1)
+
+
 def shrink(
-    in_chans: int, img_size: int | Sequence[int], width: int, num_outputs: int, norm: str | None
+    in_chans: int,
+    img_size: int | Sequence[int],
+    width: int,
+    num_outputs: int,
+    norm: str | None,
+    depth: int = 0,
 ) -> nn.Sequential:
     """Images to vectors: (batch, in_chans, height, width) -> (batch, num_outputs, 1, 1).
 
-    Each convolution of 4x4 by 2 halves the image and doubles the channels; the last one sees it all.
+    Each convolution of 4x4 by 2 halves the image and doubles the channels, with `depth` residual blocks
+    behind it; the last one sees it all.
     """
     sizes, layers, before = halvings(img_size), nn.Sequential(), in_chans
     bias = norm in (None, "spectral")
@@ -63,6 +92,7 @@ def shrink(
         # The first layer is not normalised (section 3).
         kind = None if stage == 0 and norm != "spectral" else norm
         layers.append(_Conv(conv, kind, after, nn.LeakyReLU(SLOPE)))
+        layers.extend(Residual(after, norm, nn.LeakyReLU(SLOPE)) for _ in range(depth))
         before = after
     last = nn.Conv2d(before, num_outputs, sizes[-1], bias=bias)
     layers.append(spectral_norm(last) if norm == "spectral" else last)
@@ -70,7 +100,7 @@ def shrink(
 
 
 def grow(
-    latent: int, img_size: int | Sequence[int], width: int, out_chans: int, norm: str | None
+    latent: int, img_size: int | Sequence[int], width: int, out_chans: int, norm: str | None, depth: int = 0
 ) -> nn.Sequential:
     """Vectors to images, the other way round: (batch, latent, 1, 1) -> (batch, out_chans, height, width)."""
     if norm == "spectral":
@@ -78,15 +108,16 @@ def grow(
     sizes = halvings(img_size)[::-1]
     widths = [width * 2**stage for stage in range(len(sizes) - 1)][::-1]
     bias = norm is None
-    first = nn.ConvTranspose2d(latent, widths[0], sizes[0], bias=bias)
-    layers = nn.Sequential(_Conv(first, norm, widths[0], nn.ReLU()))
+    layers = nn.Sequential()
+    conv = nn.ConvTranspose2d(latent, widths[0], sizes[0], bias=bias)
     for (before, after), (height, side) in zip(
         itertools.pairwise([*widths, out_chans]), sizes[1:], strict=True
     ):
+        layers.append(_Conv(conv, norm, before, nn.ReLU()))
+        layers.extend(Residual(before, norm, nn.ReLU()) for _ in range(depth))
         odd = (height % 2, side % 2)
         conv = nn.ConvTranspose2d(before, after, 4, 2, 1, output_padding=odd, bias=bias)
-        is_last = len(layers) == len(widths)
-        layers.append(conv if is_last else _Conv(conv, norm, after, nn.ReLU()))
+    layers.append(conv)
     return layers
 
 
@@ -182,24 +213,6 @@ class DCGANDiscriminator(nn.Module):
         return self.layers(images).flatten(1)
 
 
-class _Residual(nn.Module):
-    """Two convolutions of 3x3 beside the identity, nothing behind the sum (figure 4)."""
-
-    def __init__(self, width: int, norm: str | None) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            _Conv(_conv3(width, width), norm, width, nn.PReLU()),
-            _Conv(_conv3(width, width), norm, width, nn.Identity()),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
-
-
-def _conv3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(before, after, 3, stride, 1)
-
-
 class SRResNet(nn.Module):
     """Images of more pixels from images of few: SRResNet, the generator of SRGAN (figure 4).
 
@@ -232,7 +245,7 @@ class SRResNet(nn.Module):
             raise ValueError(f"scale {scale} is no power of 2 above 1")
         self.scale = scale
         self.first = nn.Sequential(nn.Conv2d(in_chans, width, 9, 1, 4), nn.PReLU())
-        self.blocks = nn.Sequential(*(_Residual(width, norm) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Residual(width, norm, nn.PReLU()) for _ in range(depth)))
         self.behind = _Conv(_conv3(width, width), norm, width, nn.Identity())
         self.upwards = nn.Sequential()
         for _ in range(scale.bit_length() - 1):

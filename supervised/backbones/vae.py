@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from supervised.backbones.gan import grow, halvings, shrink
+from supervised.backbones.flow import ClassNormal, Steps, log_density, steps
+from supervised.backbones.gan import Residual, grow, halvings, shrink
 from supervised.backbones.layers import init_he, require_positive
 
 LEAST_LOG_SCALE = -7.0
@@ -22,15 +23,24 @@ LEAST_LOG_SCALE = -7.0
 class VAE(nn.Module):
     """An image to a distribution over vectors, and a vector to a distribution over images.
 
+    The prior of its codes is a standard normal, or learned beside it: a flow on codes (arXiv 1611.02731,
+    section 3.2), told the class if images have one. The decoder, which is not told, then gets codes as they
+    are and not as a normal distribution would have them.
+
     Args:
         in_chans: channels of the images.
         img_size: height and width of the images, at least 8.
         latent: numbers an image is told by.
         width: channels next to the image; they double as its sides are halved.
+        depth: residual blocks behind each halving and each doubling.
+        prior_depth: couplings of the prior's flow.
+        prior_hidden: width of their nets.
+        num_classes: that images are of; 0: they have no labels.
         norm: "batch", "group", "frozen" or None.
 
-    Shapes: images (batch, in_chans, height, width), 0 to 1, to what `encode` and `decode` return, one behind
-    the other, for a vector that `noise` (batch, latent) picks from the distribution.
+    Shapes: images (batch, in_chans, height, width), 0 to 1, a draw `noise` (batch, latent) of a standard
+    normal, and with classes labels (batch,) -> what the code tells beyond the prior, nats (batch,), and what
+    `decode` returns of the code.
 
     Raises:
         ValueError: too small an image, or an unknown norm.
@@ -44,15 +54,25 @@ class VAE(nn.Module):
         img_size: int | Sequence[int] = 28,
         latent: int = 32,
         width: int = 64,
+        depth: int = 0,
+        prior_depth: int = 0,
+        prior_hidden: int = 128,
+        num_classes: int = 0,
         norm: str | None = "batch",
     ) -> None:
         super().__init__()
-        require_positive(in_chans=in_chans, latent=latent, width=width)
+        require_positive(in_chans=in_chans, latent=latent, width=width, prior_hidden=prior_hidden)
         self.latent = self.num_features = latent
+        self.num_classes = num_classes
         self.shape = (in_chans, *halvings(img_size)[0])
-        self.encoder = shrink(in_chans, img_size, width, 2 * latent, norm)
-        self.decoder = grow(latent, img_size, width, 2 * in_chans, norm)
+        self.encoder = shrink(in_chans, img_size, width, 2 * latent, norm, depth)
+        self.decoder = grow(latent, img_size, width, 2 * in_chans, norm, depth)
         init_he(self)
+        for module in self.modules():
+            if isinstance(module, Residual):
+                module.silence()
+        self.prior_flow = Steps(steps(latent, prior_depth, prior_hidden, num_classes, kernel_size=1))
+        self.prior = ClassNormal(latent, num_classes) if num_classes else None
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the standard deviation of a normal distribution, (batch, latent) each."""
@@ -64,13 +84,35 @@ class VAE(nn.Module):
         mean, log_scale = self.decoder(latents[:, :, None, None]).float().chunk(2, 1)
         return mean, log_scale.clamp(min=LEAST_LOG_SCALE)
 
-    def example(self) -> tuple[Tensor, Tensor]:
+    def example(self) -> tuple[Tensor, ...]:
         weight = next(self.parameters())
-        return weight.new_zeros(1, *self.shape), weight.new_zeros(1, self.latent)
+        labels = (weight.new_zeros(1, dtype=torch.long),) if self.num_classes else ()
+        return weight.new_zeros(1, *self.shape), weight.new_zeros(1, self.latent), *labels
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, noise: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_std = self.encode(images)
-        return mean, log_std, *self.decode(mean + log_std.exp() * noise)
+        latents = mean + log_std.exp() * noise
+        if self.prior is None and not self.prior_flow:
+            told = kl_from_standard_normal(mean, log_std)
+        else:  # from the one draw there is
+            told = log_density(noise, -log_std.sum(1)) - log_density(*self._to_noise(latents, labels))
+        return told, *self.decode(latents)
+
+    def _to_noise(self, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, log_det = self.prior_flow(latents[:, :, None, None], labels)
+        if self.prior is None:
+            return x.flatten(1), log_det
+        x, more = self.prior(x.flatten(1), labels)
+        return x, log_det + more
+
+    def from_noise(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Codes of the prior, (batch, latent), of a draw of a standard normal."""
+        if self.prior is not None:
+            assert labels is not None
+            noise = self.prior.inverse(noise, labels)
+        return self.prior_flow.inverse(noise[:, :, None, None], labels).flatten(1)
 
 
 def kl_from_standard_normal(mean: Tensor, log_std: Tensor) -> Tensor:

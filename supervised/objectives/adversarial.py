@@ -61,9 +61,6 @@ class Adversarial(Decoder):
         super().__init__(settings, data)
         self.config = c = settings.objective
         self.headline = self.distance_name
-        self.classes_made = data.num_classes if c.conditional else 0
-        if c.conditional and not data.classes:
-            raise LabError(f"objective.conditional: {data.name} has no labels. Leave it out.")
         self.penalty = penalty_of(c)
         of_data: dict[str, Any] = {"in_chans": self.shape[0], "img_size": list(self.shape[1:])}
         backbone: Any

@@ -59,9 +59,6 @@ class Denoising(Generative):
         self.config = c = settings.objective
         self.is_flow = c.process == "flow_matching"
         self.is_image = data.kind == "images"
-        if c.conditional and not data.num_classes:
-            raise LabError(f"objective.conditional: {data.name} has no labels. Leave it out.")
-        self.classes_made = data.num_classes if c.conditional else 0
         of_data: dict[str, Any] = {"num_classes": self.classes_made}
         if self.is_image:
             of_data |= {"in_chans": self.shape[0], "img_size": list(self.shape[1:])}

@@ -23,16 +23,17 @@ WALKS, WALK_STEPS = 6, 10
 class Generative(Objective):
     """Makes samples. How good images are is measured in the same way, whatever makes them."""
 
-    classes_made = 0
-    """Classes that can be asked for; 0: none."""
-
     def __init__(self, settings: Any, data: DataSet) -> None:
         super().__init__(settings, data)
         c = settings.objective
         self.shape = data.train.tensors["inputs"].shape[1:]
         """Of a sample; of images (channels, height, width)."""
         self.samples: int = c.samples
-        classes = data.classes if getattr(c, "conditional", False) else ()
+        if c.conditional and not data.num_classes:
+            raise LabError(f"objective.conditional: {data.name} has no labels. Leave it out.")
+        self.classes_made = data.num_classes if c.conditional else 0
+        """Classes that can be asked for; 0: none."""
+        classes = data.classes if c.conditional else ()
         self.judge = detection.make_judge(c.judge, self.shape, classes)
 
     @abstractmethod

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lab.errors import LabError
 from supervised import backbones, estimate
-from supervised.backbones.flow import ActNorm, Coupling, Flow, Logit, Mix, Squeeze, log_density
+from supervised.backbones.flow import ActNorm, ClassNormal, Coupling, Flow, Logit, Mix, Squeeze, log_density
 from supervised.backbones.vae import bits_per_dimension, kl_from_standard_normal, log_likelihood_of_bytes
 
 
@@ -147,14 +147,39 @@ def test_the_bytes_probabilities_are_those_of_a_logistic_and_add_up_to_1(
 def test_the_bound_of_a_vae_by_hand() -> None:
     vae = backbones.build("vae", img_size=8, latent=2, width=4).eval()
     images, noise = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8), torch.randn(3, 2)
-    mean, log_std, pixel_mean, pixel_log_scale = vae(images.float() / 255, noise)
-    encoded = vae.encoder(2 * (images.float() / 255) - 1).flatten(1)
-    torch.testing.assert_close(mean, encoded[:, :2])
-    torch.testing.assert_close(log_std, encoded[:, 2:])
+    told, pixel_mean, pixel_log_scale = vae(images.float() / 255, noise)
+    mean, log_std = vae.encoder(2 * (images.float() / 255) - 1).flatten(1).chunk(2, 1)
+    torch.testing.assert_close(told, kl_from_standard_normal(mean, log_std))
     decoded = vae.decoder((mean + log_std.exp() * noise)[:, :, None, None])
     torch.testing.assert_close(pixel_mean, decoded[:, :1])
     torch.testing.assert_close(pixel_log_scale, decoded[:, 1:].clamp(min=-7))
     assert bits_per_dimension(64 * math.log(2) * 3, (1, 8, 8)) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(("prior_depth", "num_classes"), [(0, 3), (2, 0), (2, 3)])
+def test_a_learned_prior_can_be_drawn_from_and_its_density_is_known(
+    prior_depth: int, num_classes: int
+) -> None:
+    """At first it is the standard normal, up to a rotation; then the bound is on log q(z|x) - log p(z)."""
+    torch.manual_seed(0)
+    prior = {"prior_depth": prior_depth, "prior_hidden": 6, "num_classes": num_classes}
+    vae = backbones.build("vae", img_size=8, latent=3, width=4, depth=1, **prior).eval()
+    image = torch.rand(1, 1, 8, 8).expand(20_000, -1, -1, -1)
+    noise, labels = torch.randn(20_000, 3), torch.arange(20_000) % num_classes if num_classes else None
+    with torch.no_grad():
+        mean, log_std = vae.encode(image[:1])
+        told = vae(image, noise, labels)[0]
+        assert told.mean() == pytest.approx(
+            float(kl_from_standard_normal(mean, log_std)), abs=6 * float(told.std()) / 20_000**0.5
+        )
+        for parameter in [p for name, p in vae.named_parameters() if name.startswith("prior")]:
+            parameter += 0.3 * torch.randn_like(parameter)
+        codes = vae.from_noise(noise[:8], None if labels is None else labels[:8])
+        again, log_det = vae._to_noise(codes, None if labels is None else labels[:8])
+    torch.testing.assert_close(again, noise[:8], rtol=1e-4, atol=1e-4)
+    one = None if labels is None else labels[:1]
+    jacobian: Any = torch.autograd.functional.jacobian(lambda z: vae._to_noise(z, one)[0], codes[:1])
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian.reshape(3, 3))[1])
 
 
 # ---- flow ----
@@ -187,6 +212,39 @@ def test_every_layer_of_a_flow_can_be_undone_and_knows_its_determinant(layer: An
     torch.testing.assert_close(layer.inverse(y), x)
     for i in range(2):
         torch.testing.assert_close(log_det[i], log_det_by_jacobian(layer, x[i : i + 1]))
+
+
+@pytest.mark.parametrize("layer", [Coupling(4, 8, num_classes=3), ClassNormal(32, 3)])
+def test_a_layer_that_knows_classes_treats_each_in_its_own_way(layer: Any) -> None:
+    torch.manual_seed(1)
+    layer = layer.double()
+    for parameter in layer.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    x = torch.rand(1, 4, 4, 2, dtype=torch.float64).expand(3, -1, -1, -1)
+    x, labels = x.flatten(1) if isinstance(layer, ClassNormal) else x, torch.arange(3)
+    y, log_det = layer(x, labels)
+    assert (y[0] - y[1]).abs().max() > 0.01
+    torch.testing.assert_close(layer.inverse(y, labels), x)
+    for i in range(3):
+        expected = log_det_by_jacobian(lambda z, i=i: layer(z, labels[i : i + 1]), x[i : i + 1])
+        torch.testing.assert_close(log_det[i], expected)
+
+
+def test_a_flow_by_class_can_be_undone_and_its_density_integrates_to_1() -> None:
+    torch.manual_seed(0)
+    flow = backbones.build("flow", img_size=2, levels=1, depth=2, hidden=6, num_classes=2)
+    for parameter in flow.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    # All that a flow can make, which is a little more than pixels can be: from -1/18 to 19/18 (see EDGE).
+    points, labels = 10 / 9 * torch.rand(400_000, 1, 2, 2) - 1 / 18, torch.arange(400_000) % 2
+    with torch.no_grad():
+        noise, _ = flow(points, labels)
+        assert (flow.inverse(noise[:100], labels[:100]) - points[:100]).abs().max() < 1e-5
+        density = (10 / 9) ** 4 * flow.log_density(points, labels).double().exp()
+    for of_class in (density[::2], density[1::2]):
+        error = float(of_class.std()) / len(of_class) ** 0.5
+        assert of_class.mean() == pytest.approx(1, abs=6 * error)
+        assert error < 0.03
 
 
 def test_a_flow_can_be_undone_to_a_hundred_thousandth() -> None:

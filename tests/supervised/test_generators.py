@@ -49,19 +49,20 @@ def adversarial(loss: str = "r3gan", **objective: Any) -> dict[str, Any]:
     }
 
 
-def variational() -> dict[str, Any]:
+def variational(conditional: bool = False) -> dict[str, Any]:
+    learned = {"prior_depth": 2, "prior_hidden": 8, "depth": 1} if conditional else {}
     return {
-        "objective": {"name": "variational", "samples": 60},
+        "objective": {"name": "variational", "samples": 60, "conditional": conditional},
         "data": DIGITS,
-        "model": {"backbone": "vae", "spec": {"width": 8, "latent": 4}},
+        "model": {"backbone": "vae", "spec": {"width": 8, "latent": 4, **learned}},
         "batch_size": 30,
         "ema_decay": 0.9,
     }
 
 
-def flow() -> dict[str, Any]:
+def flow(conditional: bool = False) -> dict[str, Any]:
     return {
-        "objective": {"name": "flow", "samples": 60, "temperature": 0.8},
+        "objective": {"name": "flow", "samples": 60, "temperature": 0.8, "conditional": conditional},
         "data": DIGITS,
         "model": {"backbone": "flow", "spec": {"depth": 2, "hidden": 8}},
         "batch_size": 30,
@@ -89,7 +90,9 @@ PROBLEMS: dict[str, Callable[[], dict[str, Any]]] = {
     "wgan_gp": lambda: adversarial("wgan_gp", critic_steps=3),
     "non_saturating, conditional": lambda: adversarial("non_saturating", conditional=True),
     "variational": variational,
+    "variational, conditional": lambda: variational(conditional=True),
     "flow": flow,
+    "flow, conditional": lambda: flow(conditional=True),
     "pixels": lambda: super_resolution(0.0),
     "srgan": super_resolution,
 }
@@ -329,9 +332,8 @@ def test_a_vaes_loss_is_the_bound_and_each_image_counts_once() -> None:
     objective.players["model"].eval()
     with torch.no_grad():
         found = objective.evaluate(objective.players, objective.batches("test", CPU.device).epoch(0))
-        images = objective.data.test.tensors["inputs"]
         noise = torch.cat([objective.noise(n, seed=i) for i, n in enumerate((50, 50, 20))])
-        lost, told = objective._parts(objective.players["model"], images, noise)
+        lost, told = objective._parts(objective.players["model"], objective.data.test.tensors, noise)
     assert found["loss"] == pytest.approx(float((lost + told).mean()), rel=1e-5)
     assert found["kl_nats"] == pytest.approx(float(told.mean()), rel=1e-5)
     assert found["bits_per_dim"] == pytest.approx(found["loss"] / 64 / math.log(2))
@@ -342,7 +344,7 @@ def test_a_flows_loss_is_the_density_of_bytes_filled_up() -> None:
     model = objective.players["model"]
     images = objective.data.test.tensors["inputs"][:5]
     noise = torch.rand(images.shape)
-    nats = objective._nats(model, images, noise)
+    nats = objective._nats(model, {"inputs": images}, noise)
     density = log_density(*model((images.float() + noise) / 256))
     torch.testing.assert_close(nats, 64 * math.log(256) - density)
     assert filled(torch.tensor([0, 255]), torch.tensor([0.0, 0.5])).tolist() == [0, 255.5 / 256]
