@@ -16,22 +16,24 @@ from torch.nn import functional as F
 from lab.device import autocast
 from supervised.backbones.layers import require_least, require_positive
 
-EDGE = 0.05
-"""How far pixels stay from 0 and 1 in front of the logit (RealNVP, section 4.1)."""
 LARGEST_LOG_SCALE = 2.0
 
 
 class Logit(nn.Module):
-    """From (0, 1) to all real numbers, by logit(edge + (1 - 2 edge) x)."""
+    """From (0, 1) to all real numbers, by logit(edge + (1 - 2 edge) x) (RealNVP, section 4.1)."""
+
+    def __init__(self, edge: float) -> None:
+        super().__init__()
+        self.edge = edge
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        p = EDGE + (1 - 2 * EDGE) * x
+        p = self.edge + (1 - 2 * self.edge) * x
         # d logit(p) / dp = 1 / (p (1 - p))
-        log_det = math.log(1 - 2 * EDGE) - p.log() - (1 - p).log()
+        log_det = math.log(1 - 2 * self.edge) - p.log() - (1 - p).log()
         return p.logit(), log_det.flatten(1).sum(1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return (y.sigmoid() - EDGE) / (1 - 2 * EDGE)
+        return (y.sigmoid() - self.edge) / (1 - 2 * self.edge)
 
 
 class Squeeze(nn.Module):
@@ -114,9 +116,9 @@ class Coupling(nn.Module):
         self.kept, around = channels - channels // 2, kernel_size // 2
         self.net = nn.Sequential(
             nn.Conv2d(self.kept, hidden, kernel_size, padding=around),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(hidden, hidden, 1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(hidden, 2 * (channels - self.kept), kernel_size, padding=around),
         )
         self.of_class = nn.Embedding(num_classes, hidden) if num_classes else None
@@ -192,7 +194,7 @@ def steps(
 class Flow(nn.Module):
     """Images to noise and back.
 
-    Each level makes four channels of every 2x2 pixels, and takes them through `depth` times a scale and
+    Each level makes four channels of every 2x2 pixels, and takes them through some times a scale and
     shift, a mixing of channels and a coupling. Behind each level but the last, half of the channels are
     finished: what is left of them beyond what the other half says (a coupling) is noise (RealNVP, section
     3.6; Glow, figure 2b).
@@ -201,8 +203,10 @@ class Flow(nn.Module):
         in_chans: channels of the images.
         img_size: height and width of the images, divisible by 2 ** levels.
         levels: how often the image is halved.
-        depth: steps of each level.
+        depth: steps of each level, or of every level.
         hidden: width of the nets in the couplings.
+        edge: how far pixels stay from 0 and 1 in front of the logit. Where many pixels are black (MNIST's
+            kind), a small one, e.g. 1e-3, spreads what is alike to rounding.
         num_classes: that images are of; 0: they have no labels.
 
     Shapes: images (batch, in_chans, height, width), 0 to 1, and with classes labels (batch,) -> noise (batch,
@@ -219,24 +223,30 @@ class Flow(nn.Module):
         in_chans: int = 1,
         img_size: int | Sequence[int] = 28,
         levels: int = 2,
-        depth: int = 8,
+        depth: int | Sequence[int] = 8,
         hidden: int = 64,
+        edge: float = 0.05,
         num_classes: int = 0,
     ) -> None:
         super().__init__()
-        require_positive(in_chans=in_chans, levels=levels, depth=depth, hidden=hidden)
+        depths = [depth] * levels if isinstance(depth, int) else list(depth)
+        require_positive(in_chans=in_chans, levels=levels, depth=depths, hidden=hidden)
+        if len(depths) != levels:
+            raise ValueError(f"depth {depths} has no number for each of {levels} levels")
+        if not 0 < edge < 0.5:
+            raise ValueError(f"edge {edge} must be above 0 and below 0.5")
         height, width = require_least(img_size, 2**levels)
         if height % 2**levels or width % 2**levels:
             raise ValueError(f"img_size {img_size} cannot be halved {levels} times: use fewer levels")
         self.shape = (in_chans, height, width)
-        self.logit = Logit()
+        self.logit = Logit(edge)
         self.levels, self.splits = nn.ModuleList(), nn.ModuleList()
         self.shapes: list[tuple[int, int, int]] = []
         """Of what is finished behind each level, (channels, height, width)."""
         channels = in_chans
         for level in range(levels):
             channels, height, width = 4 * channels, height // 2, width // 2
-            self.levels.append(Steps([Squeeze(), *steps(channels, depth, hidden, num_classes)]))
+            self.levels.append(Steps([Squeeze(), *steps(channels, depths[level], hidden, num_classes)]))
             if level < levels - 1:
                 self.splits.append(Coupling(channels, hidden, num_classes))
                 channels //= 2
