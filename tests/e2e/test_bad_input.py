@@ -47,7 +47,7 @@ CONFIG_MISTAKES = {
     "infinite": (["--agent.learning_rate=.inf"], ["agent.learning_rate = inf", "a finite number"]),
     "date": (["--agent.backbone_spec.width=2024-01-02"], ["agent.backbone_spec.width = datetime.date"]),
     "broken YAML": (["--env=[1"], ["command line, --env, line 1: not valid YAML"]),
-    "no value": (["--seed"], ["--seed has no value. Write --seed=VALUE."]),
+    "no value": (["--seed"], ["--seed has no value. Write --seed=VALUE; --help shows"]),
     "out of range": (["--agent.gamma=2"], ["command line: agent.gamma: 2.0 must be above 0"]),
     "combination": (["--agent.minibatch_size=60"], ["agent.minibatch_size: 60 does not divide"]),
     "game": (["--env.game=pomg"], ["env.game = 'pomg': no such game. Did you mean 'pong'?"]),
