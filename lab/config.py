@@ -80,7 +80,10 @@ def split_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = argument[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise LabError(f"command line: --{key} has no value. Write --{key}=VALUE; --help shows the options without one.")
+                raise LabError(
+                    f"command line: --{key} has no value. Write --{key}=VALUE; --help shows the options "
+                    "without one."
+                )
             text = rest.pop(0)
         overrides[key] = parse_yaml(text, f"command line, --{key}")
     return overrides
