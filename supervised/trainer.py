@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from lab.device import Compute, attention_to_learn
-from lab.seeding import derive_seed
+from lab.seeding import derive_seed, seed_step
 from supervised import optim
 from supervised.config import SupervisedRun
 from supervised.data import Batches
@@ -97,10 +97,11 @@ class Trainer:
 
     def _update(self, batch: Batch) -> None:
         config, n_samples = self.config, samples_in(batch)
-        torch.manual_seed(derive_seed(config.seed, 1, self.step))
+        seed_step(derive_seed(config.seed, 1, self.step), self.compute.device)
         rate = optim.learning_rate(config.optimizer, self.step, self.total_steps)
         for module in self.bare.values():  # one that is not to move may take part, e.g. in an opponent's loss
-            module.train()
+            if not module.training:
+                module.train()
         for name in self.objective.turns(self.step):
             module, optimizer = self.bare[name], self.optimizers[name]
             optimizer.zero_grad(set_to_none=True)

@@ -262,8 +262,12 @@ class Flow(nn.Module):
 
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Sets scales and shifts by a batch, layer after layer; once, before training."""
+
+        def by_what_comes_in(layer: Any, inputs: tuple[Tensor]) -> None:
+            layer.initialize(*inputs)
+
         hooks = [
-            module.register_forward_pre_hook(lambda layer, inputs: layer.initialize(*inputs))
+            module.register_forward_pre_hook(by_what_comes_in)
             for module in self.modules()
             if isinstance(module, ActNorm)
         ]

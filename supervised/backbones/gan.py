@@ -60,7 +60,8 @@ class Residual(nn.Module):
 
     def silence(self) -> None:
         """Lets it begin as the identity, so that sums over many blocks begin no larger than one."""
-        conv, norm, _ = self.layers[-1]  # type: ignore[misc]
+        last: Any = self.layers[-1]
+        conv, norm, _ = last
         nn.init.zeros_(getattr(norm, "weight", conv.weight))
 
     def forward(self, x: Tensor) -> Tensor:
