@@ -55,7 +55,7 @@ FAMILIES = (
         "A generator makes an image of noise, at once. A critic learns to tell its images from real ones, "
         "and the generator to mislead it: two losses, two optimisers, one loop. Nobody can say how likely an "
         "image is. Here with R3GAN's loss, which compares real and made images in pairs and punishes steep "
-        "critics.",
+        "critics. Both are told the class.",
         (
             Chain("noise", r"layers\.\d+", "image"),
             Chain("image, real\nor made", r"layers\.\d+", "how real", "dcgan_discriminator"),
@@ -66,9 +66,11 @@ FAMILIES = (
         "vae_fashion",
         "An encoder says which codes an image may have, a decoder which images a code may stand for. What is "
         "learned is a lower bound on the likelihood: how well the image comes back, less what the code tells "
-        "beyond a standard normal. To make an image, decode noise. What the code does not tell becomes blur.",
+        "beyond the prior. The prior is learned, too: a flow between the codes of a class and noise. To make "
+        "an image, turn noise into a code and decode it. What the code does not tell becomes blur.",
         (
             Chain("image", r"encoder\.\d+", "mean and spread\nof the code"),
+            Chain("code,\nclass", r"prior_flow\.\d+|prior", "noise"),
             Chain("code", r"decoder\.\d+", "mean and spread\nof each pixel"),
         ),
     ),
@@ -77,8 +79,8 @@ FAMILIES = (
         "flow_fashion",
         "Every layer can be inverted, so that an image becomes noise and noise an image by one network, and "
         "the likelihood is exact: that of the noise, times how much the layers stretch. The price is that no "
-        "layer may forget anything.",
-        (Chain("image", r"levels\.\d+\.\d+|splits\.\d+", "noise"),),
+        "layer may forget anything. Couplings are told the class, and each class has noise of its own.",
+        (Chain("image,\nclass", r"levels\.\d+\.\d+|splits\.\d+|prior", "noise"),),
     ),
     Family(
         "Diffusion: a little less noise, many times",
