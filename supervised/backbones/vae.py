@@ -62,6 +62,8 @@ class VAE(nn.Module):
     ) -> None:
         super().__init__()
         require_positive(in_chans=in_chans, latent=latent, width=width, prior_hidden=prior_hidden)
+        if min(depth, prior_depth) < 0:
+            raise ValueError(f"depth {depth} and prior_depth {prior_depth} must not be negative")
         self.latent = self.num_features = latent
         self.num_classes = num_classes
         self.shape = (in_chans, *halvings(img_size)[0])

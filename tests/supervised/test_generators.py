@@ -466,6 +466,10 @@ BATCH_NORM = {"backbone": "dcgan_discriminator", "spec": {"norm": "batch"}}
         ({**variational(), "model": {"backbone": "flow"}}, "Use one of vae."),
         ({**flow(), "model": {"backbone": "vae"}}, "Use one of flow."),
         ({**flow(), "model": {"backbone": "flow", "spec": {"levels": 4}}}, "is too small"),
+        ({**flow(), "model": {"backbone": "flow", "spec": {"depth": [1]}}}, "for each of 2 levels"),
+        ({**flow(), "model": {"backbone": "flow", "spec": {"edge": 0.7}}}, "edge 0.7 must be"),
+        ({**variational(), "model": {"backbone": "vae", "spec": {"prior_depth": -1}}}, "not be negative"),
+        ({**flow(conditional=True), "data": {**PHOTOGRAPHS, "augment": {}}}, "has no labels"),
         ({**super_resolution(), "model": {"backbone": "vae"}}, "Use one of srresnet."),
     ],
 )
