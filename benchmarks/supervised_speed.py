@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,7 +93,11 @@ class Side:
             text=True,
         )
         stack.callback(self._end)
-        self.facts = self._answer()
+
+    @cached_property
+    def facts(self) -> Any:
+        """What it says of itself once it is ready for turns."""
+        return self._answer()
 
     def turn(self, n_steps: int) -> float:
         """Seconds a step."""
@@ -122,13 +127,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All sides of a case in turn, `rounds` times; a row for each."""
     with ExitStack() as stack:
-        sides = [Side(job, stack, module) for job in jobs]
+        sides = [Side(job, stack, module) for job in jobs]  # they get ready side by side
+        facts = [side.facts for side in sides]
         seconds: list[list[float]] = [[] for _ in sides]
         for number in range(rounds):
             order = list(zip(sides, seconds, strict=True))
             for side, spent in order if number % 2 == 0 else reversed(order):
                 spent.append(side.turn(n_steps))
-    flops = next(side.facts["flops"] for side in sides if "flops" in side.facts)
+    flops = next(said["flops"] for said in facts if "flops" in said)
     ours = {s.job.precision: spent for s, spent in zip(sides, seconds, strict=True) if s.job.side == "ours"}
     return [
         {
