@@ -25,7 +25,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "frames",
         _frames,
         "Record play of an Atari game, frames and actions, for models that learn from it.",
-        epilog="lab frames pong --run runs/pong_cpu --epsilon 0.3 --out runs/pong_play.npz",
+        epilog="lab frames pong --run runs/demo --epsilon 0.3 --out runs/pong_play.npz",
     )
     frames.add_argument("game", metavar="GAME", help="one of `lab list games`")
     frames.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz to write")

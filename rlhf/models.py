@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lab.errors import LabError, did_you_mean, first_line
+from lab.hub import hub_or_cache
 from rlhf import labgpt, reviews
 from rlhf.config import ModelConfig
 
@@ -124,7 +125,8 @@ def _open_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        with hub_or_cache(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except Exception as error:  # whatever the Hub's client, json or tokenizers raise
         raise LabError(
             f"{name}: no tokenizer found: {first_line(error)} Name a transformers folder, or a model of the "
@@ -161,7 +163,8 @@ def _open_causal_lm(name: str, tokenizer: Any) -> Any:
     if _is_labgpt(Path(name)):
         return _fitted(labgpt.load(name).float(), tokenizer, name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        with hub_or_cache(name):
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:
         raise LabError(f"{name}: no language model that can be opened: {first_line(error)}") from None
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from lab.errors import LabError, did_you_mean
 from lab.files import sha256_file
+from lab.hub import hub_or_cache
 from rlhf import everyday, reviews
 from rlhf.reviews import Split
 
@@ -127,7 +128,8 @@ def _hub_splits(source: str) -> _Splits:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, config, split=split)
+        with hub_or_cache(name):
+            loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # each mishap with network, name, split, configuration or files has its class
         raise LabError(
             f"{source}: cannot be loaded: {_line(error)}. Check its name and the network, or name a file."

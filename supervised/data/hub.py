@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lab.errors import LabError, first_line
+from lab.hub import hub_or_cache
 from supervised.data.config import DataConfig
 from supervised.data.images import read_pictures
 from supervised.data.raw import Columns, Raw
@@ -29,7 +30,8 @@ def read_hub(name: str, config: DataConfig) -> Raw:
     import datasets
 
     try:
-        splits = datasets.load_dataset(path, subset or None)
+        with hub_or_cache(path):
+            splits = datasets.load_dataset(path, subset or None)
     except Exception as error:  # each mishap with network, name, configuration or files has its class
         raise LabError(
             f"hub:{name}: cannot be loaded: {first_line(error).rstrip('.')}. Check the name and the "

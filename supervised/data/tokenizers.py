@@ -18,6 +18,8 @@ from tokenizers import Tokenizer as Backend
 
 from lab.errors import LabError, first_line
 from lab.files import written_aside
+from lab.hub import hub_or_cache
+from lab.run import Run
 
 SPECIALS = {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "delim": "<delim>", "extract": "<extract>"}
 """What each special token is for: padding, the start, the end, and those of GPT-1's tasks (section 3.3):
@@ -214,10 +216,14 @@ def pretrained(name: str) -> SubwordTokenizer:
     """
     if all((Path(name) / file).is_file() for file in FILES):
         return from_folder(Path(name))
+    if name.startswith("runs/"):  # no name of the Hub, though it looks like one
+        run = Run.named_by("data.tokenizer", Path(name))
+        raise LabError(f"data.tokenizer = {name!r}: {run.info['name']} keeps no tokenizer. Name another run.")
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        with hub_or_cache(name):
+            loaded = AutoTokenizer.from_pretrained(name)
         specials = {use: getattr(loaded, hf_name) for use, hf_name in _HF_NAMES.items()}
         return SubwordTokenizer(
             loaded.backend_tokenizer, {use: token for use, token in specials.items() if token}

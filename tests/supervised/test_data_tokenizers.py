@@ -131,5 +131,7 @@ def test_a_pretrained_tokenizer_that_is_no_byte_level_one(tmp_path: Path) -> Non
 
 def test_a_tokenizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(LabError, match=r"data\.tokenizer = 'runs/gpt': no run: .* Train it first"):
+        pretrained("runs/gpt")  # and the Hub is not asked for it
     with pytest.raises(LabError, match=r"data\.tokenizer = './gtp2': cannot be loaded.*It is bytes, bpe"):
         pretrained("./gtp2")
