@@ -17,7 +17,11 @@ from supervised import backbones, smoke
 from supervised.config import SupervisedRun, run_config_class
 
 # What may change between the sessions of one run: none of it alters what was computed so far.
-MAY_CHANGE = ("eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name")
+HOW_IT_SAMPLES = tuple(
+    f"objective.{key}" for key in ("temperature", "sampling_steps", "eta", "guidance", "solver")
+)
+"""Of generators: nothing that is learned depends on it, and no choice of weights."""
+MAY_CHANGE = ("eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name", *HOW_IT_SAMPLES)
 
 
 class SupervisedPipeline:

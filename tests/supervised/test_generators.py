@@ -438,6 +438,18 @@ def test_a_detector_can_be_a_run_of_its_own(judge: Path, tmp_path: Path) -> None
         objective_of(settings_of({**values, "data": {"source": "digits", "img_size": 16}}))
 
 
+def test_a_finished_run_draws_at_another_temperature_by_the_same_weights(tmp_path: Path) -> None:
+    values, folder = flow(), tmp_path / "run"
+    trained(settings_of(values, max_steps=2), folder)
+    before = (folder / "media/samples.png").read_bytes()
+    weights = (folder / "checkpoints/latest/model.safetensors").read_bytes()
+    values["objective"]["temperature"] = 0.1
+    run = trained(settings_of(values, max_steps=2), folder, resume=True)
+    assert (folder / "media/samples.png").read_bytes() != before
+    assert (folder / "checkpoints/latest/model.safetensors").read_bytes() == weights
+    assert run.info["config"]["objective"]["temperature"] == 0.1
+
+
 def test_one_walks_between_two_noises_along_an_arc() -> None:
     a, b = torch.randn(2, 50).unbind()
     walk = _between(a, b, torch.linspace(0, 1, 5))
