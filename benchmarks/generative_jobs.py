@@ -39,7 +39,7 @@ from supervised.diffusion import Diffusion, alpha_bars
 from supervised.evaluate import open_objective
 from supervised.objectives.denoising import Denoising
 
-N_SAMPLES = 50
+N_SAMPLES = 200
 """Drawn by DDIM and DDPM: as many of each of ten classes."""
 
 
