@@ -70,7 +70,7 @@ FAMILIES = (
         "an image, turn noise into a code and decode it. What the code does not tell becomes blur.",
         (
             Chain("image", r"encoder\.\d+", "mean and spread\nof the code"),
-            Chain("code,\nclass", r"prior_flow\.\d+|prior", "noise"),
+            Chain("code,\nclass", r"prior\.\d+", "noise"),
             Chain("code", r"decoder\.\d+", "mean and spread\nof each pixel"),
         ),
     ),
@@ -80,7 +80,7 @@ FAMILIES = (
         "Every layer can be inverted, so that an image becomes noise and noise an image by one network, and "
         "the likelihood is exact: that of the noise, times how much the layers stretch. The price is that no "
         "layer may forget anything. Couplings are told the class, and each class has noise of its own.",
-        (Chain("image,\nclass", r"levels\.\d+\.\d+|splits\.\d+|prior", "noise"),),
+        (Chain("image,\nclass", r"levels\.\d+\.\d+|splits\.\d+|prior\.\d+", "noise"),),
     ),
     Family(
         "Diffusion: a little less noise, many times",

@@ -153,17 +153,20 @@ class ClassNormal(nn.Module):
         self.of_class = nn.Embedding(num_classes, 2 * features)
         nn.init.zeros_(self.of_class.weight)
 
-    def _told(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, mean = self.of_class(labels).chunk(2, 1)
+    def _told(self, labels: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        log_scale, mean = (part.reshape(shape) for part in self.of_class(labels).chunk(2, 1))
         return LARGEST_LOG_SCALE * (log_scale / LARGEST_LOG_SCALE).tanh(), mean
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, mean = self._told(labels)
-        return (x - mean) * (-log_scale).exp(), -log_scale.sum(1)
+        log_scale, mean = self._told(labels, x.shape)
+        return (x - mean) * (-log_scale).exp(), -log_scale.flatten(1).sum(1)
 
     def inverse(self, y: Tensor, labels: Tensor) -> Tensor:
-        log_scale, mean = self._told(labels)
+        log_scale, mean = self._told(labels, y.shape)
         return y * log_scale.exp() + mean
+
+
+KNOW_CLASSES: tuple[type[Any], ...] = (Coupling, ClassNormal)
 
 
 class Steps(nn.ModuleList):
@@ -172,14 +175,14 @@ class Steps(nn.ModuleList):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = x.new_zeros(len(x))
         for layer in self:
-            x, more = layer(x, labels) if isinstance(layer, Coupling) else layer(x)
+            x, more = layer(x, labels) if isinstance(layer, KNOW_CLASSES) else layer(x)
             log_det = log_det + more
         return x, log_det
 
     def inverse(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         layers: list[Any] = list(self)
         for layer in reversed(layers):
-            y = layer.inverse(y, labels) if isinstance(layer, Coupling) else layer.inverse(y)
+            y = layer.inverse(y, labels) if isinstance(layer, KNOW_CLASSES) else layer.inverse(y)
         return y
 
 
@@ -253,7 +256,7 @@ class Flow(nn.Module):
             self.shapes.append((channels, height, width))
         self.num_features = sum(map(math.prod, self.shapes))
         self.num_classes = num_classes
-        self.prior = ClassNormal(self.num_features, num_classes) if num_classes else None
+        self.prior = Steps([ClassNormal(self.num_features, num_classes)] if num_classes else [])
 
     def example(self) -> tuple[Tensor, ...]:
         weight = next(self.parameters())
@@ -287,17 +290,12 @@ class Flow(nn.Module):
                 log_det = log_det + more
                 x, noise = x.chunk(2, 1)
                 finished.append(noise.flatten(1))
-        noise = torch.cat([*finished, x.flatten(1)], 1)
-        if self.prior is None:
-            return noise, log_det
-        noise, more = self.prior(noise, labels)
+        noise, more = self.prior(torch.cat([*finished, x.flatten(1)], 1), labels)
         return noise, log_det + more
 
     def inverse(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The images that noise (batch, in_chans * height * width) stands for."""
-        if self.prior is not None:
-            assert labels is not None
-            noise = self.prior.inverse(noise, labels)
+        noise = self.prior.inverse(noise, labels)
         parts = [
             part.unflatten(1, shape)
             for part, shape in zip(noise.split([*map(math.prod, self.shapes)], 1), self.shapes, strict=True)

@@ -73,8 +73,9 @@ class VAE(nn.Module):
         for module in self.modules():
             if isinstance(module, Residual):
                 module.silence()
-        self.prior_flow = Steps(steps(latent, prior_depth, prior_hidden, num_classes, kernel_size=1))
-        self.prior = ClassNormal(latent, num_classes) if num_classes else None
+        self.prior = Steps(steps(latent, prior_depth, prior_hidden, num_classes, kernel_size=1))
+        if num_classes:
+            self.prior.append(ClassNormal(latent, num_classes))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the standard deviation of a normal distribution, (batch, latent) each."""
@@ -96,25 +97,16 @@ class VAE(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_std = self.encode(images)
         latents = mean + log_std.exp() * noise
-        if self.prior is None and not self.prior_flow:
+        if not self.prior:
             told = kl_from_standard_normal(mean, log_std)
         else:  # from the one draw there is
-            told = log_density(noise, -log_std.sum(1)) - log_density(*self._to_noise(latents, labels))
+            of_prior, log_det = self.prior(latents[:, :, None, None], labels)
+            told = log_density(noise, -log_std.sum(1)) - log_density(of_prior.flatten(1), log_det)
         return told, *self.decode(latents)
-
-    def _to_noise(self, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.prior_flow(latents[:, :, None, None], labels)
-        if self.prior is None:
-            return x.flatten(1), log_det
-        x, more = self.prior(x.flatten(1), labels)
-        return x, log_det + more
 
     def from_noise(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Codes of the prior, (batch, latent), of a draw of a standard normal."""
-        if self.prior is not None:
-            assert labels is not None
-            noise = self.prior.inverse(noise, labels)
-        return self.prior_flow.inverse(noise[:, :, None, None], labels).flatten(1)
+        return self.prior.inverse(noise[:, :, None, None], labels).flatten(1)
 
 
 def kl_from_standard_normal(mean: Tensor, log_std: Tensor) -> Tensor:
