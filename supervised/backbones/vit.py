@@ -98,6 +98,8 @@ class ViT(nn.Module):
         dropout: probability, behind the embeddings and in the residual branches (table 3).
         stochastic_depth: probability to drop the last block's residual branches while training; the others'
             fall linearly to the first one's 0.
+        patch_norm: layer normalisation in front of and behind the patches' projection (arXiv 2302.01327):
+            what is small in a patch, e.g. a ball, is then not lost beside its position.
 
     Shapes: (batch, in_chans, height, width) -> (batch, width).
 
@@ -134,6 +136,7 @@ class ViT(nn.Module):
         pool: str = "token",
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
+        patch_norm: bool = False,
     ) -> None:
         super().__init__()
         require_positive(
@@ -150,6 +153,9 @@ class ViT(nn.Module):
         if width % n_head:
             raise ValueError(f"width {width} is no multiple of n_head {n_head}")
         self.patches = nn.Conv2d(in_chans, width, patch_size, patch_size)
+        self.patch_norms = nn.ModuleList()
+        if patch_norm:
+            self.patch_norms.extend([nn.LayerNorm(in_chans * patch_size**2), nn.LayerNorm(width)])
         self.class_token = nn.Parameter(torch.empty(1, 1, width)) if pool == "token" else None
         self.grid = high // patch_size, wide // patch_size
         n_tokens = self.grid[0] * self.grid[1] + (pool == "token")
@@ -180,7 +186,13 @@ class ViT(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         """Tokens (batch, token, width) of the patches, row by row (equation 1)."""
-        x = self.patches(images).flatten(2).transpose(1, 2)
+        if self.patch_norms:
+            before, behind = self.patch_norms
+            side = self.patches.kernel_size
+            x = before(F.unfold(images, side, stride=side).transpose(1, 2))  # type: ignore[arg-type]
+            x = behind(F.linear(x, self.patches.weight.flatten(1), self.patches.bias))
+        else:
+            x = self.patches(images).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(len(x), -1, -1), x), 1)
         return self.dropout(x + self.positions)
