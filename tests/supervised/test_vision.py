@@ -117,6 +117,19 @@ def test_the_smallest_image_works_and_a_smaller_one_is_told_so(name: str, option
             body.forward_with_aux(images) if "aux" in options else body(images)
 
 
+def test_patch_norm_sees_what_is_small_in_a_patch() -> None:
+    """By hand, and: whatever the patch's brightness and contrast are, the token is the same."""
+    torch.manual_seed(0)
+    net: Any = backbones.build("vit_tiny", in_chans=2, img_size=4, patch_size=2, n_layer=1, patch_norm=True)
+    images = torch.rand(3, 2, 4, 4)
+    tokens = net._embed(images) - net.positions
+    patch = images[1, :, 2:, :2].reshape(-1)  # the third of four, behind the class token
+    projected = net.patches.weight.flatten(1) @ F.layer_norm(patch, (8,)) + net.patches.bias
+    torch.testing.assert_close(tokens[1, 3], F.layer_norm(projected, (192,)), rtol=1e-4, atol=1e-5)
+    fainter = net._embed(0.3 + 0.1 * images) - net.positions
+    torch.testing.assert_close(fainter[:, 1:], tokens[:, 1:], rtol=1e-2, atol=1e-2)
+
+
 def test_vit_takes_images_its_patches_cover() -> None:
     for in_chans, size, patch_size in ((3, 224, 16), (1, 28, 7), (4, 84, 12), (3, (32, 16), 8)):
         features_on_meta("vit_tiny", in_chans, size, patch_size=patch_size)
