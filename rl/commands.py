@@ -10,6 +10,7 @@ from lab import checkpoint
 from lab.arguments import count, probability
 from lab.device import quiet_threads
 from lab.errors import LabError
+from lab.files import explain_write_errors
 from lab.progress import Progress
 from lab.run import Run
 from rl import games
@@ -55,8 +56,10 @@ def _frames(options: argparse.Namespace) -> int:
     out: Path = options.out
     if out.suffix != ".npz":
         raise LabError(f"--out {out}: frames are written as an .npz file. Name it so.")
-    if not out.parent.is_dir():
-        raise LabError(f"--out {out}: there is no folder {out.parent}. Make it first.")
+    if out.exists():
+        raise LabError(f"--out {out}: is there already. Name another file, or remove it.")
+    with explain_write_errors(str(out), "Name another file."):
+        out.parent.mkdir(parents=True, exist_ok=True)
     game = games.check(options.game)
     run = None if options.run is None else _run_of(options.run, game, options)
     size = options.image_size or IMAGE_SIZE

@@ -82,10 +82,13 @@ def make_judge(folder: str | None, shape: Sequence[int], classes: Sequence[str] 
 
 
 def open_classifier(
-    folder: str, shape: Sequence[int], classes: Sequence[str] = ()
+    folder: str, shape: Sequence[int], classes: Sequence[str] = (), any_size: bool = False
 ) -> tuple[Any, Normalize, str, str]:
     """The best classifier of the run that `objective.judge` names, frozen; what to do with images (0 to 255)
     before; what it is; and the hash of its weights.
+
+    Args:
+        any_size: its features are wanted, at whatever size it can look at, and not its verdict.
 
     Raises:
         LabError: the run is none of classification, or of images of another shape or other classes.
@@ -104,7 +107,8 @@ def open_classifier(
         f"objective.judge = {folder}: its classifier does not know images of {' x '.join(map(str, shape))}, "
         "or not these classes. Name a run of classification on the same data."
     )
-    if len(spec["mean"]) != shape[0] or (classes and list(classes) != spec["classes"]):
+    known = [len(spec["mean"]), *(shape[1:] if any_size else spec.get("shape", shape)[1:])]
+    if known != list(shape) or (classes and list(classes) != spec["classes"]):
         raise wrong
     model = dataclasses.replace(settings.model, start_from=None, adapt="full")
     size = {"in_chans": shape[0], "img_size": list(shape[1:])}

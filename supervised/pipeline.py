@@ -17,11 +17,13 @@ from supervised import backbones, smoke
 from supervised.config import SupervisedRun, run_config_class
 
 # What may change between the sessions of one run: none of it alters what was computed so far.
-HOW_IT_SAMPLES = tuple(
-    f"objective.{key}" for key in ("temperature", "sampling_steps", "eta", "guidance", "solver")
-)
-"""Of generators: nothing that is learned depends on it, and no choice of weights."""
-MAY_CHANGE = ("eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name", *HOW_IT_SAMPLES)
+MAY_CHANGE = ("eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name")
+HOW_IT_SAMPLES = {
+    "denoising": ("objective.sampling_steps", "objective.eta", "objective.guidance", "objective.solver"),
+    "flow": ("objective.temperature",),
+    "variational": ("objective.temperature",),
+}
+"""By objective what may also change, as nothing that is learned and no choice of weights depends on it."""
 
 
 class SupervisedPipeline:
@@ -46,7 +48,7 @@ class SupervisedPipeline:
         run, saved = None, None
         if resume:
             run = Run.resume(folder)
-            run.refuse_other_config(values, MAY_CHANGE)
+            run.refuse_other_config(values, MAY_CHANGE + HOW_IT_SAMPLES.get(config_.objective.name, ()))
             run.info["config"] = tracking.scrub(values)
             latest = checkpoint.find(run.checkpoints)
             saved = checkpoint.load(latest) if latest is not None else None

@@ -64,6 +64,8 @@ class VAE(nn.Module):
         require_positive(in_chans=in_chans, latent=latent, width=width, prior_hidden=prior_hidden)
         if min(depth, prior_depth) < 0:
             raise ValueError(f"depth {depth} and prior_depth {prior_depth} must not be negative")
+        if prior_depth and latent < 2:
+            raise ValueError(f"latent {latent}: the couplings of prior_depth {prior_depth} need 2 or more")
         self.latent = self.num_features = latent
         self.num_classes = num_classes
         self.shape = (in_chans, *halvings(img_size)[0])

@@ -67,9 +67,12 @@ class Adversarial(Decoder):
         backbone, self.parents = make_backbone(settings.model, ["dcgan_generator"], **of_data)
         # The vector of the class is a quarter of what an image is made of.
         embedded = backbone.latent // 4 if self.classes_made else 0
+        if self.classes_made and not embedded:
+            raise LabError(
+                f"model.spec.latent = {backbone.latent}: a quarter of it says which class. Make it 4 or more."
+            )
         self.latent = backbone.latent - embedded
-        outputs = {"num_outputs": self.classes_made} if self.classes_made else {}
-        critic = make_critic(c.critic, c.loss, **of_data, **outputs)
+        critic = make_critic(c.critic, c.loss, **of_data, num_outputs=self.classes_made or 1)
         self.players: dict[str, nn.Module] = {
             "generator": Generator(backbone, self.classes_made, embedded),
             "critic": critic,
@@ -105,18 +108,26 @@ def penalty_of(config: AdversarialConfig | SuperResolutionConfig) -> float:
     return PENALTIES.get(config.loss, 0.0) if config.penalty is None else config.penalty
 
 
-def make_critic(config: CriticConfig, loss: str, **of_data: Any) -> Critic:
+def make_critic(config: CriticConfig, loss: str, num_outputs: int = 1, **of_data: Any) -> Critic:
     """The discriminator of a config; without normalisation over the batch, where its gradient is penalised.
 
     Raises:
-        LabError: no such backbone, arguments it does not take, or batch norm with such a loss.
+        LabError: no such backbone, arguments it does not take or that follow from the data, one number of an
+            image where each class is to have one, or batch norm with such a loss.
     """
     if config.backbone not in backbones.CRITICS:
         raise LabError(
             f"objective.critic.backbone = {config.backbone!r}: does not tell one number of an image. "
             f"Use one of {', '.join(backbones.CRITICS)}."
         )
-    takes = backbones.arguments(config.backbone)
+    takes, of_data = backbones.arguments(config.backbone), {**of_data, "num_outputs": num_outputs}
+    if given := sorted(config.spec.keys() & of_data.keys()):
+        raise LabError(f"objective.critic.spec.{given[0]}: follows from the data. Leave it out.")
+    if num_outputs > 1 and "num_outputs" not in takes:
+        raise LabError(
+            f"objective.critic.backbone = {config.backbone!r}: tells one number of an image, not one of each "
+            "class. Use dcgan_discriminator, or leave out objective.conditional."
+        )
     defaults = {"norm": None} if loss in PENALTIES and "norm" in takes else {}
     of_data = {key: value for key, value in of_data.items() if key in takes}
     backbone = backbones.build(config.backbone, **{**of_data, **defaults, **config.spec})

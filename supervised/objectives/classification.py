@@ -116,7 +116,8 @@ class Classification(Objective):
         return looks.unflatten(1, (rows, columns)).cpu().numpy()
 
     def spec(self) -> dict[str, Any]:
-        return {"classes": list(self.data.classes), **self.normalize.spec()}
+        shape = list(self.data.train.tensors["inputs"].shape[1:])
+        return {"classes": list(self.data.classes), "shape": shape, **self.normalize.spec()}
 
 
 def _first_kernels(model: nn.Module) -> np.ndarray | None:

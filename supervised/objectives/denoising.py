@@ -61,7 +61,8 @@ class Denoising(Generative):
         self.is_image = data.kind == "images"
         of_data: dict[str, Any] = {"num_classes": self.classes_made}
         if self.is_image:
-            of_data |= {"in_chans": self.shape[0], "img_size": list(self.shape[1:])}
+            channels = self.shape[0]
+            of_data |= {"in_chans": channels, "out_chans": channels, "img_size": list(self.shape[1:])}
             augment = settings.data.augment
             if augment.shift or augment.cutout or augment.mixup or augment.cutmix:
                 raise LabError("data.augment: what is not in the data would be learned, too. Use only flip.")

@@ -21,6 +21,8 @@ from supervised.objectives.base import Batch, Loss, Objective, Players, require_
 from supervised.objectives.generative import to_bytes
 
 SHOWN = 4
+SSIM_WINDOW = 11
+"""Side, pixels."""
 LUMA = (65.481, 128.553, 24.966)
 """Of red, green and blue (ITU-R BT.601), which with 16 below them reach from 16 to 235."""
 
@@ -61,6 +63,12 @@ class SuperResolution(Objective):
             raise LabError(
                 f"objective.patch = {c.patch}: must be divisible by {self.scale}, and the images have "
                 f"{' x '.join(map(str, sides))} pixels. Make it smaller, or data.img_size larger."
+            )
+        judged = [side - side % self.scale - 2 * self.scale for side in sides]
+        if min(judged) < SSIM_WINDOW:
+            raise LabError(
+                f"data.img_size: of {' x '.join(map(str, sides))} pixels {' x '.join(map(str, judged))} are "
+                f"judged, and SSIM needs {SSIM_WINDOW} a side. Make it larger."
             )
         self.players: dict[str, nn.Module] = {"generator": Upscaler(backbone, c.residual)}
         if c.adversarial_weight:
@@ -170,7 +178,7 @@ class Perception:
     """What the last convolution of a run's classifier sees in images from 0 to 1 (section 2.2.1)."""
 
     def __init__(self, folder: str, shape: Sequence[int]) -> None:
-        self.net, self.normalize, *_ = detection.open_classifier(folder, shape)
+        self.net, self.normalize, *_ = detection.open_classifier(folder, shape, any_size=True)
         self.seen: list[Tensor] = []
         convolutions = [m for m in self.net.backbone.modules() if isinstance(m, nn.Conv2d)]
         if not convolutions:
@@ -212,7 +220,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     deviation 1.5, that lie within the image.
     """
     a, b = a.double(), b.double()
-    bell = torch.exp(-((torch.arange(11, device=a.device, dtype=a.dtype) - 5) ** 2) / (2 * 1.5**2))
+    places = torch.arange(SSIM_WINDOW, device=a.device, dtype=a.dtype) - SSIM_WINDOW // 2
+    bell = torch.exp(-(places**2) / (2 * 1.5**2))
     window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
     with autocast(a.device.type, "fp32"):
         mean_a, mean_b, aa, bb, ab = F.conv2d(torch.cat((a, b, a * a, b * b, a * b)), window).chunk(5)
@@ -243,7 +252,8 @@ def _power(images: Tensor) -> Tensor:
     n_bins = min(height, width) // 2
     of_bin = (distance * 2 * n_bins).round() == torch.arange(1, n_bins + 1)[:, None, None]
     of_bin = of_bin.flatten(1).float().to(images.device)
-    return spectrum.flatten(1) @ (of_bin / of_bin.sum(1, keepdim=True)).T + 1e-3
+    with autocast(images.device.type, "fp32"):
+        return spectrum.flatten(1) @ (of_bin / of_bin.sum(1, keepdim=True)).T + 1e-3
 
 
 def _inside(images: Tensor, border: int) -> Tensor:

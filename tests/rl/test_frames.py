@@ -93,6 +93,9 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFi
     assert (said["steps"], said["image_size"], said["stretches"]) == (30, [16, 16], 4)
     assert said["bytes"] == out.stat().st_size
     assert [path.name for path in tmp_path.iterdir()] == ["frames.npz"]
+    with pytest.raises(LabError, match="is there already"):
+        lab_frames("pong", "--out", out)
+    assert out.stat().st_size == said["bytes"]
 
 
 def test_what_is_wrong_is_said_before_anything_is_played(finished_run: Path, tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_what_is_wrong_is_said_before_anything_is_played(finished_run: Path, tmp
     for arguments, said in (
         (["pnog", "--out", out], "pong"),
         (["pong", "--out", tmp_path / "f.npy"], ".npz"),
-        (["pong", "--out", tmp_path / "no" / "f.npz"], "no folder"),
+        (["pong", "--out", __file__ + "/f.npz"], "Name another file"),
         (["pong", "--out", out, "--run", tmp_path / "no"], "no run"),
         (["breakout", "--out", out, "--run", finished_run], "plays pong"),
         (["pong", "--out", out, "--run", finished_run, "--image_size", 99], "Leave --image_size out"),

@@ -463,7 +463,11 @@ def test_images_become_bytes() -> None:
     assert to_bytes(torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
 
 
-BATCH_NORM = {"backbone": "dcgan_discriminator", "spec": {"norm": "batch"}}
+def net(backbone: str, **spec: Any) -> dict[str, Any]:
+    return {"backbone": backbone, "spec": spec}
+
+
+BATCH_NORM = net("dcgan_discriminator", norm="batch")
 
 
 @pytest.mark.parametrize(
@@ -483,6 +487,19 @@ BATCH_NORM = {"backbone": "dcgan_discriminator", "spec": {"norm": "batch"}}
         ({**variational(), "model": {"backbone": "vae", "spec": {"prior_depth": -1}}}, "not be negative"),
         ({**flow(conditional=True), "data": {**PHOTOGRAPHS, "augment": {}}}, "has no labels"),
         ({**super_resolution(), "model": {"backbone": "vae"}}, "Use one of srresnet."),
+        (adversarial(critic=net("srgan_discriminator"), conditional=True), "not one of each class"),
+        (adversarial(critic=net("dcgan_discriminator", num_outputs=3)), "num_outputs: follows"),
+        (adversarial(critic=net("dcgan_discriminator", img_size=14)), "img_size: follows"),
+        ({**adversarial(conditional=True), "model": net("dcgan_generator", latent=3)}, "Make it 4 or more"),
+        ({**variational(), "model": net("vae", latent=1, prior_depth=1)}, "need 2 or more"),
+        (
+            {
+                "objective": {"name": "super_resolution", "patch": 8},
+                "data": {**PHOTOGRAPHS, "img_size": 16},
+                "model": net("srresnet", depth=1, width=8),
+            },
+            "SSIM needs 11 a side",
+        ),
     ],
 )
 def test_mistakes_say_what_to_do(values: dict[str, Any], said: str) -> None:
@@ -516,6 +533,8 @@ def test_impossible_settings_are_refused(objective: dict[str, Any], said: str) -
 def test_a_judge_must_fit(judge: Path, tmp_path: Path) -> None:
     with pytest.raises(LabError, match="does not know images of 3 x 48 x 48"):
         detection.make_judge(str(judge), (3, 48, 48))
+    with pytest.raises(LabError, match="does not know images of 1 x 16 x 16"):
+        detection.make_judge(str(judge), (1, 16, 16))
     maker = trained(settings_of(adversarial(), max_steps=1), tmp_path / "maker")
     with pytest.raises(LabError, match=r"'adversarial'. Name a run of classification"):
         detection.make_judge(str(maker.folder), (1, 8, 8))
