@@ -113,6 +113,19 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def without_other_specs(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` without what it says of a backbone where `over` names another one beside it."""
+    kept = dict(base)
+    if "backbone" in over and "backbone" in base and over["backbone"] != base["backbone"]:
+        for key in ("spec", "backbone_spec"):
+            kept.pop(key, None)
+    for key, value in over.items():
+        below = kept.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            kept[key] = without_other_specs(below, value)
+    return kept
+
+
 def build(root: type[T], file_values: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> T:
     """Builds the frozen dataclass `root` from a file's values and dotted overrides.
 
@@ -129,7 +142,7 @@ def build(root: type[T], file_values: Mapping[str, Any], overrides: Mapping[str,
     for values, where in ((file_values, source), (over, "command line")):
         _check_keys(root, values, where, ())
         _check_values(root, values, where, ())
-    values = _whole_floats_to_ints(root, merge(file_values, over))
+    values = _whole_floats_to_ints(root, merge(without_other_specs(file_values, over), over))
     return _parse(root, values, source, overrides)
 
 

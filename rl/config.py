@@ -186,12 +186,16 @@ class DRQNConfig(DQNConfig):
         )
 
 
+PQN_SPEC = {"norm": "layer"}
+"""What PQN, which has no target network, needs of the networks made for Atari."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PQNConfig(AgentConfig):
     """Parallelised Q-learning (Gallici et al. 2024, arXiv 2407.04811): no replay, no target network."""
 
     algorithm: str = "pqn"
-    backbone_spec: dict[str, Any] = field(default_factory=lambda: {"norm": "layer"})
+    backbone_spec: dict[str, Any] = field(default_factory=lambda: dict(PQN_SPEC))
     optimizer: str = "radam"
     rollout_steps: int = 32
     """Steps of every environment between two phases of learning."""
@@ -207,6 +211,8 @@ class PQNConfig(AgentConfig):
         for key in ("rollout_steps", "epochs", "minibatch_size"):
             require(getattr(self, key) >= 1, f"agent.{key}", f"{getattr(self, key)} must be at least 1")
         require(0 <= self.td_lambda <= 1, "agent.td_lambda", f"{self.td_lambda} must be between 0 and 1")
+        if self.backbone_spec == PQN_SPEC and self.backbone not in ("nature_cnn", "impala_cnn"):
+            object.__setattr__(self, "backbone_spec", {})  # others normalise in their own way
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,6 +106,10 @@ def arguments(name: str) -> Mapping[str, inspect.Parameter]:
     }
 
 
+DEPTHS = {"n_layer", "depth", "depths", "n_res", "levels", "prior_depth"}
+MOST_LAYERS = 10_000
+
+
 def build(name: str, **spec: Any) -> Any:
     """Builds the backbone `name`, a `torch.nn.Module` that satisfies `Backbone`.
 
@@ -118,6 +122,12 @@ def build(name: str, **spec: Any) -> Any:
     """
     cls, preset = _find(name)
     spec = typed(name, spec)
+    for key in DEPTHS & spec.keys():  # more would be built, layer by layer, until the memory is full
+        numbers = spec[key] if isinstance(spec[key], list | tuple) else [spec[key]]
+        if max((n for n in numbers if isinstance(n, int)), default=0) > MOST_LAYERS:
+            raise LabError(
+                f"backbone {name}: {key} {spec[key]} is above {MOST_LAYERS:,}. Use a smaller number."
+            )
     try:
         backbone = cls(**{**preset, **spec})
     except (TypeError, ValueError) as error:

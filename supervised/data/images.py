@@ -192,7 +192,10 @@ def _pixels(picture: "Image", config: DataConfig) -> np.ndarray:
     """(channels, height, width) uint8."""
     from PIL import Image, ImageOps
 
-    picture = ImageOps.exif_transpose(picture).convert("L" if config.grayscale else "RGB")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits, all of which but the lowest 255 Pillow would call white
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    picture = picture.convert("L" if config.grayscale else "RGB")
     if config.img_size:
         picture = ImageOps.fit(picture, (config.img_size, config.img_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(picture)

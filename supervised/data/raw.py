@@ -78,14 +78,14 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """A file's text in UTF-8; a file that is packed with gzip is unpacked.
+    """A file's text in UTF-8, with or without a byte order mark; a file packed with gzip is unpacked.
 
     Raises:
         LabError: it cannot be read, or is no UTF-8.
     """
     data = read_bytes(path)
     try:
-        return data.decode("utf-8", errors)
+        return data.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise LabError(f"{path}, line {line}: not UTF-8 ({error.reason}). Convert the file.") from None

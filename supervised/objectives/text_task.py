@@ -83,8 +83,12 @@ class TextTask(Objective):
         if self.config.language_model_weight:
             model: Any = self.players[player]
             next_tokens = F.linear(hidden[:, :-1], model.backbone.tokens.weight)
-            targets = ids.flatten(0, 1)[:, 1:].flatten()
-            text_loss = F.cross_entropy(next_tokens.flatten(0, 1), targets, ignore_index=self.padding)
+            targets = ids.flatten(0, 1)[:, 1:]
+            nats = F.cross_entropy(
+                next_tokens.transpose(1, 2), targets, ignore_index=self.padding, reduction="none"
+            )
+            # Each text counts alike, as in the task's loss, so that parts of a batch add up to it.
+            text_loss = (nats.sum(1) / (targets != self.padding).sum(1).clamp(min=1)).mean()
             loss = loss + self.config.language_model_weight * text_loss
             metrics["text_loss"] = text_loss
         return Loss(loss, metrics)

@@ -65,6 +65,23 @@ def test_overrides_lie_over_the_file_and_the_file_over_the_defaults(tmp_path: Pa
     assert built == Outer(inner=Inner(rate=0.5, count=9), seed=4, name="x y")
 
 
+def test_what_a_file_says_of_one_backbone_is_not_said_of_another() -> None:
+    base = {"agent": {"backbone": "nature_cnn", "backbone_spec": {"width": 8}, "gamma": 0.9}, "seed": 1}
+    for over, left in (
+        ({"agent": {"gamma": 0.5}}, {"width": 8}),
+        ({"agent": {"backbone": "nature_cnn"}}, {"width": 8}),
+        ({"agent": {"backbone": "resnet8"}}, None),
+        ({"agent": {"backbone": "resnet8", "backbone_spec": {"width": 4}}}, None),
+    ):
+        kept = config.without_other_specs(base, over)
+        assert kept["agent"].get("backbone_spec") == left
+        assert (kept["agent"]["gamma"], kept["seed"]) == (0.9, 1)
+    nested = {"objective": {"critic": {"backbone": "a", "spec": {"width": 8}}}}
+    kept = config.without_other_specs(nested, {"objective": {"critic": {"backbone": "b"}}})
+    assert kept == {"objective": {"critic": {"backbone": "a"}}}
+    assert base["agent"]["backbone_spec"] == {"width": 8}
+
+
 def test_a_built_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         build({}).seed = 5  # type: ignore[misc]

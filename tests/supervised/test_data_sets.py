@@ -254,6 +254,16 @@ def test_a_folder_a_class(tmp_path: Path) -> None:
     assert read(tmp_path, grayscale=True).train.tensors["inputs"].shape == (16, 1, 4, 6)
 
 
+def test_pictures_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+    for i in range(10):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(shades).save(tmp_path / name / f"{i}.png")
+    found = read(tmp_path, grayscale=True).train.tensors["inputs"][0, 0]
+    assert found.tolist() == (shades // 257).tolist()
+
+
 def test_folders_of_parts_scaled_and_cropped(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "a" / "0.png", (6, 4))
     picture(tmp_path / "train" / "b" / "0.png", (9, 9))
@@ -583,6 +593,13 @@ def test_a_label_that_training_does_not_know(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", {"text": "a", "label": "good"}, {"text": "b", "label": "bad"})
     path = jsonl(tmp_path / "test.jsonl", {"text": "a", "label": "godo"})
     assert f"{path}, line 1: label 'godo' is none of bad, good. Did you mean 'good'?" in error(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    lines = "".join(f"zwei {i}\ttwo {i}\n" for i in range(10))
+    (tmp_path / "a.tsv").write_text("de\ten\n" + lines, encoding="utf-8-sig")
+    data = read(tmp_path / "a.tsv", tokenizer="bytes", pair=("de", "en"))
+    assert len(data.train) + len(data.test) == 10
 
 
 def test_a_tsv_line_without_a_tab(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_other_inputs_need_a_number() -> None:
         (["nature_cnn", "--img_size=big"], "img_size = 'big' is not valid"),
         (["resnet18", "--img_size=1e9"], "takes no image of img_size"),
         (["resnet18", "--in_chans=1e30"], "Overflow"),
+        (["gpt3-175b", "--n_layer=9999999"], "above 10,000"),
         (["resnet18", "--classes=" + 20 * "9"], "cannot be counted"),
         (["drqn", "--classes=3"], "--classes is for classifiers, not for drqn"),
     ],

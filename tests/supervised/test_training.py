@@ -349,6 +349,22 @@ def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_parts_of_a_task_with_a_language_model_loss_add_up(tmp_path: Path) -> None:
+    rows = [{"text": "a" * n, "label": "b" if n > 9 else "c"} for n in (1, 2, 3, 30) for _ in range(10)]
+    values = task(tmp_path)
+    values["data"] = {"source": str(write_rows(tmp_path, rows)), "context": 64}
+    found = []
+    for parts in (1, 4):
+        optimizer = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant"}
+        settings = settings_of(values, accumulate=parts, batch_size=32, max_steps=1, optimizer=optimizer)
+        objective = objective_of(settings)
+        trainer = Trainer(objective, objective.batches("train", CPU.device), settings, CPU)
+        list(trainer.iterate())
+        found.append(trainer.weights(judged=False))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(weight, found[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_parts_of_pairs_count_by_their_tokens(tmp_path: Path) -> None:
     """The mean of a batch's tokens is no mean of its parts' means: parts differ in padding."""
     values = pairs(tmp_path)
