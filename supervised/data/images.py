@@ -220,7 +220,10 @@ def read_npz(path: Path, config: DataConfig) -> Raw:
         LabError: it is damaged, or holds none of these.
     """
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise LabError("one array without a name (save it with np.savez)")
             arrays = {name: np.atleast_1d(file[name]) for name in file.files}
     except Exception as error:  # zip, zlib, numpy: each has its own
         if "pickle" in str(error):
@@ -283,6 +286,8 @@ def _as_labels(values: np.ndarray | None, what: str) -> Columns:
         return {"labels": values.reshape(-1).astype(np.int64)}
     if values.dtype.kind == "f" and values.ndim <= 2 and values.size:
         return {"targets": values.reshape(len(values), -1).astype(np.float32)}
+    shape = " x ".join(map(str, values.shape))
     raise LabError(
-        f"{what} labels are of {values.dtype}, where whole numbers or floats are needed. Convert them."
+        f"{what} labels are {shape} of {values.dtype}, where each sample has one whole number, its class, or "
+        "floats. Convert them."
     )
