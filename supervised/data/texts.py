@@ -37,7 +37,7 @@ def read_texts(path: Path, config: DataConfig) -> Raw:
         if not files:
             kinds = sorted({p.suffix for p in path.rglob("*") if p.is_file() and p.suffix})
             raise LabError(
-                f"{path}: holds no file that ends in {config.suffix}. Set data.suffix"
+                f"{path}: holds no picture, and no file that ends in {config.suffix}. Set data.suffix"
                 + (f" (there are {', '.join(kinds[:6])})." if kinds else ", or name another folder.")
             )
     parts: dict[str, Columns] = {}

@@ -397,7 +397,7 @@ def test_a_folder_of_text_with_parts(tmp_path: Path) -> None:
     message = error(tmp_path, suffix=".md", evaluate_on="dev")
     assert "data.evaluate_on = 'dev'" in message
     assert "only test, train, valid" in message
-    assert "holds no file that ends in .rst. Set data.suffix (there are .md, .txt)" in error(
+    assert "holds no picture, and no file that ends in .rst. Set data.suffix (there are .md, .txt)" in error(
         tmp_path, suffix=".rst"
     )
 
