@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -25,16 +25,16 @@ def hub_or_cache(name: str) -> Iterator[None]:
     if constants.HF_HUB_OFFLINE or Path(name).exists() or getproxies() or _is_reachable(constants.ENDPOINT):
         yield
         return
-    clients: list[ModuleType] = [constants]
+    clients: list[Any] = [constants]
     if "datasets" in sys.modules:  # it has taken a copy
         clients.append(sys.modules["datasets"].config)
     for client in clients:
-        client.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        client.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         for client in clients:
-            client.HF_HUB_OFFLINE = False  # type: ignore[attr-defined]
+            client.HF_HUB_OFFLINE = False
 
 
 def _is_reachable(endpoint: str) -> bool:

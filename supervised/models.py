@@ -1,6 +1,6 @@
 """Backbones for objectives: built for the data, begun from another run's weights, adapted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ def make_backbone(
             f"model.backbone = {config.backbone!r}: does not read what there is here. Use one of {known}."
         )
     takes = backbones.arguments(config.backbone)
-    if given := sorted(config.spec.keys() & of_data.keys()):
-        raise LabError(f"model.spec.{given[0]}: follows from the data. Leave it out.")
+    refuse_what_follows(config.spec, of_data, "model.spec")
     backbone = backbones.build(
         config.backbone, **{key: value for key, value in of_data.items() if key in takes}, **config.spec
     )
@@ -48,6 +47,12 @@ def make_backbone(
     elif config.adapt == "lora":
         _add_lora(backbone, config.lora_rank, new_tokens)
     return backbone, parents
+
+
+def refuse_what_follows(spec: Mapping[str, Any], of_data: Mapping[str, Any], key: str) -> None:
+    """Raises a `LabError` if the spec at a config's `key` has what follows from the data."""
+    if given := sorted(spec.keys() & of_data.keys()):
+        raise LabError(f"{key}.{given[0]}: follows from the data. Leave it out.")
 
 
 def _start_from(backbone: nn.Module, folder: Path) -> dict[str, str]:

@@ -104,6 +104,11 @@ class Mix(nn.Module):
             return F.conv2d(y, solve(upper, matrix, upper=True)[:, :, None, None])
 
 
+def _bounded(log_scale: Tensor) -> Tensor:
+    """Between `LARGEST_LOG_SCALE` and its negative; small ones as they are."""
+    return LARGEST_LOG_SCALE * (log_scale / LARGEST_LOG_SCALE).tanh()
+
+
 class Coupling(nn.Module):
     """Half of the channels, scaled and shifted by what a net says of the others (RealNVP, section 3.2).
 
@@ -130,7 +135,7 @@ class Coupling(nn.Module):
         if self.of_class is not None and labels is not None:
             x = x + self.of_class(labels)[:, :, None, None].to(x.dtype)
         log_scale, shift = self.net[1:](x).to(kept.dtype).chunk(2, 1)
-        return LARGEST_LOG_SCALE * (log_scale / LARGEST_LOG_SCALE).tanh(), shift
+        return _bounded(log_scale), shift
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = x[:, : self.kept], x[:, self.kept :]
@@ -155,7 +160,7 @@ class ClassNormal(nn.Module):
 
     def _told(self, labels: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         log_scale, mean = (part.reshape(shape) for part in self.of_class(labels).chunk(2, 1))
-        return LARGEST_LOG_SCALE * (log_scale / LARGEST_LOG_SCALE).tanh(), mean
+        return _bounded(log_scale), mean
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, mean = self._told(labels, x.shape)

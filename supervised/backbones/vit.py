@@ -152,6 +152,7 @@ class ViT(nn.Module):
             raise ValueError(f"pool {pool!r} is none of {POOLS}")
         if width % n_head:
             raise ValueError(f"width {width} is no multiple of n_head {n_head}")
+        self.patch_size = patch_size
         self.patches = nn.Conv2d(in_chans, width, patch_size, patch_size)
         self.patch_norms = nn.ModuleList()
         if patch_norm:
@@ -188,8 +189,7 @@ class ViT(nn.Module):
         """Tokens (batch, token, width) of the patches, row by row (equation 1)."""
         if self.patch_norms:
             before, behind = self.patch_norms
-            side = self.patches.kernel_size
-            x = before(F.unfold(images, side, stride=side).transpose(1, 2))  # type: ignore[arg-type]
+            x = before(F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2))
             x = behind(F.linear(x, self.patches.weight.flatten(1), self.patches.bias))
         else:
             x = self.patches(images).flatten(2).transpose(1, 2)

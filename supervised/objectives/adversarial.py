@@ -12,7 +12,7 @@ from lab.errors import LabError
 from supervised import backbones
 from supervised.config import AdversarialConfig, AdversarialRun, CriticConfig, SuperResolutionConfig
 from supervised.data import DataSet
-from supervised.models import make_backbone
+from supervised.models import make_backbone, refuse_what_follows
 from supervised.objectives.base import Batch, Loss, Players, samples_in
 from supervised.objectives.generative import Decoder
 
@@ -121,8 +121,7 @@ def make_critic(config: CriticConfig, loss: str, num_outputs: int = 1, **of_data
             f"Use one of {', '.join(backbones.CRITICS)}."
         )
     takes, of_data = backbones.arguments(config.backbone), {**of_data, "num_outputs": num_outputs}
-    if given := sorted(config.spec.keys() & of_data.keys()):
-        raise LabError(f"objective.critic.spec.{given[0]}: follows from the data. Leave it out.")
+    refuse_what_follows(config.spec, of_data, "objective.critic.spec")
     if num_outputs > 1 and "num_outputs" not in takes:
         raise LabError(
             f"objective.critic.backbone = {config.backbone!r}: tells one number of an image, not one of each "

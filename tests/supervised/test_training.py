@@ -349,20 +349,24 @@ def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
 
 
+def after_one_step(values: dict[str, Any], parts: int) -> Trainer:
+    """A trainer that has moved once, by plain gradient descent, by a batch in so many parts."""
+    optimizer = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant"}
+    settings = settings_of(values, accumulate=parts, batch_size=32, max_steps=1, optimizer=optimizer)
+    objective = objective_of(settings)
+    trainer = Trainer(objective, objective.batches("train", CPU.device), settings, CPU)
+    list(trainer.iterate())
+    return trainer
+
+
 def test_parts_of_a_task_with_a_language_model_loss_add_up(tmp_path: Path) -> None:
     rows = [{"text": "a" * n, "label": "b" if n > 9 else "c"} for n in (1, 2, 3, 30) for _ in range(10)]
     values = task(tmp_path)
     values["data"] = {"source": str(write_rows(tmp_path, rows)), "context": 64}
-    found = []
-    for parts in (1, 4):
-        optimizer = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant"}
-        settings = settings_of(values, accumulate=parts, batch_size=32, max_steps=1, optimizer=optimizer)
-        objective = objective_of(settings)
-        trainer = Trainer(objective, objective.batches("train", CPU.device), settings, CPU)
-        list(trainer.iterate())
-        found.append(trainer.weights(judged=False))
-    for name, weight in found[0].items():
-        torch.testing.assert_close(weight, found[1][name], rtol=1e-4, atol=1e-5)
+    whole, in_parts = (after_one_step(values, parts) for parts in (1, 4))
+    weights = in_parts.weights(judged=False)
+    for name, weight in whole.weights(judged=False).items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5)
 
 
 def test_parts_of_pairs_count_by_their_tokens(tmp_path: Path) -> None:
@@ -371,17 +375,11 @@ def test_parts_of_pairs_count_by_their_tokens(tmp_path: Path) -> None:
     values["model"]["spec"]["dropout"] = 0.0
     rows = [{"source": "a" * n, "target": "b" * n} for n in (1, 1, 1, 30) for _ in range(10)]
     values["data"] = {"source": str(write_rows(tmp_path, rows)), "context": 64}
-    found = []
-    for parts in (1, 4):
-        optimizer = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant"}
-        settings = settings_of(values, accumulate=parts, batch_size=32, max_steps=1, optimizer=optimizer)
-        objective = objective_of(settings)
-        trainer = Trainer(objective, objective.batches("train", CPU.device), settings, CPU)
-        list(trainer.iterate())
-        found.append((trainer.means.take()["loss"], trainer.weights(judged=False)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for name, weight in found[0][1].items():
-        torch.testing.assert_close(weight, found[1][1][name], rtol=1e-4, atol=1e-5)
+    whole, in_parts = (after_one_step(values, parts) for parts in (1, 4))
+    assert whole.means.take()["loss"] == pytest.approx(in_parts.means.take()["loss"], rel=1e-5)
+    weights = in_parts.weights(judged=False)
+    for name, weight in whole.weights(judged=False).items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("every", "words"), [(1.0, "r2 is nan after step 1"), (1e6, "train/loss is nan")])
