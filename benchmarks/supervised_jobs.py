@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from supervised import objectives
+from supervised.backbones import blocked
 from supervised.config import SupervisedRun, run_config_class
 from supervised.data import DataSet, load
 from supervised.data.config import DataConfig
@@ -42,6 +43,8 @@ from supervised.trainer import Trainer
 N_ROWS = 6_000
 """Of the sets of the library `datasets`."""
 PEAK_SIZES = (512, 1024, 2048)
+NOWHERE = torch.device("meta")
+"""A device on which no network computes in blocks."""
 GPT2 = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True}
 """What nanoGPT is among the shapes `gpt` can take."""
 
@@ -73,6 +76,7 @@ def make(job: Job, folder: Path) -> tuple[Turn, dict[str, Any]]:
         )
         return turn, facts
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    blocked.use(model, NOWHERE)
     if job.side == "DataLoader loop":
         return plain_loop(model.train(), Images(data.train.tensors), IMAGE_BATCH), facts
     feed = {"Trainer on PNGs": png_dataset, "Trainer on arrays": array_dataset}.get(job.side, Images)
@@ -126,9 +130,11 @@ def our_trainer(values: dict[str, Any], data: DataSet, job: Job) -> Trainer:
 
 def flops_of_step(trainer: Trainer) -> int:
     """What a forward and a backward pass multiply and add, as torch counts it."""
-    batch = next(trainer.batches.epoch(0))
+    batch, model = next(trainer.batches.epoch(0)), trainer.bare["model"]
+    blocked.use(model, NOWHERE)  # torch counts no operation of oneDNN's layout
     with FlopCounterMode(display=False) as counter:
         trainer.objective.loss("model", batch).value.backward()
+    blocked.use(model, trainer.compute.device)
     return counter.get_total_flops()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lab.device import Compute, attention_to_learn
 from lab.seeding import derive_seed, seed_step
 from supervised import optim
+from supervised.backbones import blocked
 from supervised.config import SupervisedRun
 from supervised.data import Batches
 from supervised.objectives.base import Batch, Objective, Players, samples_in
@@ -69,6 +70,8 @@ class Trainer:
             module.to(compute.device)
             if _likes_channels_last(module, compute.device):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if not config.compile:
+                blocked.use(module, compute.device)
         self.bare = dict(objective.players)
         """The players without what the loop wraps around them."""
         self.optimizers = {

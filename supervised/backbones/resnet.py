@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from supervised.backbones.blocked import Blocked, Conv2d, leave
 from supervised.backbones.layers import init_he, make_norm, require_positive
 from supervised.backbones.mlp import image_size
 
@@ -33,7 +34,8 @@ class PadShortcut(nn.Module):
         self.new_chans, self.stride = new_chans, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_chans))
+        padded = F.pad(leave(x)[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_chans))
+        return padded.to_mkldnn() if x.is_mkldnn else padded
 
 
 def _shortcut(kind: str, in_chans: int, out_chans: int, stride: int, norm: str) -> nn.Module:
@@ -41,7 +43,7 @@ def _shortcut(kind: str, in_chans: int, out_chans: int, stride: int, norm: str) 
         return nn.Identity()
     if kind == "pad":
         return PadShortcut(out_chans - in_chans, stride)
-    return nn.Sequential(nn.Conv2d(in_chans, out_chans, 1, stride, bias=False), make_norm(norm, out_chans))
+    return nn.Sequential(Conv2d(in_chans, out_chans, 1, stride, bias=False), make_norm(norm, out_chans))
 
 
 class Basic(nn.Module):
@@ -51,15 +53,15 @@ class Basic(nn.Module):
 
     def __init__(self, in_chans: int, chans: int, stride: int, shortcut: str, norm: str) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, chans, 3, stride, 1, bias=False)
+        self.conv1 = Conv2d(in_chans, chans, 3, stride, 1, bias=False)
         self.bn1 = make_norm(norm, chans)
-        self.conv2 = nn.Conv2d(chans, chans, 3, 1, 1, bias=False)
+        self.conv2 = Conv2d(chans, chans, 3, 1, 1, bias=False)
         self.bn2 = make_norm(norm, chans)
         self.downsample = _shortcut(shortcut, in_chans, chans, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(residual)) + self.downsample(x))
+        residual = F.relu_(self.bn1(self.conv1(x)))
+        return F.relu_(self.bn2(self.conv2(residual)).add_(self.downsample(x)))
 
 
 class Bottleneck(nn.Module):
@@ -73,24 +75,24 @@ class Bottleneck(nn.Module):
     def __init__(self, in_chans: int, chans: int, stride: int, shortcut: str, norm: str) -> None:
         super().__init__()
         out = chans * self.expansion
-        self.conv1 = nn.Conv2d(in_chans, chans, 1, bias=False)
+        self.conv1 = Conv2d(in_chans, chans, 1, bias=False)
         self.bn1 = make_norm(norm, chans)
-        self.conv2 = nn.Conv2d(chans, chans, 3, stride, 1, bias=False)
+        self.conv2 = Conv2d(chans, chans, 3, stride, 1, bias=False)
         self.bn2 = make_norm(norm, chans)
-        self.conv3 = nn.Conv2d(chans, out, 1, bias=False)
+        self.conv3 = Conv2d(chans, out, 1, bias=False)
         self.bn3 = make_norm(norm, out)
         self.downsample = _shortcut(shortcut, in_chans, out, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = F.relu(self.bn1(self.conv1(x)))
-        residual = F.relu(self.bn2(self.conv2(residual)))
-        return F.relu(self.bn3(self.conv3(residual)) + self.downsample(x))
+        residual = F.relu_(self.bn1(self.conv1(x)))
+        residual = F.relu_(self.bn2(self.conv2(residual)))
+        return F.relu_(self.bn3(self.conv3(residual)).add_(self.downsample(x)))
 
 
 BLOCKS: dict[str, type[Basic] | type[Bottleneck]] = {"basic": Basic, "bottleneck": Bottleneck}
 
 
-class ResNet(nn.Module):
+class ResNet(Blocked):
     """Stages of residual blocks; from the second stage on, each halves the image and doubles the channels.
 
     Args:
@@ -149,7 +151,7 @@ class ResNet(nn.Module):
         if small_stride > 1 and not small_input:
             raise ValueError("small_stride is for small_input")
         stem = (3, small_stride, 1) if small_input else (7, 2, 3)
-        self.conv1 = nn.Conv2d(in_chans, width, *stem, bias=False)
+        self.conv1 = Conv2d(in_chans, width, *stem, bias=False)
         self.bn1 = make_norm(norm, width)
         self.pool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, 1)
         make, before = BLOCKS[block], width
@@ -163,6 +165,7 @@ class ResNet(nn.Module):
                 before = chans * make.expansion
             self.stages.append(nn.Sequential(*blocks))
         self.num_features = before
+        self.can_be_blocked = norm == "batch"
         init_he(self)
         if zero_init_residual:
             for module in self.modules():
@@ -171,6 +174,8 @@ class ResNet(nn.Module):
                     nn.init.zeros_(last.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        x = self.stages(self.pool(F.relu_(self.bn1(self.conv1(self.enter(x))))))
+        if x.is_mkldnn:
+            return leave(x).mean((2, 3))
         # Not mean((2, 3)): its gradient has not the memory layout, channels_last, of what it meets.
-        return self.stages(x).permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
