@@ -16,8 +16,9 @@ from lab.run import Run, folder_name
 from supervised import backbones, smoke
 from supervised.config import SupervisedRun, run_config_class
 
-# What may change between the sessions of one run: none of it alters what was computed so far.
-MAY_CHANGE = ("eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name")
+# What may change between the sessions of one run: none of it alters what was computed so far. With another
+# number of updates a learning rate that falls goes on as the schedule of that many has it.
+MAY_CHANGE = ("epochs", "max_steps", "eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name")
 HOW_IT_SAMPLES = {
     "denoising": ("objective.sampling_steps", "objective.eta", "objective.guidance", "objective.solver"),
     "flow": ("objective.temperature",),

@@ -48,6 +48,12 @@ def train(
     model = settings.model if saved is None else replace(settings.model, start_from=None)
     objective = objectives.make(replace(settings, model=model), data)
     trainer = Trainer(objective, objective.batches("train", compute.device), settings, compute)
+    taken = saved.state["trainer"]["step"] if saved is not None else 0
+    if taken > trainer.total_steps:
+        raise LabError(
+            f"{folder}: has taken {taken:,} steps, and epochs and max_steps now allow {trainer.total_steps:,}. "
+            "Set as many or more."
+        )
     held_out = objective.batches("test", compute.device)
     values = config.to_dict(settings)
     if run is None:

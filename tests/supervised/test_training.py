@@ -282,6 +282,32 @@ def test_a_run_killed_and_resumed_ends_as_one_never_stopped(problem: str, tmp_pa
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), file.name
 
 
+def test_a_finished_run_can_go_on_for_longer(tmp_path: Path) -> None:
+    """At a constant learning rate, as if it had been meant to; one that falls goes on from the new schedule's."""
+    values = PROBLEMS["classification"](tmp_path)
+    for schedule in ("constant", "cosine"):
+        optimizer = {**values.get("optimizer", {}), "schedule": schedule}
+        short, long = (settings_of(values, max_steps=n, optimizer=optimizer) for n in (4, 8))
+        trained(short, tmp_path / schedule / "short")
+        longer = trained(long, tmp_path / schedule / "short", resume=True)
+        assert longer.info["state"] == "finished"
+        assert longer.info["config"]["max_steps"] == 8
+        whole = trained(long, tmp_path / schedule / "whole")
+        weights = [
+            load_file(run.folder / "checkpoints" / "latest" / "model.safetensors") for run in (longer, whole)
+        ]
+        same = all(torch.equal(one, other) for one, other in zip(*map(dict.values, weights), strict=True))
+        assert same == (schedule == "constant")
+        rates = [
+            [row["train/learning_rate"] for row in read_metrics(run.metrics) if "train/learning_rate" in row]
+            for run in (longer, whole)
+        ]
+        assert rates[0][-1] == rates[1][-1]
+    with pytest.raises(LabError, match="has taken 8 steps, and epochs and max_steps now allow 4"):
+        trained(short, tmp_path / "cosine" / "short", resume=True)
+    assert Run.open(tmp_path / "cosine" / "short").info["state"] == "finished"
+
+
 @each_problem
 def test_it_learns_and_leaves_numbers_and_figures(problem: str, tmp_path: Path) -> None:
     values = PROBLEMS[problem](tmp_path)
