@@ -48,12 +48,6 @@ def train(
     model = settings.model if saved is None else replace(settings.model, start_from=None)
     objective = objectives.make(replace(settings, model=model), data)
     trainer = Trainer(objective, objective.batches("train", compute.device), settings, compute)
-    taken = saved.state["trainer"]["step"] if saved is not None else 0
-    if taken > trainer.total_steps:
-        raise LabError(
-            f"{folder}: has taken {taken:,} steps, and epochs and max_steps now allow {trainer.total_steps:,}. "
-            "Set as many or more."
-        )
     held_out = objective.batches("test", compute.device)
     values = config.to_dict(settings)
     if run is None:
@@ -226,6 +220,11 @@ class _Session:
         """Goes back to a checkpoint."""
         files = [path.stem for path in saved.path.glob("*.safetensors")]
         self.trainer.restore({name: saved.tensors(name) for name in files}, saved.state["trainer"])
+        if self.trainer.step > self.trainer.total_steps:
+            raise LabError(
+                f"{self.run.folder}: has taken {self.trainer.step:,} steps, and epochs and max_steps now allow "
+                f"{self.trainer.total_steps:,}. Set as many or more."
+            )
         self.best, self.without_better = saved.state["best"], saved.state["without_better"]
         self.seconds_before = saved.state["elapsed_seconds"]
 

@@ -283,7 +283,7 @@ def test_a_run_killed_and_resumed_ends_as_one_never_stopped(problem: str, tmp_pa
 
 
 def test_a_finished_run_can_go_on_for_longer(tmp_path: Path) -> None:
-    """At a constant learning rate, as if it had been meant to; one that falls goes on from the new schedule's."""
+    """At a constant learning rate as if that had been meant, else with the rates of the longer schedule."""
     values = PROBLEMS["classification"](tmp_path)
     for schedule in ("constant", "cosine"):
         optimizer = {**values.get("optimizer", {}), "schedule": schedule}
@@ -305,7 +305,6 @@ def test_a_finished_run_can_go_on_for_longer(tmp_path: Path) -> None:
         assert rates[0][-1] == rates[1][-1]
     with pytest.raises(LabError, match="has taken 8 steps, and epochs and max_steps now allow 4"):
         trained(short, tmp_path / "cosine" / "short", resume=True)
-    assert Run.open(tmp_path / "cosine" / "short").info["state"] == "finished"
 
 
 @each_problem
