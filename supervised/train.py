@@ -222,8 +222,8 @@ class _Session:
         self.trainer.restore({name: saved.tensors(name) for name in files}, saved.state["trainer"])
         if self.trainer.step > self.trainer.total_steps:
             raise LabError(
-                f"{self.run.folder}: has taken {self.trainer.step:,} steps, and epochs and max_steps now allow "
-                f"{self.trainer.total_steps:,}. Set as many or more."
+                f"{self.run.folder}: has taken {self.trainer.step:,} steps, and epochs and max_steps now "
+                f"allow {self.trainer.total_steps:,}. Set as many or more."
             )
         self.best, self.without_better = saved.state["best"], saved.state["without_better"]
         self.seconds_before = saved.state["elapsed_seconds"]
