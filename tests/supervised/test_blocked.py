@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from lab import config
+from lab.device import resolve
+from supervised import objectives
 from supervised.backbones import build
 from supervised.backbones.blocked import Conv2d, use
+from supervised.config import run_config_class
+from supervised.data import load
+from supervised.trainer import Trainer
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 pytestmark = pytest.mark.skipif(
@@ -100,3 +106,21 @@ def test_it_computes_in_blocks_where_it_should_and_nowhere_else():
         other = build("resnet8", **SMALL, norm=norm).train()
         use(other, CPU)
         assert not layout(other, images), f"torch has no {norm} norm in blocks"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch.compile imports it
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loop_asks_for_it_unless_it_compiles(compiled):
+    values = {
+        "objective": {"name": "classification"},
+        "data": {"source": "digits", "limit": 40},
+        "model": {"backbone": "resnet8", "spec": {"width": 8}},
+        "batch_size": 8,
+        "ema_decay": 0.9,
+        "compile": compiled,
+    }
+    settings = config.build(run_config_class(values, lambda _: "test"), values, {}, "test")
+    objective = objectives.make(settings, load(settings.data))
+    trainer = Trainer(objective, objective.batches("train", CPU), settings, resolve(settings.device))
+    for module in (trainer.bare["model"], trainer.averages["model"].module):
+        assert module.backbone.blocked == (not compiled)
