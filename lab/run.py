@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from lab import checkpoint, locks
 from lab.config import differences
@@ -171,11 +171,15 @@ class Run:
         old, new = self.info["config"], scrub(dict(values))
         for key, (before, now) in differences(old, new).items():
             if not key.startswith(may_change):
-                self._release_lock()
-                raise LabError(
-                    f"{self.folder}: was started with {key} = {before!r}, now it is {now!r}. Resume with the "
-                    "same config, or start another run with --out."
+                self.refuse(
+                    f"was started with {key} = {before!r}, now it is {now!r}. Resume with the same config, or "
+                    "start another run with --out."
                 )
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raises a `LabError` that says why the run is not continued; the run stays as it was."""
+        self._release_lock()
+        raise LabError(f"{self.folder}: {why}")
 
     def continue_from(self, metrics_bytes: int) -> None:
         """Marks the run as running again, its metrics cut back to where the checkpoint was taken."""

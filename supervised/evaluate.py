@@ -9,6 +9,7 @@ from torch import Tensor
 from lab import config
 from lab.checkpoint import Checkpoint
 from lab.device import resolve
+from lab.errors import LabError
 from lab.run import Run
 from supervised import objectives
 from supervised.config import SupervisedRun, run_config_class
@@ -35,7 +36,13 @@ def open_objective(run: Run, saved: Checkpoint, device: torch.device, part: str 
     objective = objectives.make(settings, load(settings.data, run.folder))
     weights = judged_weights(saved)
     for name, module in objective.players.items():
-        module.load_state_dict(part_of(weights, name))
+        try:
+            module.load_state_dict(part_of(weights, name))
+        except RuntimeError:
+            raise LabError(
+                f"{run.folder}: its weights do not fit {objective.data.name} as the data are now. Put back "
+                "what it learned from."
+            ) from None
         module.to(device).eval()
     return objective
 
@@ -57,6 +64,8 @@ def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[s
     with torch.inference_mode(), compute.autocast():
         numbers = objective.evaluate(objective.players, objective.batches("test", compute.device).epoch(0))
     examined, notes = objective.examine(objective.players, compute)
+    if part is None and saved.state.get("data_sha256", objective.data.sha256) != objective.data.sha256:
+        notes = [*notes, f"{objective.data.name} is not what it was when the run learned from it"]
     return {
         "run": str(run.folder),
         "data": objective.data.name,

@@ -63,6 +63,8 @@ def train(
             parents=objective.parents,
         )
     else:
+        if saved is not None:
+            _refuse_what_cannot_go_on(run, saved, data, trainer)
         run.continue_from(saved.state["metrics_bytes"] if saved else 0)
     with run.recording_its_end():
         t = settings.tracking
@@ -82,6 +84,21 @@ def train(
     return run
 
 
+def _refuse_what_cannot_go_on(run: Run, saved: Checkpoint, data: DataSet, trainer: Trainer) -> None:
+    """Raises a `LabError`, the run left as it is, if it has gone further than now asked or has other data."""
+    taken = saved.state["trainer"]["step"]
+    if taken > trainer.total_steps:
+        run.refuse(
+            f"has taken {taken:,} steps, and epochs and max_steps now allow {trainer.total_steps:,}. Set as "
+            "many or more."
+        )
+    if saved.state.get("data_sha256", data.sha256) != data.sha256:
+        run.refuse(
+            f"{data.name} is not what it was when the run began. Put the data back, or start another run "
+            "with --out."
+        )
+
+
 class _Session:
     """One process's share of a run."""
 
@@ -99,7 +116,7 @@ class _Session:
         self.trainer, self.objective, self.held_out = trainer, trainer.objective, held_out
         self.run, self.tracker = run, tracker
         self.best: float | None = None
-        self.without_better = 0
+        self.without_better = self.evaluated_at = 0
         self.seconds_before = 0.0
         self.began = time.monotonic()
 
@@ -110,13 +127,20 @@ class _Session:
         per_epoch = trainer.steps_per_epoch
         with StopRequest() as stop, Progress(trainer.total_steps, trainer.step) as progress:
             progress.say(self._headline())
+            if trainer.step == trainer.total_steps and self.evaluated_at < trainer.step:
+                self._log(progress)  # it was stopped where it is now to end
+                self._evaluate(progress)
+                self._save()
             for step in () if self._done() else trainer.iterate():
                 last = step >= trainer.total_steps
-                if last or step % s.log_every_steps == 0:
+                logged = last or step % s.log_every_steps == 0
+                if logged:
                     self._log(progress)
                 if last or _due(step, s.eval.every_epochs, per_epoch):
                     self._evaluate(progress)
-                    last = last or self._done()
+                    last = last or bool(self._done())
+                if last and not logged:
+                    self._log(progress)
                 if last or stop or _due(step, s.checkpoint.every_epochs, per_epoch):
                     self._save()
                 if stop and not last:
@@ -127,12 +151,14 @@ class _Session:
                     break
             self._finished(progress)
 
-    def _done(self) -> bool:
-        """The run is as good as it was to become, or gets no better."""
+    def _done(self) -> str:
+        """Why there is nothing more to do before the last step, else "": it is good, or gets no better."""
         e, best = self.settings.eval, self.best
         if e.patience is not None and self.without_better >= e.patience:
-            return True
-        return best is not None and e.stop_at is not None and not self._better(e.stop_at, best)
+            return f"no better in eval.patience = {e.patience} evaluations"
+        if best is not None and e.stop_at is not None and not self._better(e.stop_at, best):
+            return f"eval.stop_at = {e.stop_at:g} is reached"
+        return ""
 
     def _better(self, a: float, b: float) -> bool:
         return a > b if self.objective.higher_is_better else a < b
@@ -172,10 +198,16 @@ class _Session:
         score = numbers[objective.headline]
         better = self.best is None or self._better(score, self.best)
         self.without_better = 0 if better else self.without_better + 1
+        self.evaluated_at = step
         if better:
             self.best = score
             weights = self.trainer.weights(judged=True)
-            state = {"step": step, **numbers, "spec": objective.spec()}
+            state = {
+                "step": step,
+                **numbers,
+                "spec": objective.spec(),
+                "data_sha256": self.data.sha256,
+            }
             path = checkpoint.save(self.run.checkpoints, "best", {"model": weights}, state)
             self.tracker.log_checkpoint(path, "best")
         self.run.summarize(
@@ -201,12 +233,15 @@ class _Session:
     # ---- saving ----
 
     def _save(self) -> None:
+        self._require_finite(self.trainer.sums_of_weights())
         tensors, state = self.trainer.capture()
         state = {
             "trainer": state,
             "metrics_bytes": self.tracker.sync(),
             "best": self.best,
             "without_better": self.without_better,
+            "evaluated_at": self.evaluated_at,
+            "data_sha256": self.data.sha256,
             "elapsed_seconds": self._elapsed(),
             "spec": self.objective.spec(),
         }
@@ -220,12 +255,8 @@ class _Session:
         """Goes back to a checkpoint."""
         files = [path.stem for path in saved.path.glob("*.safetensors")]
         self.trainer.restore({name: saved.tensors(name) for name in files}, saved.state["trainer"])
-        if self.trainer.step > self.trainer.total_steps:
-            raise LabError(
-                f"{self.run.folder}: has taken {self.trainer.step:,} steps, and epochs and max_steps now "
-                f"allow {self.trainer.total_steps:,}. Set as many or more."
-            )
         self.best, self.without_better = saved.state["best"], saved.state["without_better"]
+        self.evaluated_at = saved.state.get("evaluated_at", self.trainer.step)
         self.seconds_before = saved.state["elapsed_seconds"]
 
     # ---- ends ----
@@ -248,7 +279,8 @@ class _Session:
                     self.tracker.log_media(self.trainer.step, f"media/{name}", path)
         self.run.summarize(**{"time/elapsed_seconds": round(self._elapsed(), 1)})
         self.run.end("finished")
-        progress.say(f"finished in {duration(self._elapsed())}. Figures: {self.run.media}")
+        early = f" at step {self.trainer.step:,}: {self._done()}" if self._done() else ""
+        progress.say(f"finished in {duration(self._elapsed())}{early}. Figures: {self.run.media}")
 
 
 def _due(step: int, every_epochs: float, steps_per_epoch: int) -> bool:

@@ -161,6 +161,13 @@ class Trainer:
             f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()
         }
 
+    def sums_of_weights(self) -> dict[str, float]:
+        """Numbers that are finite if and only if all weights are; waits for the device."""
+        return {
+            f"the sum of the {name}'s weights": float(sum(p.detach().sum() for p in module.parameters()))
+            for name, module in self.bare.items()
+        }
+
     def capture(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything needed to go on exactly: tensors by file and name, and JSON values."""
         tensors = {"model": self.weights(judged=False), "progress": dict(self.means.sums)}

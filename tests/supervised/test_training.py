@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lab import config
+from lab import checkpoint, config
 from lab.device import Compute
 from lab.errors import LabError
 from lab.run import Run
@@ -21,6 +21,7 @@ from lab.tracking import read_metrics
 from supervised import figures, objectives
 from supervised.config import SupervisedRun, run_config_class
 from supervised.data import load
+from supervised.evaluate import evaluate_run
 from supervised.objectives.base import Objective
 from supervised.pipeline import SupervisedPipeline
 from supervised.trainer import Trainer
@@ -303,8 +304,73 @@ def test_a_finished_run_can_go_on_for_longer(tmp_path: Path) -> None:
             for run in (longer, whole)
         ]
         assert rates[0][-1] == rates[1][-1]
+    before = (tmp_path / "cosine" / "short" / "run.json").read_bytes()
     with pytest.raises(LabError, match="has taken 8 steps, and epochs and max_steps now allow 4"):
         trained(short, tmp_path / "cosine" / "short", resume=True)
+    assert (tmp_path / "cosine" / "short" / "run.json").read_bytes() == before
+
+
+def test_a_run_that_is_to_end_where_it_was_stopped_is_evaluated_there(tmp_path: Path) -> None:
+    values = {**PROBLEMS["classification"](tmp_path), "log_every_steps": 100, "eval": {"every_epochs": 100}}
+    stopped = trained(settings_of(values, max_steps=8), tmp_path / "run").folder
+    for path in sorted(stopped.glob("checkpoints/step_*"))[5:]:
+        shutil.rmtree(path)
+    taken = len(list(stopped.glob("checkpoints/step_*")))
+    ended = trained(settings_of(values, max_steps=taken), stopped, resume=True)
+    last = list(read_metrics(ended.metrics))
+    assert ended.info["summary"]["global_step"] == taken
+    assert {row["global_step"] for row in last} == {taken}
+    assert any("train/loss" in row for row in last)
+    assert any("eval/accuracy" in row for row in last)
+    n_rows = len(last)
+    again = trained(settings_of(values, max_steps=taken), stopped, resume=True)
+    assert len(list(read_metrics(again.metrics))) == n_rows, "nothing is left to do"
+
+
+def test_an_early_end_says_why_and_leaves_no_step_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    values = {**PROBLEMS["classification"](tmp_path), "log_every_steps": 100}
+    settings = settings_of(values, eval={"every_epochs": 0.01, "stop_at": 0.0})
+    run = trained(settings, tmp_path / "run")
+    assert "at step 1: eval.stop_at = 0 is reached" in capsys.readouterr().err
+    assert any("train/loss" in row for row in read_metrics(run.metrics))
+    longer = settings_of(values, eval={"every_epochs": 0.01, "stop_at": 0.0}, max_steps=12)
+    trained(longer, tmp_path / "run", resume=True)
+    assert "at step 1: eval.stop_at = 0 is reached" in capsys.readouterr().err
+
+
+def test_a_diverged_run_keeps_only_checkpoints_that_are_numbers(tmp_path: Path) -> None:
+    values = {**PROBLEMS["classification"](tmp_path), "log_every_steps": 100, "eval": {"every_epochs": 100}}
+    optimizer = {"name": "sgd", "learning_rate": 1e30}
+    with pytest.raises(LabError, match="diverged"):
+        trained(settings_of(values, optimizer=optimizer), tmp_path / "run")
+    kept = list((tmp_path / "run" / "checkpoints").glob("step_*/model.safetensors"))
+    assert all(torch.isfinite(value).all() for file in kept for value in load_file(file).values())
+
+
+def test_other_data_than_a_run_began_with_is_refused(tmp_path: Path) -> None:
+    def write(n_classes: int, shift: float) -> None:
+        labels = np.arange(60) % n_classes
+        np.savez(tmp_path / "rows.npz", x=np.random.default_rng(0).normal(size=(60, 5)) + shift, y=labels)
+
+    write(3, 0.0)
+    values = {
+        "objective": {"name": "classification"},
+        "data": {"source": str(tmp_path / "rows.npz")},
+        "model": {"backbone": "mlp", "spec": {"hidden": [8]}},
+        "batch_size": 8,
+    }
+    run = trained(settings_of(values), tmp_path / "run")
+    before = (run.folder / "run.json").read_bytes()
+    for n_classes, shift in ((4, 0.0), (3, 1.0)):
+        write(n_classes, shift)
+        with pytest.raises(LabError, match="not what it was when the run began"):
+            trained(settings_of(values, max_steps=12), run.folder, resume=True)
+        assert (run.folder / "run.json").read_bytes() == before
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    assert any("not what it was" in note for note in evaluate_run(run, saved)["notes"])
+    write(4, 0.0)
+    with pytest.raises(LabError, match="do not fit"):
+        evaluate_run(run, saved)
 
 
 @each_problem
