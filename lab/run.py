@@ -172,8 +172,8 @@ class Run:
         for key, (before, now) in differences(old, new).items():
             if not key.startswith(may_change):
                 self.refuse(
-                    f"was started with {key} = {before!r}, now it is {now!r}. Resume with the same config, or "
-                    "start another run with --out."
+                    f"was started with {key} = {before!r}, now it is {now!r}. Resume with the same config, "
+                    "or start another run with --out."
                 )
 
     def refuse(self, why: str) -> NoReturn:
