@@ -197,9 +197,9 @@ def _train(options: argparse.Namespace) -> int:
         source = str(options.config)
         values = config.read_yaml(options.config)
     overrides = config.split_overrides(options.overrides)
-    if options.smoke:
-        values = pipeline.find(values.get("pipeline", "rl"), source).smoke(values)
     chosen, resolved = pipeline.configured(values, overrides, source)
+    if options.smoke:
+        _, resolved = pipeline.configured(chosen.smoke(values), overrides, source)
     if options.print_config:
         print(config.to_yaml(resolved), end="")
     elif options.smoke and folder is None:

@@ -119,6 +119,8 @@ def without_other_specs(base: Mapping[str, Any], over: Mapping[str, Any]) -> dic
     if "backbone" in over and "backbone" in base and over["backbone"] != base["backbone"]:
         for key in ("spec", "backbone_spec"):
             kept.pop(key, None)
+    if "eyes" in over and over["eyes"] != base.get("eyes"):  # a backbone within a recurrent one
+        kept = {}
     for key, value in over.items():
         below = kept.get(key)
         if isinstance(below, dict) and isinstance(value, dict):
@@ -259,13 +261,15 @@ def _check_values(hint: Any, values: Any, source: str, path: tuple[str, ...]) ->
     if isinstance(values, Mapping):
         hints = _hints(typing.cast(type, hint)) if dataclasses.is_dataclass(hint) else {}
         for key, value in values.items():
-            _check_values(hints.get(key, Any), value, source, (*path, str(key)))
+            if not isinstance(key, str):
+                raise LabError(f"{source}: {'.'.join(path)} has the key {key!r}. Expected a text.")
+            _check_values(hints.get(key, Any), value, source, (*path, key))
     elif isinstance(values, list):
         for item in values:
             _check_values(Any, item, source, path)
     elif isinstance(values, float) and not math.isfinite(values):
         problem = "a finite number"
-    elif values is None and isinstance(hint, type) and hint is not Any:
+    elif values is None and hint is not Any and not {None, type(None)} & {*typing.get_args(hint)}:
         problem = hint.__name__
     elif not isinstance(values, str | int | float | None):
         problem = "a number, a text, true, false, null, or a list or mapping of these"

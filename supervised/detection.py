@@ -110,7 +110,7 @@ def open_classifier(
     known = [len(spec["mean"]), *(shape[1:] if any_size else spec.get("shape", shape)[1:])]
     if known != list(shape) or (classes and list(classes) != spec["classes"]):
         raise wrong
-    model = dataclasses.replace(settings.model, start_from=None, adapt="full")
+    model = dataclasses.replace(settings.model, start_from=None)
     size = {"in_chans": shape[0], "img_size": list(shape[1:])}
     net: Any = Classifier(
         make_backbone(model, ["mlp", *backbones.image_names()], **size)[0], len(spec["classes"])

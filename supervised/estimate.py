@@ -309,8 +309,8 @@ def _forward_flops(model: str, net: nn.Module, spec: Mapping[str, Any]) -> int:
             else:
                 net.eval()(*((images[None] for images in inputs) if isinstance(net, DRQN) else inputs))
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:
-        size = list(image_size(spec["img_size"]))
-        raise LabError(f"{model}: takes no image of img_size {size}: {first_line(error)}.") from None
+        what = f"image of img_size {list(image_size(spec['img_size']))}" if "img_size" in spec else "example"
+        raise LabError(f"{model}: takes no {what}: {first_line(error)}.") from None
     return counter.get_total_flops()
 
 

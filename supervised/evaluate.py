@@ -12,6 +12,7 @@ from lab.device import resolve
 from lab.errors import LabError
 from lab.run import Run
 from supervised import objectives
+from supervised.backbones import blocked
 from supervised.config import SupervisedRun, run_config_class
 from supervised.data import load
 from supervised.objectives.base import Objective
@@ -44,6 +45,7 @@ def open_objective(run: Run, saved: Checkpoint, device: torch.device, part: str 
                 "what it learned from."
             ) from None
         module.to(device).eval()
+        blocked.use(module, device)
     return objective
 
 

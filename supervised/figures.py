@@ -18,14 +18,16 @@ gigabytes to draw, and nobody could read them."""
 @contextmanager
 def drawn(path: Path, width: float, height: float) -> Iterator[Any]:
     """Yields a matplotlib figure of this size in inches; what is drawn on it becomes a PNG."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    yield figure
-    with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
-        figure.savefig(aside, format="png")
+    with rc_context({"text.parse_math": False}):  # a dollar in the name of a class is one
+        figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
+            figure.savefig(aside, format="png")
 
 
 def image_grid(
@@ -50,7 +52,7 @@ def image_grid(
             _show(axes, image)
             if titles is not None:
                 color = ORANGE if wrong and wrong[i] else "black"
-                axes.set_title(titles[i], fontsize=7, color=color, pad=2)
+                axes.set_title(_label(titles[i]), fontsize=7, color=color, pad=2)
     return path
 
 
@@ -106,8 +108,9 @@ def confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Path:
         axes = figure.add_subplot()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if n <= LABELS:
-            axes.set_xticks(range(n), classes, rotation=45, ha="right", fontsize=8)
-            axes.set_yticks(range(n), classes, fontsize=8)
+            names = [_label(name) for name in classes]
+            axes.set_xticks(range(n), names, rotation=45, ha="right", fontsize=8)
+            axes.set_yticks(range(n), names, fontsize=8)
         axes.set(xlabel="taken for", ylabel="is")
         if n <= 20:
             for row in range(n):
@@ -135,7 +138,7 @@ def scatter(path: Path, wanted: np.ndarray, found: np.ndarray) -> Path:
 
 
 def learning_curve(path: Path, rows: Sequence[Mapping[str, Any]], headline: str) -> Path:
-    """A run's losses and its headline over optimiser steps.
+    """A run's losses and its headline over optimiser steps, with what others reach where that is known.
 
     Args:
         rows: of metrics.jsonl.
@@ -150,8 +153,13 @@ def learning_curve(path: Path, rows: Sequence[Mapping[str, Any]], headline: str)
     names = ["loss"] + [headline] * (headline != "loss")
     with drawn(path, 5 * len(names), 3.6) as figure:
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            line(axes, f"train/{name}", BLUE, "training", linewidth=1)
+            training = "training, as it is minimised" if name == "loss" else "training"
+            line(axes, f"train/{name}", BLUE, training, linewidth=1)
             line(axes, f"eval/{name}", ORANGE, "held-out", marker="o", markersize=3)
+            others = {key: row[key] for row in rows for key in row if key.endswith(f"_{name}")}
+            for style, (key, value) in zip(("--", ":"), sorted(others.items()), strict=False):
+                other = key.removeprefix("eval/").removesuffix(f"_{name}")
+                axes.axhline(value, color=GREY, linestyle=style, label=other)
             axes.set(xlabel="optimiser steps", ylabel=name.replace("_", " "))
             axes.grid(alpha=0.25)
             for side in ("top", "right"):
@@ -183,9 +191,7 @@ def filters(path: Path, kernels: np.ndarray) -> Path:
     return image_grid(path, (kernels - low) / np.maximum(high - low, 1e-12))
 
 
-def attention(
-    path: Path, weights: np.ndarray, columns: Sequence[str], rows: Sequence[str], title: str = ""
-) -> Path:
+def attention(path: Path, weights: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> Path:
     """Attention weights (rows, columns): how much each row's token looks at each column's."""
     width, height = (min(0.32 * len(tokens) + 2, LARGEST) for tokens in (columns, rows))
     with drawn(path, width, height) as figure:
@@ -195,7 +201,8 @@ def attention(
             axes.set_xticks(range(len(columns)), map(_label, columns), rotation=60, ha="right", fontsize=8)
         if len(rows) <= LABELS:
             axes.set_yticks(range(len(rows)), map(_label, rows), fontsize=8)
-        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("looked at", fontsize=8, color=GREY)
+        axes.set_ylabel("looks", fontsize=8, color=GREY)
     return path
 
 
@@ -245,8 +252,12 @@ def diffusion(
 
 
 def _label(token: str) -> str:
-    """A token as a font can show it."""
-    return token if token.isprintable() else repr(token)[1:-1]
+    """A text as the font can show it: what it has no glyph for, by its number."""
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    shown = (c if c.isprintable() and ord(c) in known else c.encode("unicode_escape").decode() for c in token)
+    return "".join(shown)
 
 
 def _show(axes: Any, image: np.ndarray) -> None:

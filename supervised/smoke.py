@@ -44,8 +44,9 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
     source = str(data.get("source"))
     if source not in sources.names() or source in MAY_BE_MISSING:
         source = STAND_INS.get(str(objective.get("name")), source)
+        img_size = data.get("img_size")
         data = {key: data[key] for key in KEPT if key in data}
-        data |= {"img_size": 28} if source == "digits" else {}
+        data |= {"img_size": img_size or 28} if source == "digits" else {}
         data |= {"img_size": 128} if source == "photographs" else {}
     trained_elsewhere = data.get("tokenizer", "bytes") not in ("bytes", "bpe")
     never = {"every_epochs": 1e6}
@@ -54,6 +55,7 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
         "name": "smoke",
         "max_steps": STEPS,
         "batch_size": min(values.get("batch_size", BATCH), BATCH),
+        "accumulate": min(values.get("accumulate", 1), BATCH),
         "log_every_steps": 1,
         "compile": False,
         "data": {

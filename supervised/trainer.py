@@ -74,6 +74,9 @@ class Trainer:
                 blocked.use(module, compute.device)
         self.bare = dict(objective.players)
         """The players without what the loop wraps around them."""
+        self.frozen = {name: list(_frozen_parts(module)) for name, module in self.bare.items()}
+        for name in self.bare:
+            self._set_to_learn(name)
         self.optimizers = {
             name: optim.make_optimizer(module, config.optimizer) for name, module in self.bare.items()
         }
@@ -102,9 +105,9 @@ class Trainer:
         config, n_samples = self.config, samples_in(batch)
         seed_step(derive_seed(config.seed, 1, self.step), self.compute.device)
         rate = optim.learning_rate(config.optimizer, self.step, self.total_steps)
-        for module in self.bare.values():  # one that is not to move may take part, e.g. in an opponent's loss
+        for name, module in self.bare.items():  # one that is not to move may be in an opponent's loss
             if not module.training:
-                module.train()
+                self._set_to_learn(name)
         for name in self.objective.turns(self.step):
             module, optimizer = self.bare[name], self.optimizers[name]
             optimizer.zero_grad(set_to_none=True)
@@ -126,6 +129,11 @@ class Trainer:
                 self.averages[name].update(module, self.step + 1)
         self.step += 1
         self.samples += n_samples
+
+    def _set_to_learn(self, name: str) -> None:
+        self.bare[name].train()
+        for part in self.frozen[name]:  # or their batch norms' statistics would move
+            part.eval()
 
     def _attention(self) -> AbstractContextManager[Any]:
         return attention_to_learn(
@@ -198,6 +206,16 @@ def _likes_channels_last(module: nn.Module, device: torch.device) -> bool:
     """
     slow = device.type == "cpu" and any(isinstance(m, nn.GroupNorm) for m in module.modules())
     return not slow and any(p.dim() == 4 for p in module.parameters())
+
+
+def _frozen_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts that have weights of which none learns."""
+    learning = [parameter.requires_grad for parameter in module.parameters()]
+    if learning and not any(learning):
+        yield module
+    else:
+        for child in module.children():
+            yield from _frozen_parts(child)
 
 
 def part_of(weights: Mapping[str, Tensor], player: str) -> dict[str, Tensor]:

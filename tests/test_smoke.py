@@ -22,3 +22,31 @@ def test_every_config_works(
     assert cli.main(["train", str(REPO / path), "--smoke", "--device.threads=1"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("works.")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            "batch_size: 16\naccumulate: 12\nmodel: {backbone: lenet5}\ndata: {source: fashion_mnist}",
+            "works.",
+        ),
+        ("model: {backbone: vit_tiny}\ndata: {source: my/folder, img_size: 64}", "works."),
+        ("model: {backbone: lenet5}\ndata: digits", "data = 'digits' is not valid"),
+        ("model: lenet5\ndata: {source: digits}", "model = 'lenet5' is not valid"),
+        (
+            "batch_size: null\nmodel: {backbone: mlp}\ndata: {source: digits}",
+            "batch_size = None is not valid",
+        ),
+    ],
+)
+def test_any_config_can_be_tried_and_a_wrong_one_is_one_line(
+    lines: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"pipeline: supervised\nobjective: {{name: classification}}\n{lines}\n")
+    code = cli.main(["train", str(path), "--smoke", "--device.threads=1"])
+    out, err = capsys.readouterr()
+    assert code == (0 if said == "works." else 2)
+    assert said in (out if code == 0 else err)
+    assert code == 0 or err.count("\n") == 1

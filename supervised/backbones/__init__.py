@@ -106,7 +106,7 @@ def arguments(name: str) -> Mapping[str, inspect.Parameter]:
     }
 
 
-DEPTHS = {"n_layer", "depth", "depths", "n_res", "levels", "prior_depth"}
+DEPTHS = {"n_layer", "n_decoder_layer", "depth", "depths", "n_res", "levels", "prior_depth"}
 MOST_LAYERS = 10_000
 
 

@@ -38,6 +38,8 @@ class Blocked(nn.Module):
         if not self.blocked or (with_gradient and not self.training):  # torch has no backward pass for that
             return x
         if torch.is_autocast_enabled("cpu"):
+            if torch.backends.cpu.get_cpu_capability() != "AVX512":  # oneDNN's batch norm in bf16 is for it
+                return x
             x = x.to(torch.get_autocast_dtype("cpu"))
         return x.to_mkldnn()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from supervised.backbones.layers import require_positive
 from supervised.backbones.mlp import image_size
 
 NORMS = (None, "layer")
@@ -93,6 +94,9 @@ class NatureCNN(nn.Module):
             raise ValueError(f"norm {norm!r} is none of {NORMS}")
         if not len(channels) == len(kernels) == len(strides) == len(paddings):
             raise ValueError("channels, kernels, strides and paddings must be equally long")
+        require_positive(
+            channels=channels, kernels=kernels, strides=strides, width=1 if width is None else width
+        )
         least = _least_input(kernels, strides, paddings)
         self.pad = padding_to(image_size(img_size), least)
         layers: list[nn.Module] = []
@@ -156,6 +160,7 @@ class ImpalaCNN(nn.Module):
         width: int = 256,
     ) -> None:
         super().__init__()
+        require_positive(channels=channels, width=width)
         sections: list[nn.Module] = []
         before = in_chans
         for out in channels:

@@ -60,8 +60,9 @@ class Basic(nn.Module):
         self.downsample = _shortcut(shortcut, in_chans, chans, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x)
         residual = F.relu_(self.bn1(self.conv1(x)))
-        return F.relu_(self.bn2(self.conv2(residual)).add_(self.downsample(x)))
+        return F.relu_(self.bn2(self.conv2(residual)).add_(shortcut))
 
 
 class Bottleneck(nn.Module):
@@ -84,9 +85,10 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(shortcut, in_chans, out, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x)
         residual = F.relu_(self.bn1(self.conv1(x)))
         residual = F.relu_(self.bn2(self.conv2(residual)))
-        return F.relu_(self.bn3(self.conv3(residual)).add_(self.downsample(x)))
+        return F.relu_(self.bn3(self.conv3(residual)).add_(shortcut))
 
 
 BLOCKS: dict[str, type[Basic] | type[Bottleneck]] = {"basic": Basic, "bottleneck": Bottleneck}

@@ -183,7 +183,13 @@ class Perception:
         convolutions = [m for m in self.net.backbone.modules() if isinstance(m, nn.Conv2d)]
         if not convolutions:
             raise LabError(f"objective.judge = {folder}: its backbone has no convolutions. Name another run.")
-        convolutions[-1].register_forward_hook(self._see)
+        computed: list[nn.Module] = []  # in the order of computation, auxiliary classifiers left out
+        hooks = [m.register_forward_hook(lambda module, *_: computed.append(module)) for m in convolutions]
+        with torch.no_grad():
+            self.net.backbone(self.normalize(torch.zeros(1, *shape)))
+        for hook in hooks:
+            hook.remove()
+        computed[-1].register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.seen.append(output)

@@ -80,6 +80,10 @@ def test_what_a_file_says_of_one_backbone_is_not_said_of_another() -> None:
     kept = config.without_other_specs(nested, {"objective": {"critic": {"backbone": "b"}}})
     assert kept == {"objective": {"critic": {"backbone": "a"}}}
     assert base["agent"]["backbone_spec"] == {"width": 8}
+    recurrent = {"backbone": "lstm", "backbone_spec": {"hidden": 8, "channels": [4]}}
+    for eyes, left in (({"eyes": "resnet8"}, {}), ({"hidden": 4}, recurrent["backbone_spec"])):
+        kept = config.without_other_specs(recurrent, {"backbone": "lstm", "backbone_spec": eyes})
+        assert kept["backbone_spec"] == left
 
 
 def test_a_built_config_cannot_be_changed() -> None:
@@ -145,6 +149,7 @@ def test_an_unknown_key_names_its_place_and_the_nearest_key() -> None:
         ("inner.rate", float("inf"), "a finite number"),
         ("inner.switch", 1, "bool"),
         ("inner.word", 5, "str"),
+        ("inner.extra", None, "dict"),
     ],
 )
 def test_a_wrong_type_names_place_key_value_and_the_type(key: str, value: Any, wanted: str) -> None:
@@ -152,6 +157,10 @@ def test_a_wrong_type_names_place_key_value_and_the_type(key: str, value: Any, w
     assert in_file == f"some.yaml: {key} = {value!r} is not valid. Expected {wanted}."
     argument = f"--{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
     assert error({}, argument) == in_file.replace("some.yaml", "command line")
+
+
+def test_keys_are_texts() -> None:
+    assert error({"inner": {"extra": {3: 4}}}) == "some.yaml: inner.extra has the key 3. Expected a text."
 
 
 def test_a_mistake_in_a_group_given_as_one_override_is_the_command_lines() -> None:

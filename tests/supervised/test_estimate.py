@@ -161,6 +161,11 @@ def test_other_inputs_need_a_number() -> None:
         (["gpt3-175b", "--n_layer=9999999"], "above 10,000"),
         (["resnet18", "--classes=" + 20 * "9"], "cannot be counted"),
         (["drqn", "--classes=3"], "--classes is for classifiers, not for drqn"),
+        (["impala_cnn", "--channels=[]"], "channels [] must be positive"),
+        (["nature_cnn", "--width=0"], "width 0 must be positive"),
+        (["nature_cnn", "--strides=[0,2,1]"], "strides [0, 2, 1] must be positive"),
+        (["transformer", "--vocab_size=50", "--n_decoder_layer=1e9"], "above 10,000"),
+        (["srresnet", "--scale=1099511627776"], "srresnet"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

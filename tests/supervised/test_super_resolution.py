@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lab.errors import LabError
 from supervised import data
 from supervised.data.config import DataConfig
-from supervised.objectives.super_resolution import downscaled, luma, psnr, spectral_distance, ssim
+from supervised.objectives.super_resolution import Perception, downscaled, luma, psnr, spectral_distance, ssim
 from tests.supervised.test_generators import super_resolution
 from tests.supervised.test_training import CPU, objective_of, settings_of, trained
 
@@ -168,6 +168,24 @@ def test_features_of_a_classifier_may_count_too(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in objective.perceive.net.parameters())
     seen = objective.perceive(torch.rand(2, 3, 32, 32))
     assert seen.shape == (2, 16, 8, 8)
+    last = objective.perceive.net.backbone.stages[-1][-1].conv2
+    last.weight.data.zero_()
+    assert not objective.perceive(torch.rand(2, 3, 32, 32)).any(), (
+        "it is the last block's, not the shortcut's"
+    )
+
+
+def test_features_are_not_those_of_an_auxiliary_classifier(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", images=rows, labels=np.arange(40) % 2)
+    classifier = {
+        "objective": {"name": "classification"},
+        "data": {"source": str(tmp_path / "noise.npz")},
+        "model": {"backbone": "googlenet_bn", "spec": {"aux": True}},
+    }
+    judge = trained(settings_of(classifier, max_steps=1, batch_size=4), tmp_path / "judge")
+    seen = Perception(str(judge.folder), (3, 32, 32))(torch.rand(2, 3, 32, 32))
+    assert seen.shape[:2] == (2, 128), "the projection behind the last inception block's pooling"
 
 
 def test_mistakes_say_what_to_do() -> None:

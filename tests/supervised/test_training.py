@@ -494,6 +494,10 @@ def test_the_shortest_context_there_is(tmp_path: Path) -> None:
 def test_figures_of_many_classes_and_tokens_stay_small(tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(1000)]
     figures.confusion(tmp_path / "confusion.png", np.eye(1000), names)
+    odd = ["$5_$10", "$_$", "雨", "a\tb"]  # mathematics to matplotlib, no glyph in its font, no character
+    figures.confusion(tmp_path / "odd.png", np.eye(4), odd)
+    figures.attention(tmp_path / "odd_attention.png", np.eye(4), odd, odd)
+    figures.image_grid(tmp_path / "odd_images.png", np.zeros((4, 1, 8, 8)), odd)
     figures.attention(tmp_path / "attention.png", np.ones((1000, 3)), names[:3], names)
     for name in ("confusion", "attention"):
         width, height = struct.unpack(">II", (tmp_path / f"{name}.png").read_bytes()[16:24])
@@ -575,6 +579,22 @@ def test_mistakes_are_one_line_and_leave_nothing(values: dict[str, Any], words: 
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_probed_backbone_stays_as_it_is_and_so_do_its_statistics(tmp_path: Path) -> None:
+    values = {
+        "objective": {"name": "classification"},
+        "data": {"source": "digits", "limit": 200},
+        "model": {"backbone": "resnet8", "spec": {"width": 4}},
+        "batch_size": 16,
+        "ema_decay": 0.5,
+    }
+    first = trained(settings_of(values), tmp_path / "first")
+    values["model"] |= {"start_from": str(first.folder), "adapt": "probe"}
+    probed = trained(settings_of(values), tmp_path / "probed")
+    begun, ended = (load_file(run.checkpoints / "best" / "model.safetensors") for run in (first, probed))
+    same = {name for name in begun if torch.equal(begun[name], ended[name])}
+    assert {name for name in begun if ".backbone." in name} == same
 
 
 def test_a_backbone_goes_on_from_another_run_and_is_named_as_its_parent(tmp_path: Path) -> None:
