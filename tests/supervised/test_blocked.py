@@ -51,6 +51,7 @@ def test_outputs_gradients_and_statistics_are_those_of_torchs_layout(name):
         (output * pull).sum().backward()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-4)
     for (key, one), other in zip(plain.named_parameters(), blocked.parameters(), strict=True):
+        assert one.grad is not None
         scale = float(one.grad.abs().max())
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4 * scale, msg=key)
     for (key, one), other in zip(plain.named_buffers(), blocked.buffers(), strict=True):
@@ -123,4 +124,4 @@ def test_the_loop_asks_for_it_unless_it_compiles(compiled):
     objective = objectives.make(settings, load(settings.data))
     trainer = Trainer(objective, objective.batches("train", CPU), settings, resolve(settings.device))
     for module in (trainer.bare["model"], trainer.averages["model"].module):
-        assert module.backbone.blocked == (not compiled)
+        assert module.get_submodule("backbone").blocked == (not compiled)
