@@ -79,6 +79,16 @@ class OptimizerConfig:
             0 <= self.momentum < 1, "optimizer.momentum", f"{self.momentum} must be at least 0 and below 1"
         )
         require(
+            self.name == "sgd" or not self.momentum,
+            "optimizer.momentum",
+            f"{self.momentum} is for sgd, not {self.name}: leave it out",
+        )
+        require(
+            self.name != "sgd" or self.betas == [0.9, 0.999],
+            "optimizer.betas",
+            f"{self.betas} are for adam and adamw, not sgd: leave them out",
+        )
+        require(
             self.max_grad_norm is None or self.max_grad_norm > 0,
             "optimizer.max_grad_norm",
             "must be positive, or null for no clipping",

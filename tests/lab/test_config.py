@@ -216,7 +216,9 @@ def test_a_folder_a_missing_file_and_an_unreadable_one_are_refused(
         config.read_yaml(Path("binary.yaml"))
 
 
-@pytest.mark.parametrize("text", ["a: [1\nb: 2", "a: b: c", "\t- x", "a: !!python/object:os.system x", "? {"])
+@pytest.mark.parametrize(
+    "text", ["a: [1\nb: 2", "a: b: c", "\t- x", "a: !!python/object:os.system x", "? {", "seed: 2"]
+)
 def test_broken_yaml_names_file_and_line_and_runs_nothing(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(f"seed: 1\n{text}\n")

@@ -570,6 +570,8 @@ def test_another_config_than_before_is_refused(tmp_path: Path) -> None:
             },
             "leaves nothing to learn",
         ),
+        ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum: 0.9 is for sgd, not adamw"),
+        ({"optimizer": {"name": "sgd", "betas": [0.5, 0.9]}}, "are for adam and adamw, not sgd"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(values: dict[str, Any], words: str, tmp_path: Path) -> None:
