@@ -530,6 +530,21 @@ def test_impossible_settings_are_refused(objective: dict[str, Any], said: str) -
     assert said in str(caught.value)
 
 
+def test_a_judge_may_have_been_adapted(tmp_path: Path) -> None:
+    values = {
+        "objective": {"name": "classification"},
+        "data": {"source": "digits", "limit": 100},
+        "model": {"backbone": "vit_tiny", "spec": {"patch_size": 4, "width": 16, "n_head": 2, "n_layer": 1}},
+    }
+    first = trained(settings_of(values, max_steps=1), tmp_path / "first")
+    values["model"] |= {"start_from": str(first.folder), "adapt": "lora", "lora_rank": 2}
+    adapted = trained(settings_of(values, max_steps=1), tmp_path / "adapted")
+    net, *_ = detection.open_classifier(str(adapted.folder), (1, 8, 8))
+    kept = load_file(adapted.checkpoints / "best" / "model.safetensors")
+    assert all(torch.equal(kept[f"model.{name}"], value) for name, value in net.state_dict().items())
+    assert any("lora" in name for name in kept)
+
+
 def test_a_judge_must_fit(judge: Path, tmp_path: Path) -> None:
     with pytest.raises(LabError, match="does not know images of 3 x 48 x 48"):
         detection.make_judge(str(judge), (3, 48, 48))
