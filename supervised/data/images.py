@@ -1,6 +1,7 @@
 """Images from files: IDX, folders of pictures, .npz."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,15 +127,15 @@ def read_image_folder(folder: Path, config: DataConfig) -> Raw:
             files = sorted(p for p in root.iterdir() if p.suffix.lower() in PICTURES)
         if not files:
             raise LabError(f"{root}: holds no picture ({', '.join(PICTURES)}). Name another folder.")
-        columns: Columns = {"inputs": read_pictures(files, open_picture, config)}
+        columns: Columns = {"inputs": read_pictures(files, config)}
         parts[part] = columns | ({"labels": np.array(labels, np.int64)} if labels else {})
     return Raw(kind="images", parts=parts, classes=classes)
 
 
 def read_pictures(
     items: Iterable[Any],
-    opened: Callable[[Any], "Image"],
     config: DataConfig,
+    opened: Callable[[Any], "Image"] | None = None,
     name: Callable[[Any], str] = str,
 ) -> np.ndarray:
     """Pictures as (n, channels, height, width) uint8, scaled and cropped to `img_size` if that is set.
@@ -145,18 +146,15 @@ def read_pictures(
     items = list(items)
 
     def read(item: Any) -> np.ndarray:
-        with opened(item) as picture:
-            return _pixels(picture, config)
+        return _pixels(open_picture(item, opened, name), config)
 
-    first = read(items[0])
-    needed, free = first.nbytes * len(items), psutil.virtual_memory().available
-    if needed > free:
-        raise LabError(
-            f"{config.source}: {len(items):,} images of {' x '.join(map(str, first.shape))} take "
-            f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free. Make data.img_size smaller."
-        )
-    images = np.empty((len(items), *first.shape), np.uint8)
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it decodes
+    # Pillow lets go of the interpreter while it decodes. What it warns of, an error tells.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        if config.img_size:
+            check_memory((len(items), 1 if config.grayscale else 3, config.img_size, config.img_size), config)
+        first = read(items[0])
+        check_memory((len(items), *first.shape), config)
+        images = np.empty((len(items), *first.shape), np.uint8)
         for i, pixels in enumerate(pool.map(read, items)):
             if pixels.shape != first.shape:
                 sizes = [" x ".join(map(str, a.shape[1:])) for a in (pixels, first)]
@@ -168,31 +166,50 @@ def read_pictures(
     return images
 
 
-def open_picture(path: Path) -> "Image":
-    """A picture, decoded.
+def check_memory(shape: tuple[int, ...], config: DataConfig) -> None:
+    """Of images as (n, channels, height, width) uint8.
 
     Raises:
-        LabError: it cannot be opened.
+        LabError: they are too many or too large for what is free.
     """
-    from PIL import Image
+    needed, free = math.prod(shape), psutil.virtual_memory().available
+    if needed > free:
+        raise LabError(
+            f"{config.source}: {shape[0]:,} images of {' x '.join(map(str, shape[1:]))} take "
+            f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free. Make data.img_size smaller."
+        )
+
+
+def open_picture(
+    item: Any, opened: Callable[[Any], "Image"] | None = None, name: Callable[[Any], str] = str
+) -> "Image":
+    """A picture, decoded and upright: a file, or what `opened` makes of an item.
+
+    Raises:
+        LabError: it cannot be opened, or has 32 bits a pixel.
+    """
+    from PIL import Image, ImageOps
 
     try:
-        with path.open("rb") as file:
-            picture = Image.open(file)
-            picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with (opened or Image.open)(item) as picture:
+            upright = ImageOps.exif_transpose(picture)
+    except Exception as error:  # Pillow's formats and pyarrow: each has its own
         reason = "no picture" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
         raise LabError(
-            f"{path}: cannot be opened: {reason.rstrip('.')}. Restore or remove the file."
+            f"{name(item)}: cannot be opened: {reason.rstrip('.')}. Restore or remove it."
         ) from None
-    return picture
+    # Of a PNG or PGM, "I" are 16 bits.
+    if picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM")):
+        raise LabError(
+            f"{name(item)}: has 32 bits a pixel, which do not say where white is. Save it with 8 or 16 bits."
+        )
+    return upright
 
 
 def _pixels(picture: "Image", config: DataConfig) -> np.ndarray:
     """(channels, height, width) uint8."""
     from PIL import Image, ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits, all of which but the lowest 255 Pillow would call white
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
     picture = picture.convert("L" if config.grayscale else "RGB")

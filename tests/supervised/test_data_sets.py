@@ -97,6 +97,10 @@ def test_patches_of_photographs_do_not_cross_the_border() -> None:
     assert "data.img_size = 200: no such patch fits" in error("photographs", img_size=200)
 
 
+def test_digits_that_no_memory_holds() -> None:
+    assert "digits: 1,797 images of 1 x 1000000 x 1000000 take" in error("digits", img_size=1_000_000)
+
+
 def test_the_python_library_is_split_by_file() -> None:
     data = read("python_library", held_out=0.1, limit=200_000)
     assert data.kind == "text"
@@ -262,6 +266,19 @@ def test_pictures_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
             Image.fromarray(shades).save(tmp_path / name / f"{i}.png")
     found = read(tmp_path, grayscale=True).train.tensors["inputs"][0, 0]
     assert found.tolist() == (shades // 257).tolist()
+    for path in tmp_path.rglob("*.png"):
+        write(path.with_suffix(".pgm"), b"P5 6 4 65535\n" + shades.astype(">u2").tobytes())
+        path.unlink()
+    again = read(tmp_path, grayscale=True).train.tensors["inputs"][0, 0]
+    assert torch.equal(again, found)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pictures_of_32_bits_are_refused(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 6), 200, kind)).save(path := tmp_path / "a" / "0.tif")
+    assert f"{path}: has 32 bits a pixel, " in (message := error(tmp_path))
+    assert message.endswith("Save it with 8 or 16 bits.")
 
 
 def test_folders_of_parts_scaled_and_cropped(tmp_path: Path) -> None:
@@ -294,6 +311,12 @@ def test_bad_folders_of_pictures(tmp_path: Path) -> None:
     picture(bad, (400, 400))
     bad.write_bytes(bad.read_bytes()[:200])
     assert f"{bad}: cannot be opened: " in error(tmp_path)
+    Image.new("RGB", (6, 4)).save(bad, exif=b"Exif\0\0no block of it")
+    assert f"{bad}: cannot be opened: not a TIFF file" in error(tmp_path)
+    Image.new("RGB", (6, 4)).save(bad, "tiff")
+    bad.write_bytes(bad.read_bytes()[:60])  # Pillow warns, too
+    assert f"{bad}: cannot be opened: no picture. Restore or remove it." in error(tmp_path)
+    assert "images of 3 x 1000000 x 1000000 take" in error(tmp_path, img_size=1_000_000)
     bad.unlink()
     assert f"{tmp_path / 'b'}: holds no picture" in error(tmp_path)
     picture(tmp_path / "train" / "a" / "0.png")
@@ -640,6 +663,31 @@ def test_images_in_the_format_of_the_hub(tmp_path: Path) -> None:
     assert data.train.tensors["inputs"].shape == (4, 1, 5, 4)  # grey as they are
     assert data.train.tensors["inputs"][:, 0, 0, 0].tolist() == [0, 10, 20, 30]
     assert data.test.tensors["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.usefixtures("hub_cache")
+@pytest.mark.parametrize("row", [3, 16])  # of the first few the colours are looked at before
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("image", None, "has no 'image'. Fill it in, or remove the row."),
+        ("image", {"bytes": b"junk"}, "cannot be opened: no picture. Restore or remove it."),
+        ("label", None, "has no 'label'. Fill it in, or remove the row."),
+    ],
+)
+def test_holes_in_images_of_the_hub(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], row: int, column: str, value: Any, message: str
+) -> None:
+    import datasets
+
+    picture(tmp_path / "0.png")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = [{"image": {"bytes": (tmp_path / "0.png").read_bytes()}, "label": 0} for _ in range(20)]
+    rows[row - 1][column] = value
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "pets" / "train.parquet")
+    datasets.enable_progress_bars()
+    assert error(source := f"hub:{tmp_path / 'pets'}") == f"{source}, train, row {row}: {message}"
+    assert "Generating" not in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("hub_cache")
