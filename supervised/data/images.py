@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import psutil
 from lab.errors import LabError, first_line
 from supervised.data import frames
 from supervised.data.config import DataConfig
-from supervised.data.raw import EVALUATION, Columns, Raw, read_bytes
+from supervised.data.raw import EVALUATION, Columns, Raw, one_each, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,14 +25,21 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 
 def find_idx(folder: Path) -> dict[str, dict[str, Path]]:
-    """The IDX files of a folder: part -> "inputs" and "labels" -> file."""
-    found: dict[str, dict[str, Path]] = {}
+    """The IDX files of a folder: part -> "inputs" and "labels" -> file.
+
+    Raises:
+        LabError: there are two of one, such as packed and not.
+    """
+    files: list[tuple[tuple[str, str], Path]] = []
     for path in sorted(folder.iterdir()):
         name = path.name.lower()
         column = "inputs" if "idx3" in name else "labels" if "idx1" in name else None
         part = next((part for part in ("train", *EVALUATION) if part in name), None)
         if column and part:
-            found.setdefault(part, {}).setdefault(column, path)
+            files.append(((part, column), path))
+    found: dict[str, dict[str, Path]] = {}
+    for (part, column), path in one_each(files).items():
+        found.setdefault(part, {})[column] = path
     return found
 
 
@@ -94,7 +101,12 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def holds_pictures(folder: Path) -> bool:
     """Whether there is a picture somewhere below a folder."""
-    return any(path.suffix.lower() in PICTURES for path in folder.rglob("*"))
+    return any(_pictures(folder.rglob("*")))
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether there are pictures in two or more folders below a folder."""
+    return len({path.parent for path in _pictures(folder.rglob("*"))} - {folder}) > 1
 
 
 def read_image_folder(folder: Path, config: DataConfig) -> Raw:
@@ -116,7 +128,7 @@ def read_image_folder(folder: Path, config: DataConfig) -> Raw:
                 raise LabError(
                     f"{path}: the class {path.name!r} is not among those of {roots['train']}. Move it."
                 )
-            pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+            pictures = sorted(_pictures(path.rglob("*")))
             if not pictures:
                 raise LabError(
                     f"{path}: holds no picture ({', '.join(PICTURES)}). Fill or remove the folder."
@@ -124,7 +136,7 @@ def read_image_folder(folder: Path, config: DataConfig) -> Raw:
             files += pictures
             labels += [classes.index(path.name)] * len(pictures)
         if not files:  # without classes, for what learns from the images alone
-            files = sorted(p for p in root.iterdir() if p.suffix.lower() in PICTURES)
+            files = sorted(_pictures(root.iterdir()))
         if not files:
             raise LabError(f"{root}: holds no picture ({', '.join(PICTURES)}). Name another folder.")
         columns: Columns = {"inputs": read_pictures(files, config)}
@@ -217,6 +229,10 @@ def _pixels(picture: "Image", config: DataConfig) -> np.ndarray:
         picture = ImageOps.fit(picture, (config.img_size, config.img_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(picture)
     return pixels[None] if config.grayscale else pixels.transpose(2, 0, 1)
+
+
+def _pictures(paths: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in paths if path.suffix.lower() in PICTURES and not path.is_dir())
 
 
 def _folders(folder: Path) -> list[Path]:

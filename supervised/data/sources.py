@@ -79,7 +79,7 @@ def _recognise(path: Path, config: DataConfig) -> str:
         return "idx"
     if texts.find_aligned(path, config.pair):
         return "aligned"
-    if texts.find_rows(path):
+    if texts.find_rows(path) and not images.holds_classes(path):  # such rows are about the pictures
         return "rows"
     if images.holds_pictures(path):
         return "image_folder"

@@ -10,7 +10,7 @@ import numpy as np
 
 from lab.errors import LabError, did_you_mean
 from supervised.data.config import DataConfig
-from supervised.data.raw import EVALUATION, Columns, Raw, bare_suffix, is_evaluation, read_text
+from supervised.data.raw import EVALUATION, Columns, Raw, bare_suffix, is_evaluation, one_each, read_text
 
 ROWS = (".jsonl", ".tsv")
 TASKS: dict[str, tuple[str, ...]] = {
@@ -33,7 +33,8 @@ def read_texts(path: Path, config: DataConfig) -> Raw:
     """
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if bare_suffix(p) == config.suffix and not _hidden(p, path))
+        shown = (p for p in path.rglob("*") if not p.is_dir() and not _hidden(p, path))
+        files = sorted(p for p in shown if bare_suffix(p) == config.suffix)
         if not files:
             kinds = sorted({p.suffix for p in path.rglob("*") if p.is_file() and p.suffix})
             raise LabError(
@@ -60,8 +61,13 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def find_aligned(folder: Path, pair: list[str]) -> dict[str, tuple[Path, Path]]:
-    """Part -> the two files of it."""
-    sides = [{_stem(p): p for p in sorted(folder.iterdir()) if bare_suffix(p) == f".{side}"} for side in pair]
+    """Part -> the two files of it.
+
+    Raises:
+        LabError: a part has a file twice, such as packed and not.
+    """
+    files = sorted(folder.iterdir())
+    sides = [one_each((_stem(p), p) for p in files if bare_suffix(p) == f".{side}") for side in pair]
     return {stem: (path, sides[1][stem]) for stem, path in sides[0].items() if stem in sides[1]}
 
 
@@ -93,9 +99,13 @@ def read_aligned(folder: Path, config: DataConfig) -> Raw:
 
 
 def find_rows(path: Path) -> dict[str, Path]:
-    """Part -> file of rows."""
+    """Part -> file of rows.
+
+    Raises:
+        LabError: a part has two.
+    """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {_stem(p) if path.is_dir() else "train": p for p in files if bare_suffix(p) in ROWS}
+    return one_each((_stem(p) if path.is_dir() else "train", p) for p in files if bare_suffix(p) in ROWS)
 
 
 def read_rows(path: Path, config: DataConfig) -> Raw:

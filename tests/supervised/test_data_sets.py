@@ -324,6 +324,26 @@ def test_bad_folders_of_pictures(tmp_path: Path) -> None:
     assert f"{tmp_path / 'test' / 'c'}: the class 'c' is not among those of" in error(tmp_path)
 
 
+@pytest.mark.parametrize("beside", ["metadata.jsonl", "labels.tsv"])
+def test_folders_of_classes_come_before_rows_about_them(tmp_path: Path, beside: str) -> None:
+    for i in range(5):
+        picture(tmp_path / "train" / "a" / f"{i}.png")
+        picture(tmp_path / "train" / "b" / f"{i}.png")
+        (tmp_path / "train" / "b" / f"{i}.gif").mkdir()  # nor is a folder a picture
+    rows = tmp_path / beside
+    jsonl(rows, {"text": "a cat", "label": 0}, {"text": "a dog", "label": 0})
+    data = read(tmp_path)
+    assert (data.kind, data.classes, len(data.train)) == ("images", ("a", "b"), 8)
+    if rows.suffix == ".jsonl":
+        assert read(tmp_path, format="rows", held_out=0.5).kind == "tasks"
+
+
+def test_rows_beside_figures_are_rows(tmp_path: Path) -> None:
+    picture(tmp_path / "figures" / "0.png")
+    jsonl(tmp_path / "train.jsonl", {"text": "a", "label": 0}, {"text": "b", "label": 0})
+    assert read(tmp_path, held_out=0.5).kind == "tasks"
+
+
 # ---- .npz ----
 
 
@@ -629,6 +649,34 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_a_tsv_line_without_a_tab(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", "a\tb\nc d\n")
     assert f"{path}, line 2: has 1 of 2 columns parted by tabs" in error(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [
+        (("train.jsonl", "train.tsv"), ("train.jsonl", "train.tsv")),
+        (("train.jsonl", "train.jsonl.gz"), ("train.jsonl", "train.jsonl.gz")),
+        (("train.de", "train.en", "train.en.gz"), ("train.en", "train.en.gz")),
+        (
+            ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"),
+            ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"),
+        ),
+    ],
+)
+def test_a_part_that_is_there_twice(tmp_path: Path, names: tuple[str, ...], wrong: tuple[str, str]) -> None:
+    for name in names:
+        write(tmp_path / name, "a\n")
+    message = error(tmp_path, pair=["de", "en"])
+    assert f"{tmp_path / wrong[0]}: stands for the same as {wrong[1]} beside it." in message
+
+
+@pytest.mark.parametrize("name", ["sub.txt", "test.tsv", "test.de", "test-images-idx3-ubyte"])
+def test_a_folder_is_no_file_whatever_its_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name / "a.txt", "one\ntwo\n")
+    write(tmp_path / "b.txt", "three\nfour\n")
+    write(tmp_path / "test.en", "")
+    data = read(tmp_path, pair=["de", "en"], held_out=0.5)
+    assert (data.kind, len(data.train.documents)) == ("text", 1)
 
 
 # ---- the Hub ----
