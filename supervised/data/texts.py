@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "label"),
 }
 """The four task forms of GPT-1 (section 3.3), and the keys of their rows."""
+LARGEST = 1e38
+"""The largest label that float32 is sure to have."""
 
 
 # ---- plain text ----
@@ -171,7 +174,10 @@ def _rows_of(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[str, An
                 raise LabError(
                     f"{place}: has {len(cells)} of {len(header)} columns parted by tabs. Complete the line."
                 )
-            yield place, dict(zip(header, cells, strict=False))
+            row: dict[str, Any] = dict(zip(header, cells, strict=False))
+            if set(TASKS["similarity"]) <= set(row):
+                row["label"] = _score(row["label"])
+            yield place, row
             continue
         try:
             row = json.loads(line)
@@ -187,6 +193,13 @@ def _rows_of(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[str, An
         yield place, row
 
 
+def _score(cell: str) -> str | float:
+    """A float as such, as JSONL tells it from a class; whole numbers may be either."""
+    with suppress(ValueError):
+        return cell if cell.lstrip("+-").isdecimal() else float(cell)
+    return cell
+
+
 def _check(row: dict[str, Any], keys: tuple[str, ...], place: str) -> None:
     """Raises for a key that a row lacks, or whose value is of another kind than it must be."""
     for key in keys:
@@ -197,8 +210,8 @@ def _check(row: dict[str, Any], keys: tuple[str, ...], place: str) -> None:
                 f"{place}: has no {key!r}.{did_you_mean(key, others)} A row here has {', '.join(keys)}."
             )
         if key in ("label", "answer"):
-            number = isinstance(value, int | float) and math.isfinite(value)
-            good, wanted = number or isinstance(value, str), "a name or a number"
+            number = isinstance(value, int | float) and abs(value) <= LARGEST
+            good, wanted = number or isinstance(value, str), f"a name or a number of at most {LARGEST:.0e}"
         elif key == "choices":
             good = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
             wanted = "a list of two or more texts"
@@ -253,7 +266,8 @@ def _classes(form: str, rows: list[tuple[str, dict[str, Any]]], key: str) -> tup
     if form == "choice" and rows:
         return tuple(str(i) for i in range(len(rows[0][1]["choices"])))
     found = {str(row[key]) for _, row in rows}
-    return tuple(sorted(found, key=lambda name: (int(name) if name.isdecimal() else math.inf, name)))
+    whole = {name: int(name) for name in found if name.isdecimal() and len(name) < 99}  # int() has a limit
+    return tuple(sorted(found, key=lambda name: (whole.get(name, math.inf), name)))
 
 
 def _label(place: str, value: Any, key: str, index: dict[str, int]) -> int:
@@ -266,9 +280,10 @@ def _label(place: str, value: Any, key: str, index: dict[str, int]) -> int:
 
 
 def _number(place: str, row: dict[str, Any]) -> float:
-    if isinstance(row["label"], str):
-        raise LabError(f"{place}: label {row['label']!r} is no number, as other rows have. Correct it.")
-    return float(row["label"])
+    with suppress(ValueError):
+        if abs(number := float(row["label"])) <= LARGEST:
+            return number
+    raise LabError(f"{place}: label {row['label']!r} is no number, as other rows have. Correct it.")
 
 
 def _stem(path: Path) -> str:

@@ -539,6 +539,13 @@ def texts_of(data: DataSet, sample: int) -> list[str]:
     return ["".join(signs.get(i) or chr(i) for i in sequence) for sequence in found]
 
 
+def similarity(path: Path, *labels: str) -> Path:
+    """Rows with labels as they are written."""
+    if path.suffix == ".tsv":
+        return write(path, "first\tsecond\tlabel\n" + "".join(f"a\tb\t{label}\n" for label in labels))
+    return write(path, "".join(f'{{"first": "a", "second": "b", "label": {label}}}\n' for label in labels))
+
+
 @pytest.mark.parametrize(
     ("form", "row", "classes", "sequences"),
     [
@@ -567,17 +574,32 @@ def test_the_four_task_forms(
     assert data.test.tensors["labels"].tolist() == [0]
 
 
-def test_similarity_as_a_number(tmp_path: Path) -> None:
-    rows = ({"first": "a", "second": "b", "label": label} for label in (2.5, 4, 0))
-    data = read(jsonl(tmp_path / "a.jsonl", *rows), held_out=0.4)
+@pytest.mark.parametrize("suffix", [".jsonl", ".tsv"])
+@pytest.mark.parametrize("labels", ["2.5 4 0", "3.0 -1 1e-1", "0.000 3.250 5.000"])
+def test_similarity_as_a_number(tmp_path: Path, suffix: str, labels: str) -> None:
+    path = similarity(tmp_path / f"a{suffix}", *labels.split())
+    data = read(path, held_out=0.4)
     assert data.num_classes == 0
     both = torch.cat([data.train.tensors["targets"], data.test.tensors["targets"]])
-    assert both.flatten().sort().values.tolist() == [0, 2.5, 4]
+    wanted = torch.tensor(sorted(map(float, labels.split())))
+    assert torch.equal(both.flatten().sort().values, wanted)
+    path = similarity(path, "2.5", "1" + 60 * "0" if suffix == ".tsv" else '"x"')
+    assert "is no number, as other rows have" in error(path)
+    assert f"{path}, line " in error(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".tsv"])
+def test_similarity_as_whole_numbers_is_classes(tmp_path: Path, suffix: str) -> None:
+    path = similarity(tmp_path / f"a{suffix}", *"10 -1 2 10 -1 2".split())
+    assert read(path, held_out=0.5).classes == ("2", "10", "-1")
 
 
 def test_classes_with_numbers_are_in_their_order(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *({"text": "t", "label": i % 11} for i in range(44)))
     assert read(path).classes == tuple(map(str, range(11)))
+    long = "7" * 5001  # more digits than int() takes
+    jsonl(path, *({"text": "t", "label": label} for label in (long, "b", 2) * 2))
+    assert read(path, held_out=0.5).classes == ("2", long, "b")
 
 
 def test_files_of_one_part_may_have_other_classes(tmp_path: Path) -> None:
@@ -623,6 +645,8 @@ def test_a_long_first_text_is_cut(tmp_path: Path) -> None:
             "line 2: label 'x' is no number",
         ),
         (['{"first": "a", "second": "b", "label": NaN}'], "line 1: 'label' is NaN, not a name or a number"),
+        (['{"text": "a", "label": 1' + "0" * 400 + "}"], "not a name or a number of at most 1e+38. Correct"),
+        (['{"first": "a", "second": "b", "label": -1e39}'], "line 1: 'label' is -1e+39, not a name or"),
         ([""], "has no rows"),
         (['{"text": "a\\ud800", "label": 0}'], "line 1: 'text' is no valid Unicode"),
     ],
