@@ -1,9 +1,9 @@
 """Data sets of the Hub, or in a local folder in its format, by the library `datasets`."""
 
 import dataclasses
+import os
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def read_hub(name: str, config: DataConfig) -> Raw:
         LabError: it cannot be loaded, holds nothing that is known, or lacks a picture or a label in some row.
     """
     path, _, subset = name.partition("#")
-    if not (path and Path(path).is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(path):  # noqa: PTH112 (of any length)
         raise LabError(f"hub:{name}: not understood. A data set on the Hub is hub:OWNER/NAME[#CONFIG].")
 
     import datasets
@@ -49,7 +49,7 @@ def read_hub(name: str, config: DataConfig) -> Raw:
         for part, rows in splits.items():
             where = f"hub:{name}, {part}"
             for key in (pictures[0], *labels[:1]):
-                if (missing := rows.data.column(key).is_null().to_pylist()).count(True):
+                if True in (missing := rows.data.column(key).is_null().to_pylist()):
                     row = missing.index(True) + 1
                     raise LabError(f"{where}, row {row}: has no {key!r}. Fill it in, or remove the row.")
             columns: Columns = {"inputs": _images(rows, pictures[0], config, where)}

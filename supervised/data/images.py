@@ -88,7 +88,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     head = 4 + 4 * dimensions
     shape = np.frombuffer(data[:head].ljust(head, b"\0"), ">u4")[1:].tolist()
     there = len(data) - head
-    if there != math.prod(shape):
+    if there != math.prod(shape) or 0 in shape[1:]:
         raise LabError(
             f"{path}: holds {max(there, 0):,} bytes where its head says {' x '.join(map(str, shape))}. "
             "Get the file again."
@@ -244,6 +244,7 @@ def _folders(folder: Path) -> list[Path]:
 _INPUTS, _LABELS = ("images", "inputs", "x", "data"), ("labels", "targets", "y", "label", "target")
 
 
+@np.errstate(over="ignore")  # to float32: what becomes infinite is named later on
 def read_npz(path: Path, config: DataConfig) -> Raw:
     """Arrays of images (uint8, channels first or last, or none) or of a table (a sample is one row).
 
@@ -254,6 +255,9 @@ def read_npz(path: Path, config: DataConfig) -> Raw:
     """
     try:
         with path.open("rb") as opened:
+            if not (head := opened.read(4)).startswith((b"PK\3\4", b"PK\5\6", b"\x93NUM", b"\x80")):
+                raise LabError(f"begins with {head.hex() or 'nothing'}")  # numpy would call it a pickle
+            opened.seek(0)
             file = np.load(opened, allow_pickle=False)
             if isinstance(file, np.ndarray):
                 raise LabError("one array without a name (save it with np.savez)")
@@ -298,11 +302,12 @@ def _named(arrays: dict[str, np.ndarray], part: str, names: tuple[str, ...]) -> 
 
 
 def _as_inputs(values: np.ndarray, what: str) -> np.ndarray:
-    if values.ndim == 2 and values.dtype.kind in "fiu":
+    filled = 0 not in values.shape[1:]
+    if filled and values.ndim == 2 and values.dtype.kind in "fiu":
         return values.astype(np.float32)
-    if values.dtype == np.uint8 and values.ndim == 3:
+    if filled and values.ndim == 3 and values.dtype == np.uint8:
         return values[:, None]
-    if values.dtype == np.uint8 and values.ndim == 4:
+    if filled and values.ndim == 4 and values.dtype == np.uint8:
         return values if values.shape[1] in (1, 3, 4) else np.ascontiguousarray(values.transpose(0, 3, 1, 2))
     shape = " x ".join(map(str, values.shape))
     raise LabError(

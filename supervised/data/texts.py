@@ -41,7 +41,8 @@ def read_texts(path: Path, config: DataConfig) -> Raw:
         if not files:
             kinds = sorted({p.suffix for p in path.rglob("*") if p.is_file() and p.suffix})
             raise LabError(
-                f"{path}: holds no picture, and no file that ends in {config.suffix}. Set data.suffix"
+                f"{path}: holds no rows ({', '.join(ROWS)}), no picture, and no file that ends in "
+                f"{config.suffix}. Set data.suffix"
                 + (f" (there are {', '.join(kinds[:6])})." if kinds else ", or name another folder.")
             )
     parts: dict[str, Columns] = {}
@@ -196,7 +197,7 @@ def _rows_of(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[str, An
 def _score(cell: str) -> str | float:
     """A float as such, as JSONL tells it from a class; whole numbers may be either."""
     with suppress(ValueError):
-        return cell if cell.lstrip("+-").isdecimal() else float(cell)
+        return cell if cell.strip(" +-").isdecimal() else float(cell)
     return cell
 
 

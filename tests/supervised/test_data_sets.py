@@ -163,6 +163,11 @@ def test_a_name_that_is_none(tmp_path: Path) -> None:
     assert "hub:OWNER/NAME" in message
     jsonl(tmp_path / "train.jsonl", {"text": "a"})
     assert "Did you mean" in error(tmp_path / "trian.jsonl")
+    assert f"data.source = '{'x' * 80}': File name too long. Name another" in error("x" * 5000)
+    assert "not understood. A data set on the Hub is" in error("hub:" + "x" * 5000)
+    path = write(tmp_path / "b.csv", "a,b\nc,d\n")
+    assert f"{path}: CSV is not read. Save its rows as .jsonl or .tsv, or set data.format=text" in error(path)
+    assert read(path, format="text", held_out=0.5).kind == "text"
 
 
 def test_names_and_settings_are_known_without_torch() -> None:
@@ -221,6 +226,9 @@ def test_damaged_idx(tmp_path: Path) -> None:
     assert f"{labels}: begins with nothing where 00000801 marks labels" in error(tmp_path)
     labels.write_bytes(bytes((0, 0, 8, 1, 0, 0)))
     assert f"{labels}: holds 0 bytes" in error(tmp_path)
+    packed.write_bytes(gzip.compress(idx(np.zeros((20, 0, 4), np.uint8))))
+    assert f"{packed}: holds 0 bytes where its head says 20 x 0 x 4" in error(tmp_path)
+    packed.write_bytes(good)
     labels.write_bytes(idx(np.zeros(19, np.uint8)))
     assert f"{labels}: 19 labels for 20 images in train-images-idx3-ubyte.gz." in error(tmp_path)
     labels.unlink()
@@ -389,6 +397,10 @@ def test_arrays_of_a_table(tmp_path: Path) -> None:
         ({"x": np.zeros((4, 5)), "y": np.zeros((4, 0))}, "labels are 4 x 0 of float64, where"),
         ({"x": np.zeros((4, 5)), "y": np.full(4, 10**12)}, "a label is 1,000,000,000,000: no class"),
         ({"x": np.zeros((0, 5))}, "part is empty"),
+        ({"x": np.zeros((200, 0))}, "inputs are 200 x 0 of float64, where images are"),
+        ({"x": np.zeros((4, 0, 5), np.uint8)}, "inputs are 4 x 0 x 5 of uint8, where images are"),
+        ({"x": np.full((4, 5), 1e300)}, "inputs of sample 1 of the training part is no finite number"),
+        ({"x": np.zeros((4, 5)), "y": np.full(4, 1e300)}, "targets of sample 1 of the training part is no"),
     ],
 )
 def test_bad_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -396,8 +408,16 @@ def test_bad_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], message: str)
     assert message in error(tmp_path / "a.npz", held_out=0.5)
 
 
-def test_a_damaged_npz(tmp_path: Path) -> None:
-    assert "not a readable .npz file" in error(write(tmp_path / "a.npz", b"PK\3\4 no zip"))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\3\4 no zip", ""),
+        (b"hello", "begins with 68656c6c. Get it"),
+        (b"", "begins with nothing. Get it"),
+    ],
+)
+def test_a_damaged_npz(tmp_path: Path, content: bytes, message: str) -> None:
+    assert f"not a readable .npz file: {message}" in error(write(tmp_path / "a.npz", content))
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
@@ -440,9 +460,11 @@ def test_a_folder_of_text_with_parts(tmp_path: Path) -> None:
     message = error(tmp_path, suffix=".md", evaluate_on="dev")
     assert "data.evaluate_on = 'dev'" in message
     assert "only test, train, valid" in message
-    assert "holds no picture, and no file that ends in .rst. Set data.suffix (there are .md, .txt)" in error(
-        tmp_path, suffix=".rst"
+    message = error(tmp_path, suffix=".rst")
+    assert (
+        "holds no rows (.jsonl, .tsv), no picture, and no file that ends in .rst. Set data.suffix" in message
     )
+    assert "Set data.suffix (there are .md, .txt)" in message
 
 
 def test_text_that_is_no_utf8_is_bytes_all_the_same(tmp_path: Path) -> None:
@@ -590,7 +612,7 @@ def test_similarity_as_a_number(tmp_path: Path, suffix: str, labels: str) -> Non
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv"])
 def test_similarity_as_whole_numbers_is_classes(tmp_path: Path, suffix: str) -> None:
-    path = similarity(tmp_path / f"a{suffix}", *"10 -1 2 10 -1 2".split())
+    path = similarity(tmp_path / f"a{suffix}", *["10", "-1", "2"] * 2)
     assert read(path, held_out=0.5).classes == ("2", "10", "-1")
 
 
