@@ -13,7 +13,7 @@ from lab.errors import LabError
 from supervised.data import made
 from supervised.data.catch import catch
 from supervised.data.config import DataConfig
-from supervised.data.images import find_idx, open_picture, read_idx_folder
+from supervised.data.images import check_memory, find_idx, open_picture, read_idx_folder
 from supervised.data.library import library_files
 from supervised.data.raw import Columns, Raw, read_text
 
@@ -34,10 +34,15 @@ PATCH = 64
 
 
 def digits(config: DataConfig) -> Raw:
-    """1,797 digits of 8 x 8 pixels (scikit-learn's, UCI's test part); `img_size` repeats pixels."""
+    """1,797 digits of 8 x 8 pixels (scikit-learn's, UCI's test part); `img_size` repeats pixels.
+
+    Raises:
+        LabError: they are too large for the memory.
+    """
     data = _sklearn("load_digits")
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]
     if config.img_size:
+        check_memory((len(images), 1, config.img_size, config.img_size), config)
         nearest = np.arange(config.img_size) * 8 // config.img_size
         images = images[:, :, nearest[:, None], nearest]
     parts: dict[str, Columns] = {"train": {"inputs": images, "labels": data.target.astype(np.int64)}}

@@ -1,7 +1,9 @@
 """Data sets of the Hub, or in a local folder in its format, by the library `datasets`."""
 
+import dataclasses
+import os
 import re
-from pathlib import Path
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from lab.errors import LabError, first_line
 from lab.hub import hub_or_cache
 from supervised.data.config import DataConfig
-from supervised.data.images import read_pictures
+from supervised.data.images import open_picture, read_pictures
 from supervised.data.raw import Columns, Raw
 from supervised.data.texts import assemble
 
@@ -21,14 +23,15 @@ def read_hub(name: str, config: DataConfig) -> Raw:
     `translation` by language) and tasks have the keys that rows of JSONL have.
 
     Raises:
-        LabError: it cannot be loaded, or holds nothing that is known.
+        LabError: it cannot be loaded, holds nothing that is known, or lacks a picture or a label in some row.
     """
     path, _, subset = name.partition("#")
-    if not (path and Path(path).is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.isdir(path):  # noqa: PTH112 (of any length)
         raise LabError(f"hub:{name}: not understood. A data set on the Hub is hub:OWNER/NAME[#CONFIG].")
 
     import datasets
 
+    datasets.disable_progress_bars()  # they would stand before the one line of an error
     try:
         with hub_or_cache(path):
             splits = datasets.load_dataset(path, subset or None)
@@ -45,6 +48,10 @@ def read_hub(name: str, config: DataConfig) -> Raw:
         parts: dict[str, Columns] = {}
         for part, rows in splits.items():
             where = f"hub:{name}, {part}"
+            for key in (pictures[0], *labels[:1]):
+                if True in (missing := rows.data.column(key).is_null().to_pylist()):
+                    row = missing.index(True) + 1
+                    raise LabError(f"{where}, row {row}: has no {key!r}. Fill it in, or remove the row.")
             columns: Columns = {"inputs": _images(rows, pictures[0], config, where)}
             if labels:
                 columns["labels"] = np.array(rows[labels[0]], np.int64)
@@ -62,19 +69,18 @@ def read_hub(name: str, config: DataConfig) -> Raw:
 
 def _images(rows: Any, column: str, config: DataConfig, where: str) -> np.ndarray:
     """The pictures of a column, each decoded when it is its turn."""
-    grey = all(rows[i][column].mode in ("L", "1") for i in range(min(len(rows), 8)))
-    if grey and not config.grayscale:  # three equal channels would be a waste
-        import dataclasses
-
-        config = dataclasses.replace(config, grayscale=True)
 
     def opened(index: int) -> Any:
-        try:
-            return rows[index][column]
-        except Exception as error:  # Pillow's and pyarrow's
-            raise LabError(f"{where}, row {index + 1}: cannot be opened: {first_line(error)}.") from None
+        return rows[index][column]
 
-    return read_pictures(range(len(rows)), opened, config, lambda i: f"{where}, row {i + 1}")
+    def name(index: int) -> str:
+        return f"{where}, row {index + 1}"
+
+    with warnings.catch_warnings(action="ignore"):  # of damage, which an error tells
+        grey = all(open_picture(i, opened, name).mode in ("L", "1") for i in range(min(len(rows), 8)))
+    # Three equal channels would be a waste.
+    config = dataclasses.replace(config, grayscale=config.grayscale or grey)
+    return read_pictures(range(len(rows)), config, opened, name)
 
 
 def _flat(row: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:

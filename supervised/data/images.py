@@ -1,7 +1,8 @@
 """Images from files: IDX, folders of pictures, .npz."""
 
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import psutil
 from lab.errors import LabError, first_line
 from supervised.data import frames
 from supervised.data.config import DataConfig
-from supervised.data.raw import EVALUATION, Columns, Raw, read_bytes
+from supervised.data.raw import EVALUATION, Columns, Raw, one_each, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,14 +25,21 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 
 def find_idx(folder: Path) -> dict[str, dict[str, Path]]:
-    """The IDX files of a folder: part -> "inputs" and "labels" -> file."""
-    found: dict[str, dict[str, Path]] = {}
+    """The IDX files of a folder: part -> "inputs" and "labels" -> file.
+
+    Raises:
+        LabError: there are two of one, such as packed and not.
+    """
+    files: list[tuple[tuple[str, str], Path]] = []
     for path in sorted(folder.iterdir()):
         name = path.name.lower()
         column = "inputs" if "idx3" in name else "labels" if "idx1" in name else None
         part = next((part for part in ("train", *EVALUATION) if part in name), None)
         if column and part:
-            found.setdefault(part, {}).setdefault(column, path)
+            files.append(((part, column), path))
+    found: dict[str, dict[str, Path]] = {}
+    for (part, column), path in one_each(files).items():
+        found.setdefault(part, {})[column] = path
     return found
 
 
@@ -80,7 +88,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     head = 4 + 4 * dimensions
     shape = np.frombuffer(data[:head].ljust(head, b"\0"), ">u4")[1:].tolist()
     there = len(data) - head
-    if there != math.prod(shape):
+    if there != math.prod(shape) or 0 in shape[1:]:
         raise LabError(
             f"{path}: holds {max(there, 0):,} bytes where its head says {' x '.join(map(str, shape))}. "
             "Get the file again."
@@ -93,7 +101,12 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def holds_pictures(folder: Path) -> bool:
     """Whether there is a picture somewhere below a folder."""
-    return any(path.suffix.lower() in PICTURES for path in folder.rglob("*"))
+    return any(_pictures(folder.rglob("*")))
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether there are pictures in two or more folders below a folder."""
+    return len({path.parent for path in _pictures(folder.rglob("*"))} - {folder}) > 1
 
 
 def read_image_folder(folder: Path, config: DataConfig) -> Raw:
@@ -115,7 +128,7 @@ def read_image_folder(folder: Path, config: DataConfig) -> Raw:
                 raise LabError(
                     f"{path}: the class {path.name!r} is not among those of {roots['train']}. Move it."
                 )
-            pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+            pictures = sorted(_pictures(path.rglob("*")))
             if not pictures:
                 raise LabError(
                     f"{path}: holds no picture ({', '.join(PICTURES)}). Fill or remove the folder."
@@ -123,18 +136,18 @@ def read_image_folder(folder: Path, config: DataConfig) -> Raw:
             files += pictures
             labels += [classes.index(path.name)] * len(pictures)
         if not files:  # without classes, for what learns from the images alone
-            files = sorted(p for p in root.iterdir() if p.suffix.lower() in PICTURES)
+            files = sorted(_pictures(root.iterdir()))
         if not files:
             raise LabError(f"{root}: holds no picture ({', '.join(PICTURES)}). Name another folder.")
-        columns: Columns = {"inputs": read_pictures(files, open_picture, config)}
+        columns: Columns = {"inputs": read_pictures(files, config)}
         parts[part] = columns | ({"labels": np.array(labels, np.int64)} if labels else {})
     return Raw(kind="images", parts=parts, classes=classes)
 
 
 def read_pictures(
     items: Iterable[Any],
-    opened: Callable[[Any], "Image"],
     config: DataConfig,
+    opened: Callable[[Any], "Image"] | None = None,
     name: Callable[[Any], str] = str,
 ) -> np.ndarray:
     """Pictures as (n, channels, height, width) uint8, scaled and cropped to `img_size` if that is set.
@@ -145,18 +158,15 @@ def read_pictures(
     items = list(items)
 
     def read(item: Any) -> np.ndarray:
-        with opened(item) as picture:
-            return _pixels(picture, config)
+        return _pixels(open_picture(item, opened, name), config)
 
-    first = read(items[0])
-    needed, free = first.nbytes * len(items), psutil.virtual_memory().available
-    if needed > free:
-        raise LabError(
-            f"{config.source}: {len(items):,} images of {' x '.join(map(str, first.shape))} take "
-            f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free. Make data.img_size smaller."
-        )
-    images = np.empty((len(items), *first.shape), np.uint8)
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it decodes
+    # Pillow lets go of the interpreter while it decodes. What it warns of, an error tells.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        if config.img_size:
+            check_memory((len(items), 1 if config.grayscale else 3, config.img_size, config.img_size), config)
+        first = read(items[0])
+        check_memory((len(items), *first.shape), config)
+        images = np.empty((len(items), *first.shape), np.uint8)
         for i, pixels in enumerate(pool.map(read, items)):
             if pixels.shape != first.shape:
                 sizes = [" x ".join(map(str, a.shape[1:])) for a in (pixels, first)]
@@ -168,31 +178,50 @@ def read_pictures(
     return images
 
 
-def open_picture(path: Path) -> "Image":
-    """A picture, decoded.
+def check_memory(shape: tuple[int, ...], config: DataConfig) -> None:
+    """Of images as (n, channels, height, width) uint8.
 
     Raises:
-        LabError: it cannot be opened.
+        LabError: they are too many or too large for what is free.
     """
-    from PIL import Image
+    needed, free = math.prod(shape), psutil.virtual_memory().available
+    if needed > free:
+        raise LabError(
+            f"{config.source}: {shape[0]:,} images of {' x '.join(map(str, shape[1:]))} take "
+            f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free. Make data.img_size smaller."
+        )
+
+
+def open_picture(
+    item: Any, opened: Callable[[Any], "Image"] | None = None, name: Callable[[Any], str] = str
+) -> "Image":
+    """A picture, decoded and upright: a file, or what `opened` makes of an item.
+
+    Raises:
+        LabError: it cannot be opened, or has 32 bits a pixel.
+    """
+    from PIL import Image, ImageOps
 
     try:
-        with path.open("rb") as file:
-            picture = Image.open(file)
-            picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with (opened or Image.open)(item) as picture:
+            upright = ImageOps.exif_transpose(picture)
+    except Exception as error:  # Pillow's formats and pyarrow: each has its own
         reason = "no picture" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
         raise LabError(
-            f"{path}: cannot be opened: {reason.rstrip('.')}. Restore or remove the file."
+            f"{name(item)}: cannot be opened: {reason.rstrip('.')}. Restore or remove it."
         ) from None
-    return picture
+    # Of a PNG or PGM, "I" are 16 bits.
+    if picture.mode == "F" or (picture.mode == "I" and picture.format not in ("PNG", "PPM")):
+        raise LabError(
+            f"{name(item)}: has 32 bits a pixel, which do not say where white is. Save it with 8 or 16 bits."
+        )
+    return upright
 
 
 def _pixels(picture: "Image", config: DataConfig) -> np.ndarray:
     """(channels, height, width) uint8."""
     from PIL import Image, ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits, all of which but the lowest 255 Pillow would call white
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
     picture = picture.convert("L" if config.grayscale else "RGB")
@@ -200,6 +229,10 @@ def _pixels(picture: "Image", config: DataConfig) -> np.ndarray:
         picture = ImageOps.fit(picture, (config.img_size, config.img_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(picture)
     return pixels[None] if config.grayscale else pixels.transpose(2, 0, 1)
+
+
+def _pictures(paths: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in paths if path.suffix.lower() in PICTURES and not path.is_dir())
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -211,6 +244,7 @@ def _folders(folder: Path) -> list[Path]:
 _INPUTS, _LABELS = ("images", "inputs", "x", "data"), ("labels", "targets", "y", "label", "target")
 
 
+@np.errstate(over="ignore")  # to float32: what becomes infinite is named later on
 def read_npz(path: Path, config: DataConfig) -> Raw:
     """Arrays of images (uint8, channels first or last, or none) or of a table (a sample is one row).
 
@@ -221,6 +255,9 @@ def read_npz(path: Path, config: DataConfig) -> Raw:
     """
     try:
         with path.open("rb") as opened:
+            if not (head := opened.read(4)).startswith((b"PK\3\4", b"PK\5\6", b"\x93NUM", b"\x80")):
+                raise LabError(f"begins with {head.hex() or 'nothing'}")  # numpy would call it a pickle
+            opened.seek(0)
             file = np.load(opened, allow_pickle=False)
             if isinstance(file, np.ndarray):
                 raise LabError("one array without a name (save it with np.savez)")
@@ -265,11 +302,12 @@ def _named(arrays: dict[str, np.ndarray], part: str, names: tuple[str, ...]) -> 
 
 
 def _as_inputs(values: np.ndarray, what: str) -> np.ndarray:
-    if values.ndim == 2 and values.dtype.kind in "fiu":
+    filled = 0 not in values.shape[1:]
+    if filled and values.ndim == 2 and values.dtype.kind in "fiu":
         return values.astype(np.float32)
-    if values.dtype == np.uint8 and values.ndim == 3:
+    if filled and values.ndim == 3 and values.dtype == np.uint8:
         return values[:, None]
-    if values.dtype == np.uint8 and values.ndim == 4:
+    if filled and values.ndim == 4 and values.dtype == np.uint8:
         return values if values.shape[1] in (1, 3, 4) else np.ascontiguousarray(values.transpose(0, 3, 1, 2))
     shape = " x ".join(map(str, values.shape))
     raise LabError(

@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -60,6 +60,19 @@ def take(columns: Columns, rows: Sequence[int] | np.ndarray) -> Columns:
         name: values[np.asarray(rows)] if isinstance(values, np.ndarray) else [values[i] for i in rows]
         for name, values in columns.items()
     }
+
+
+def one_each(files: Iterable[tuple[Any, Path]]) -> dict[Any, Path]:
+    """Each file by what it is to be, folders left out.
+
+    Raises:
+        LabError: two are to be the same.
+    """
+    found: dict[Any, Path] = {}
+    for key, path in files:
+        if not path.is_dir() and found.setdefault(key, path) != path:
+            raise LabError(f"{found[key]}: stands for the same as {path.name} beside it. Remove one of them.")
+    return found
 
 
 def read_bytes(path: Path) -> bytes:

@@ -24,7 +24,11 @@ def names() -> list[str]:
 
 
 def check(config: DataConfig) -> None:
-    """Raises if there is no such source, before anything heavy is loaded."""
+    """Sees that there is such a source, before anything heavy is loaded.
+
+    Raises:
+        LabError: there is none, or it may not be looked for.
+    """
     if config.source in bundled.READERS or config.source.startswith("hub:"):
         if config.format != "auto":
             raise LabError(
@@ -33,15 +37,21 @@ def check(config: DataConfig) -> None:
             )
         return
     path = Path(config.source)
-    if not path.exists():
+    try:
+        if path.exists():
+            return
         nearby = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(config.source, [*names(), *nearby])
-        if not hint and path.suffix == ".npz":
-            hint = f" Is it a record of play? `lab frames GAME --out {path}` makes one."
+    except OSError as error:  # too long a name, or a folder that is closed
         raise LabError(
-            f"data.source = {config.source!r}: no such data set, file or folder.{hint} By name there are "
-            f"{', '.join(names())}; on the Hub, hub:OWNER/NAME."
-        )
+            f"data.source = {config.source[:80]!r}: {error.strerror}. Name another file or folder."
+        ) from None
+    hint = did_you_mean(config.source, [*names(), *nearby])
+    if not hint and path.suffix == ".npz":
+        hint = f" Is it a record of play? `lab frames GAME --out {path}` makes one."
+    raise LabError(
+        f"data.source = {config.source!r}: no such data set, file or folder.{hint} By name there are "
+        f"{', '.join(names())}; on the Hub, hub:OWNER/NAME."
+    )
 
 
 def read(config: DataConfig) -> Raw:
@@ -70,6 +80,11 @@ def _recognise(path: Path, config: DataConfig) -> str:
     """The format of a file by its suffix, of a folder by what lies in it."""
     if path.is_file():
         suffix = bare_suffix(path)
+        if suffix == ".csv":
+            raise LabError(
+                f"{path}: CSV is not read. Save its rows as {' or '.join(texts.ROWS)}, or set "
+                "data.format=text to learn it as plain text."
+            )
         return "npz" if suffix == ".npz" else "rows" if suffix in texts.ROWS else "text"
     if not path.is_dir():
         raise LabError(f"{path}: is neither a file nor a folder. Name one.")
@@ -79,7 +94,7 @@ def _recognise(path: Path, config: DataConfig) -> str:
         return "idx"
     if texts.find_aligned(path, config.pair):
         return "aligned"
-    if texts.find_rows(path):
+    if texts.find_rows(path) and not images.holds_classes(path):  # such rows are about the pictures
         return "rows"
     if images.holds_pictures(path):
         return "image_folder"

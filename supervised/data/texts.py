@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from lab.errors import LabError, did_you_mean
 from supervised.data.config import DataConfig
-from supervised.data.raw import EVALUATION, Columns, Raw, bare_suffix, is_evaluation, read_text
+from supervised.data.raw import EVALUATION, Columns, Raw, bare_suffix, is_evaluation, one_each, read_text
 
 ROWS = (".jsonl", ".tsv")
 TASKS: dict[str, tuple[str, ...]] = {
@@ -20,6 +21,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "label"),
 }
 """The four task forms of GPT-1 (section 3.3), and the keys of their rows."""
+LARGEST = 1e38
+"""The largest label that float32 is sure to have."""
 
 
 # ---- plain text ----
@@ -33,11 +36,13 @@ def read_texts(path: Path, config: DataConfig) -> Raw:
     """
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if bare_suffix(p) == config.suffix and not _hidden(p, path))
+        shown = (p for p in path.rglob("*") if not p.is_dir() and not _hidden(p, path))
+        files = sorted(p for p in shown if bare_suffix(p) == config.suffix)
         if not files:
             kinds = sorted({p.suffix for p in path.rglob("*") if p.is_file() and p.suffix})
             raise LabError(
-                f"{path}: holds no picture, and no file that ends in {config.suffix}. Set data.suffix"
+                f"{path}: holds no rows ({', '.join(ROWS)}), no picture, and no file that ends in "
+                f"{config.suffix}. Set data.suffix"
                 + (f" (there are {', '.join(kinds[:6])})." if kinds else ", or name another folder.")
             )
     parts: dict[str, Columns] = {}
@@ -60,8 +65,13 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def find_aligned(folder: Path, pair: list[str]) -> dict[str, tuple[Path, Path]]:
-    """Part -> the two files of it."""
-    sides = [{_stem(p): p for p in sorted(folder.iterdir()) if bare_suffix(p) == f".{side}"} for side in pair]
+    """Part -> the two files of it.
+
+    Raises:
+        LabError: a part has a file twice, such as packed and not.
+    """
+    files = sorted(folder.iterdir())
+    sides = [one_each((_stem(p), p) for p in files if bare_suffix(p) == f".{side}") for side in pair]
     return {stem: (path, sides[1][stem]) for stem, path in sides[0].items() if stem in sides[1]}
 
 
@@ -93,9 +103,13 @@ def read_aligned(folder: Path, config: DataConfig) -> Raw:
 
 
 def find_rows(path: Path) -> dict[str, Path]:
-    """Part -> file of rows."""
+    """Part -> file of rows.
+
+    Raises:
+        LabError: a part has two.
+    """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {_stem(p) if path.is_dir() else "train": p for p in files if bare_suffix(p) in ROWS}
+    return one_each((_stem(p) if path.is_dir() else "train", p) for p in files if bare_suffix(p) in ROWS)
 
 
 def read_rows(path: Path, config: DataConfig) -> Raw:
@@ -161,7 +175,10 @@ def _rows_of(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[str, An
                 raise LabError(
                     f"{place}: has {len(cells)} of {len(header)} columns parted by tabs. Complete the line."
                 )
-            yield place, dict(zip(header, cells, strict=False))
+            row: dict[str, Any] = dict(zip(header, cells, strict=False))
+            if set(TASKS["similarity"]) <= set(row):
+                row["label"] = _score(row["label"])
+            yield place, row
             continue
         try:
             row = json.loads(line)
@@ -177,6 +194,13 @@ def _rows_of(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[str, An
         yield place, row
 
 
+def _score(cell: str) -> str | float:
+    """A float as such, as JSONL tells it from a class; whole numbers may be either."""
+    with suppress(ValueError):
+        return cell if cell.strip(" +-").isdecimal() else float(cell)
+    return cell
+
+
 def _check(row: dict[str, Any], keys: tuple[str, ...], place: str) -> None:
     """Raises for a key that a row lacks, or whose value is of another kind than it must be."""
     for key in keys:
@@ -187,8 +211,8 @@ def _check(row: dict[str, Any], keys: tuple[str, ...], place: str) -> None:
                 f"{place}: has no {key!r}.{did_you_mean(key, others)} A row here has {', '.join(keys)}."
             )
         if key in ("label", "answer"):
-            number = isinstance(value, int | float) and math.isfinite(value)
-            good, wanted = number or isinstance(value, str), "a name or a number"
+            number = isinstance(value, int | float) and abs(value) <= LARGEST
+            good, wanted = number or isinstance(value, str), f"a name or a number of at most {LARGEST:.0e}"
         elif key == "choices":
             good = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
             wanted = "a list of two or more texts"
@@ -243,7 +267,8 @@ def _classes(form: str, rows: list[tuple[str, dict[str, Any]]], key: str) -> tup
     if form == "choice" and rows:
         return tuple(str(i) for i in range(len(rows[0][1]["choices"])))
     found = {str(row[key]) for _, row in rows}
-    return tuple(sorted(found, key=lambda name: (int(name) if name.isdecimal() else math.inf, name)))
+    whole = {name: int(name) for name in found if name.isdecimal() and len(name) < 99}  # int() has a limit
+    return tuple(sorted(found, key=lambda name: (whole.get(name, math.inf), name)))
 
 
 def _label(place: str, value: Any, key: str, index: dict[str, int]) -> int:
@@ -256,9 +281,10 @@ def _label(place: str, value: Any, key: str, index: dict[str, int]) -> int:
 
 
 def _number(place: str, row: dict[str, Any]) -> float:
-    if isinstance(row["label"], str):
-        raise LabError(f"{place}: label {row['label']!r} is no number, as other rows have. Correct it.")
-    return float(row["label"])
+    with suppress(ValueError):
+        if abs(number := float(row["label"])) <= LARGEST:
+            return number
+    raise LabError(f"{place}: label {row['label']!r} is no number, as other rows have. Correct it.")
 
 
 def _stem(path: Path) -> str:

@@ -97,6 +97,10 @@ def test_patches_of_photographs_do_not_cross_the_border() -> None:
     assert "data.img_size = 200: no such patch fits" in error("photographs", img_size=200)
 
 
+def test_digits_that_no_memory_holds() -> None:
+    assert "digits: 1,797 images of 1 x 1000000 x 1000000 take" in error("digits", img_size=1_000_000)
+
+
 def test_the_python_library_is_split_by_file() -> None:
     data = read("python_library", held_out=0.1, limit=200_000)
     assert data.kind == "text"
@@ -159,6 +163,11 @@ def test_a_name_that_is_none(tmp_path: Path) -> None:
     assert "hub:OWNER/NAME" in message
     jsonl(tmp_path / "train.jsonl", {"text": "a"})
     assert "Did you mean" in error(tmp_path / "trian.jsonl")
+    assert f"data.source = '{'x' * 80}': File name too long. Name another" in error("x" * 5000)
+    assert "not understood. A data set on the Hub is" in error("hub:" + "x" * 5000)
+    path = write(tmp_path / "b.csv", "a,b\nc,d\n")
+    assert f"{path}: CSV is not read. Save its rows as .jsonl or .tsv, or set data.format=text" in error(path)
+    assert read(path, format="text", held_out=0.5).kind == "text"
 
 
 def test_names_and_settings_are_known_without_torch() -> None:
@@ -217,6 +226,9 @@ def test_damaged_idx(tmp_path: Path) -> None:
     assert f"{labels}: begins with nothing where 00000801 marks labels" in error(tmp_path)
     labels.write_bytes(bytes((0, 0, 8, 1, 0, 0)))
     assert f"{labels}: holds 0 bytes" in error(tmp_path)
+    packed.write_bytes(gzip.compress(idx(np.zeros((20, 0, 4), np.uint8))))
+    assert f"{packed}: holds 0 bytes where its head says 20 x 0 x 4" in error(tmp_path)
+    packed.write_bytes(good)
     labels.write_bytes(idx(np.zeros(19, np.uint8)))
     assert f"{labels}: 19 labels for 20 images in train-images-idx3-ubyte.gz." in error(tmp_path)
     labels.unlink()
@@ -262,6 +274,19 @@ def test_pictures_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
             Image.fromarray(shades).save(tmp_path / name / f"{i}.png")
     found = read(tmp_path, grayscale=True).train.tensors["inputs"][0, 0]
     assert found.tolist() == (shades // 257).tolist()
+    for path in tmp_path.rglob("*.png"):
+        write(path.with_suffix(".pgm"), b"P5 6 4 65535\n" + shades.astype(">u2").tobytes())
+        path.unlink()
+    again = read(tmp_path, grayscale=True).train.tensors["inputs"][0, 0]
+    assert torch.equal(again, found)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pictures_of_32_bits_are_refused(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 6), 200, kind)).save(path := tmp_path / "a" / "0.tif")
+    assert f"{path}: has 32 bits a pixel, " in (message := error(tmp_path))
+    assert message.endswith("Save it with 8 or 16 bits.")
 
 
 def test_folders_of_parts_scaled_and_cropped(tmp_path: Path) -> None:
@@ -294,11 +319,37 @@ def test_bad_folders_of_pictures(tmp_path: Path) -> None:
     picture(bad, (400, 400))
     bad.write_bytes(bad.read_bytes()[:200])
     assert f"{bad}: cannot be opened: " in error(tmp_path)
+    Image.new("RGB", (6, 4)).save(bad, exif=b"Exif\0\0no block of it")
+    assert f"{bad}: cannot be opened: not a TIFF file" in error(tmp_path)
+    Image.new("RGB", (6, 4)).save(bad, "tiff")
+    bad.write_bytes(bad.read_bytes()[:60])  # Pillow warns, too
+    assert f"{bad}: cannot be opened: no picture. Restore or remove it." in error(tmp_path)
+    assert "images of 3 x 1000000 x 1000000 take" in error(tmp_path, img_size=1_000_000)
     bad.unlink()
     assert f"{tmp_path / 'b'}: holds no picture" in error(tmp_path)
     picture(tmp_path / "train" / "a" / "0.png")
     picture(tmp_path / "test" / "c" / "0.png")
     assert f"{tmp_path / 'test' / 'c'}: the class 'c' is not among those of" in error(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["metadata.jsonl", "labels.tsv"])
+def test_folders_of_classes_come_before_rows_about_them(tmp_path: Path, beside: str) -> None:
+    for i in range(5):
+        picture(tmp_path / "train" / "a" / f"{i}.png")
+        picture(tmp_path / "train" / "b" / f"{i}.png")
+        (tmp_path / "train" / "b" / f"{i}.gif").mkdir()  # nor is a folder a picture
+    rows = tmp_path / beside
+    jsonl(rows, {"text": "a cat", "label": 0}, {"text": "a dog", "label": 0})
+    data = read(tmp_path)
+    assert (data.kind, data.classes, len(data.train)) == ("images", ("a", "b"), 8)
+    if rows.suffix == ".jsonl":
+        assert read(tmp_path, format="rows", held_out=0.5).kind == "tasks"
+
+
+def test_rows_beside_figures_are_rows(tmp_path: Path) -> None:
+    picture(tmp_path / "figures" / "0.png")
+    jsonl(tmp_path / "train.jsonl", {"text": "a", "label": 0}, {"text": "b", "label": 0})
+    assert read(tmp_path, held_out=0.5).kind == "tasks"
 
 
 # ---- .npz ----
@@ -346,6 +397,10 @@ def test_arrays_of_a_table(tmp_path: Path) -> None:
         ({"x": np.zeros((4, 5)), "y": np.zeros((4, 0))}, "labels are 4 x 0 of float64, where"),
         ({"x": np.zeros((4, 5)), "y": np.full(4, 10**12)}, "a label is 1,000,000,000,000: no class"),
         ({"x": np.zeros((0, 5))}, "part is empty"),
+        ({"x": np.zeros((200, 0))}, "inputs are 200 x 0 of float64, where images are"),
+        ({"x": np.zeros((4, 0, 5), np.uint8)}, "inputs are 4 x 0 x 5 of uint8, where images are"),
+        ({"x": np.full((4, 5), 1e300)}, "inputs of sample 1 of the training part is no finite number"),
+        ({"x": np.zeros((4, 5)), "y": np.full(4, 1e300)}, "targets of sample 1 of the training part is no"),
     ],
 )
 def test_bad_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -353,8 +408,16 @@ def test_bad_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], message: str)
     assert message in error(tmp_path / "a.npz", held_out=0.5)
 
 
-def test_a_damaged_npz(tmp_path: Path) -> None:
-    assert "not a readable .npz file" in error(write(tmp_path / "a.npz", b"PK\3\4 no zip"))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\3\4 no zip", ""),
+        (b"hello", "begins with 68656c6c. Get it"),
+        (b"", "begins with nothing. Get it"),
+    ],
+)
+def test_a_damaged_npz(tmp_path: Path, content: bytes, message: str) -> None:
+    assert f"not a readable .npz file: {message}" in error(write(tmp_path / "a.npz", content))
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
@@ -397,9 +460,11 @@ def test_a_folder_of_text_with_parts(tmp_path: Path) -> None:
     message = error(tmp_path, suffix=".md", evaluate_on="dev")
     assert "data.evaluate_on = 'dev'" in message
     assert "only test, train, valid" in message
-    assert "holds no picture, and no file that ends in .rst. Set data.suffix (there are .md, .txt)" in error(
-        tmp_path, suffix=".rst"
+    message = error(tmp_path, suffix=".rst")
+    assert (
+        "holds no rows (.jsonl, .tsv), no picture, and no file that ends in .rst. Set data.suffix" in message
     )
+    assert "Set data.suffix (there are .md, .txt)" in message
 
 
 def test_text_that_is_no_utf8_is_bytes_all_the_same(tmp_path: Path) -> None:
@@ -496,6 +561,13 @@ def texts_of(data: DataSet, sample: int) -> list[str]:
     return ["".join(signs.get(i) or chr(i) for i in sequence) for sequence in found]
 
 
+def similarity(path: Path, *labels: str) -> Path:
+    """Rows with labels as they are written."""
+    if path.suffix == ".tsv":
+        return write(path, "first\tsecond\tlabel\n" + "".join(f"a\tb\t{label}\n" for label in labels))
+    return write(path, "".join(f'{{"first": "a", "second": "b", "label": {label}}}\n' for label in labels))
+
+
 @pytest.mark.parametrize(
     ("form", "row", "classes", "sequences"),
     [
@@ -524,17 +596,32 @@ def test_the_four_task_forms(
     assert data.test.tensors["labels"].tolist() == [0]
 
 
-def test_similarity_as_a_number(tmp_path: Path) -> None:
-    rows = ({"first": "a", "second": "b", "label": label} for label in (2.5, 4, 0))
-    data = read(jsonl(tmp_path / "a.jsonl", *rows), held_out=0.4)
+@pytest.mark.parametrize("suffix", [".jsonl", ".tsv"])
+@pytest.mark.parametrize("labels", ["2.5 4 0", "3.0 -1 1e-1", "0.000 3.250 5.000"])
+def test_similarity_as_a_number(tmp_path: Path, suffix: str, labels: str) -> None:
+    path = similarity(tmp_path / f"a{suffix}", *labels.split())
+    data = read(path, held_out=0.4)
     assert data.num_classes == 0
     both = torch.cat([data.train.tensors["targets"], data.test.tensors["targets"]])
-    assert both.flatten().sort().values.tolist() == [0, 2.5, 4]
+    wanted = torch.tensor(sorted(map(float, labels.split())))
+    assert torch.equal(both.flatten().sort().values, wanted)
+    path = similarity(path, "2.5", "1" + 60 * "0" if suffix == ".tsv" else '"x"')
+    assert "is no number, as other rows have" in error(path)
+    assert f"{path}, line " in error(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".tsv"])
+def test_similarity_as_whole_numbers_is_classes(tmp_path: Path, suffix: str) -> None:
+    path = similarity(tmp_path / f"a{suffix}", *["10", "-1", "2"] * 2)
+    assert read(path, held_out=0.5).classes == ("2", "10", "-1")
 
 
 def test_classes_with_numbers_are_in_their_order(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *({"text": "t", "label": i % 11} for i in range(44)))
     assert read(path).classes == tuple(map(str, range(11)))
+    long = "7" * 5001  # more digits than int() takes
+    jsonl(path, *({"text": "t", "label": label} for label in (long, "b", 2) * 2))
+    assert read(path, held_out=0.5).classes == ("2", long, "b")
 
 
 def test_files_of_one_part_may_have_other_classes(tmp_path: Path) -> None:
@@ -580,6 +667,8 @@ def test_a_long_first_text_is_cut(tmp_path: Path) -> None:
             "line 2: label 'x' is no number",
         ),
         (['{"first": "a", "second": "b", "label": NaN}'], "line 1: 'label' is NaN, not a name or a number"),
+        (['{"text": "a", "label": 1' + "0" * 400 + "}"], "not a name or a number of at most 1e+38. Correct"),
+        (['{"first": "a", "second": "b", "label": -1e39}'], "line 1: 'label' is -1e+39, not a name or"),
         ([""], "has no rows"),
         (['{"text": "a\\ud800", "label": 0}'], "line 1: 'text' is no valid Unicode"),
     ],
@@ -606,6 +695,34 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_a_tsv_line_without_a_tab(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", "a\tb\nc d\n")
     assert f"{path}, line 2: has 1 of 2 columns parted by tabs" in error(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [
+        (("train.jsonl", "train.tsv"), ("train.jsonl", "train.tsv")),
+        (("train.jsonl", "train.jsonl.gz"), ("train.jsonl", "train.jsonl.gz")),
+        (("train.de", "train.en", "train.en.gz"), ("train.en", "train.en.gz")),
+        (
+            ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"),
+            ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"),
+        ),
+    ],
+)
+def test_a_part_that_is_there_twice(tmp_path: Path, names: tuple[str, ...], wrong: tuple[str, str]) -> None:
+    for name in names:
+        write(tmp_path / name, "a\n")
+    message = error(tmp_path, pair=["de", "en"])
+    assert f"{tmp_path / wrong[0]}: stands for the same as {wrong[1]} beside it." in message
+
+
+@pytest.mark.parametrize("name", ["sub.txt", "test.tsv", "test.de", "test-images-idx3-ubyte"])
+def test_a_folder_is_no_file_whatever_its_name(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name / "a.txt", "one\ntwo\n")
+    write(tmp_path / "b.txt", "three\nfour\n")
+    write(tmp_path / "test.en", "")
+    data = read(tmp_path, pair=["de", "en"], held_out=0.5)
+    assert (data.kind, len(data.train.documents)) == ("text", 1)
 
 
 # ---- the Hub ----
@@ -640,6 +757,31 @@ def test_images_in_the_format_of_the_hub(tmp_path: Path) -> None:
     assert data.train.tensors["inputs"].shape == (4, 1, 5, 4)  # grey as they are
     assert data.train.tensors["inputs"][:, 0, 0, 0].tolist() == [0, 10, 20, 30]
     assert data.test.tensors["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.usefixtures("hub_cache")
+@pytest.mark.parametrize("row", [3, 16])  # of the first few the colours are looked at before
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("image", None, "has no 'image'. Fill it in, or remove the row."),
+        ("image", {"bytes": b"junk"}, "cannot be opened: no picture. Restore or remove it."),
+        ("label", None, "has no 'label'. Fill it in, or remove the row."),
+    ],
+)
+def test_holes_in_images_of_the_hub(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], row: int, column: str, value: Any, message: str
+) -> None:
+    import datasets
+
+    picture(tmp_path / "0.png")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = [{"image": {"bytes": (tmp_path / "0.png").read_bytes()}, "label": 0} for _ in range(20)]
+    rows[row - 1][column] = value
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "pets" / "train.parquet")
+    datasets.enable_progress_bars()
+    assert error(source := f"hub:{tmp_path / 'pets'}") == f"{source}, train, row {row}: {message}"
+    assert "Generating" not in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("hub_cache")
