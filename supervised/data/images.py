@@ -28,7 +28,7 @@ def find_idx(folder: Path) -> dict[str, dict[str, Path]]:
     """The IDX files of a folder: part -> "inputs" and "labels" -> file.
 
     Raises:
-        LabError: there are two of one, such as packed and not.
+        LabError: there are two of one.
     """
     files: list[tuple[tuple[str, str], Path]] = []
     for path in sorted(folder.iterdir()):

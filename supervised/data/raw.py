@@ -63,14 +63,15 @@ def take(columns: Columns, rows: Sequence[int] | np.ndarray) -> Columns:
 
 
 def one_each(files: Iterable[tuple[Any, Path]]) -> dict[Any, Path]:
-    """Each file by what it is to be, folders left out.
+    """Each file by what it is to be; folders, and packed files that lie there unpacked, too, left out.
 
     Raises:
         LabError: two are to be the same.
     """
     found: dict[Any, Path] = {}
     for key, path in files:
-        if not path.is_dir() and found.setdefault(key, path) != path:
+        unpacked = path.suffix == ".gz" and path.with_suffix("").is_file()
+        if not path.is_dir() and not unpacked and found.setdefault(key, path) != path:
             raise LabError(f"{found[key]}: stands for the same as {path.name} beside it. Remove one of them.")
     return found
 

@@ -68,7 +68,7 @@ def find_aligned(folder: Path, pair: list[str]) -> dict[str, tuple[Path, Path]]:
     """Part -> the two files of it.
 
     Raises:
-        LabError: a part has a file twice, such as packed and not.
+        LabError: a part has two of one language.
     """
     files = sorted(folder.iterdir())
     sides = [one_each((_stem(p), p) for p in files if bare_suffix(p) == f".{side}") for side in pair]

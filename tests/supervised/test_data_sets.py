@@ -701,11 +701,10 @@ def test_a_tsv_line_without_a_tab(tmp_path: Path) -> None:
     ("names", "wrong"),
     [
         (("train.jsonl", "train.tsv"), ("train.jsonl", "train.tsv")),
-        (("train.jsonl", "train.jsonl.gz"), ("train.jsonl", "train.jsonl.gz")),
-        (("train.de", "train.en", "train.en.gz"), ("train.en", "train.en.gz")),
+        (("train.jsonl", "train.tsv.gz"), ("train.jsonl", "train.tsv.gz")),
         (
-            ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"),
-            ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"),
+            ("train-images-idx3-ubyte", "train-images.idx3-ubyte.gz"),
+            ("train-images-idx3-ubyte", "train-images.idx3-ubyte.gz"),
         ),
     ],
 )
@@ -714,6 +713,12 @@ def test_a_part_that_is_there_twice(tmp_path: Path, names: tuple[str, ...], wron
         write(tmp_path / name, "a\n")
     message = error(tmp_path, pair=["de", "en"])
     assert f"{tmp_path / wrong[0]}: stands for the same as {wrong[1]} beside it." in message
+
+
+def test_a_file_may_lie_beside_its_packed_self(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "train.jsonl.gz"):  # as gunzip -k leaves them
+        write(tmp_path / name, "".join(f'{{"text": "{i}", "label": {i % 2}}}\n' for i in range(20)))
+    assert len(load(DataConfig(source=str(tmp_path), held_out=0.5)).train) == 10
 
 
 @pytest.mark.parametrize("name", ["sub.txt", "test.tsv", "test.de", "test-images-idx3-ubyte"])
