@@ -50,7 +50,6 @@ class SupervisedPipeline:
         if resume:
             run = Run.resume(folder)
             run.refuse_other_config(values, MAY_CHANGE + HOW_IT_SAMPLES.get(config_.objective.name, ()))
-            run.info["config"] = tracking.scrub(values)
             latest = checkpoint.find(run.checkpoints)
             saved = checkpoint.load(latest) if latest is not None else None
         else:

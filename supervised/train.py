@@ -17,7 +17,7 @@ from lab.interrupt import StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
-from lab.tracking import Tracker, read_metrics
+from lab.tracking import Tracker, read_metrics, scrub
 from supervised import figures, objectives
 from supervised.config import SupervisedRun
 from supervised.data import Batches, DataSet, load
@@ -50,6 +50,7 @@ def train(
     trainer = Trainer(objective, objective.batches("train", compute.device), settings, compute)
     held_out = objective.batches("test", compute.device)
     values = config.to_dict(settings)
+    redraw = False
     if run is None:
         run = Run.create(
             folder,
@@ -65,6 +66,8 @@ def train(
     else:
         if saved is not None:
             _refuse_what_cannot_go_on(run, saved, data, trainer)
+        redraw = run.info["config"]["objective"] != scrub(values)["objective"]
+        run.info["config"] = scrub(values)
         run.continue_from(saved.state["metrics_bytes"] if saved else 0)
     with run.recording_its_end():
         t = settings.tracking
@@ -77,7 +80,7 @@ def train(
                     data.tokenizer.save(run.folder)
             if saved is not None:
                 session.restore(saved)
-            session.run_to_end()
+            session.run_to_end(redraw)
             exit_code = 0 if run.info["state"] == "finished" else 255
         finally:
             tracker.finish(exit_code, run.info["summary"])
@@ -122,13 +125,17 @@ class _Session:
 
     # ---- the loop ----
 
-    def run_to_end(self) -> None:
+    def run_to_end(self, redraw: bool) -> None:
+        """Trains and draws; with `redraw` it samples otherwise than before, and is judged anew."""
         s, trainer = self.settings, self.trainer
         per_epoch = trainer.steps_per_epoch
         with StopRequest() as stop, Progress(trainer.total_steps, trainer.step) as progress:
             progress.say(self._headline())
-            if trainer.step == trainer.total_steps and self.evaluated_at < trainer.step:
-                self._log(progress)  # it was stopped where it is now to end
+            over = trainer.step == trainer.total_steps or bool(self._done())
+            if over and self.evaluated_at < trainer.step:  # it was stopped where it is now to end
+                self._log(progress)
+                redraw = True
+            if over and redraw:
                 self._evaluate(progress)
                 self._save()
             for step in () if self._done() else trainer.iterate():
@@ -197,7 +204,7 @@ class _Session:
         self.tracker.log(step, {f"eval/{name}": value for name, value in numbers.items()})
         score = numbers[objective.headline]
         better = self.best is None or self._better(score, self.best)
-        self.without_better = 0 if better else self.without_better + 1
+        self.without_better = 0 if better else self.without_better + (step > self.evaluated_at)
         self.evaluated_at = step
         if better:
             self.best = score

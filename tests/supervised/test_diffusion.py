@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lab import checkpoint
 from lab.errors import LabError
+from lab.tracking import read_metrics
 from supervised import backbones, flow_matching
 from supervised.backbones.diffusion import Upsample, load_published, sinusoids
 from supervised.diffusion import Diffusion, alpha_bars, guided
@@ -443,6 +444,12 @@ def test_a_classifier_says_what_is_recognised(tmp_path: Path) -> None:
     )
     state = json.loads((run.checkpoints / "best" / "state.json").read_text())
     assert state["spec"]["judge_sha256"] == checkpoint.weights_hash(classifier.checkpoints / "best")
+    values["objective"] |= {"sampling_steps": 3, "guidance": 1.0}
+    redrawn = trained(settings_of(values), tmp_path / "run", resume=True)
+    last = list(read_metrics(redrawn.metrics))[-1]
+    assert last["global_step"] == run.info["summary"]["global_step"]
+    assert last["eval/recognised"] == redrawn.info["summary"]["eval/recognised"], "of the new sampler"
+    assert last["eval/bits_per_dim"] == run.info["summary"]["eval/bits_per_dim"]
     result = evaluate_run(run, checkpoint.load(run.find_checkpoint("best")))
     assert {"bits_per_dim", "recognised", "frechet_features", "detector_accuracy"} <= result["eval"].keys()
     assert len(result["notes"]) == 2
