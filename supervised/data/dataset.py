@@ -67,6 +67,8 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
         )
     train, test = _choose(raw, config)
     classes = _check_labels(raw, train, test, config.source)
+    if config.limit is not None:  # only now: which classes there are does not depend on it
+        train, test = (_limited(columns, raw.kind, config) for columns in (train, test))
     notes = list(raw.notes)
     tokenizer = None
     splits: list[Split]
@@ -138,12 +140,10 @@ def _choose(raw: Raw, config: DataConfig) -> tuple[Columns, Columns]:
     else:
         train, test = _hold_out(train, config)
     for part, columns in (("training", train), ("held-out", test)):
-        if not n_rows(columns):
+        if not n_rows(columns) or (raw.kind == "text" and not any(columns["text"])):
             raise LabError(
                 f"{config.source}: the {part} part is empty. Name more data, or another data.held_out."
             )
-    if config.limit is not None:
-        train, test = (_limited(columns, raw.kind, config) for columns in (train, test))
     return train, test
 
 
@@ -159,28 +159,36 @@ def _joined(parts: Sequence[Columns]) -> Columns:
 
 
 def _hold_out(columns: Columns, config: DataConfig) -> tuple[Columns, Columns]:
-    """Some samples at random, of each class as large a share; both parts in the order of the source."""
+    """Some samples at random, of each class as large a share but not all; both parts in the order of the
+    source."""
     rng, n = np.random.default_rng(config.split_seed), n_rows(columns)
     labels = columns.get("labels", np.zeros(n, np.int64))
     held = np.zeros(n, bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        held[rows[: round(len(rows) * config.held_out)]] = True
+        held[rows[: min(round(len(rows) * config.held_out), len(rows) - 1)]] = True
     return take(columns, np.flatnonzero(~held)), take(columns, np.flatnonzero(held))
 
 
 def _hold_out_text(texts: list[str], config: DataConfig) -> tuple[Columns, Columns]:
-    """Whole documents at random, up to a share of the characters; of a single one the end, from a line on."""
-    if len(texts) == 1:
-        border = int(len(texts[0]) * (1 - config.held_out))
-        border = texts[0].find("\n", max(border - 1, 0)) + 1 or border
-        return {"text": [texts[0][:border]]}, {"text": [part] if (part := texts[0][border:]) else []}
-    order = np.random.default_rng(config.split_seed).permutation(len(texts)).tolist()
-    before = np.cumsum([0, *(len(texts[i]) for i in order)])
-    n_held = int(np.searchsorted(before, config.held_out * before[-1]))
-    held = set(order[: min(max(n_held, 1), len(texts) - 1)])
-    parts = ([t for i, t in enumerate(texts) if (i in held) == side] for side in (False, True))
-    return {"text": next(parts)}, {"text": next(parts)}
+    """Whole documents at random until they are a share of the characters, without those too large for it; if
+    that leaves none, the end of the largest, from a line on."""
+    total, n, held = sum(map(len, texts)), 0, set()
+    share = config.held_out * total
+    for i in np.random.default_rng(config.split_seed).permutation(len(texts)).tolist():
+        # The last one crosses the share, but takes at most as large a share of the rest.
+        fits = n + len(texts[i]) <= share * (2 - config.held_out)
+        if n < share and fits and len(held) < len(texts) - 1:
+            held.add(i)
+            n += len(texts[i])
+    if n:
+        parts = ([t for i, t in enumerate(texts) if (i in held) == side] for side in (False, True))
+        return {"text": next(parts)}, {"text": next(parts)}
+    largest = max(range(len(texts)), key=lambda i: len(texts[i]))
+    text = texts[largest]
+    border = int(len(text) * (1 - config.held_out * (total / max(len(text), 1))))
+    border = text.find("\n", max(border - 1, 0), len(text) - 1) + 1 or border
+    return {"text": [*texts[:largest], text[:border], *texts[largest + 1 :]]}, {"text": [text[border:]]}
 
 
 def _limited(columns: Columns, kind: str, config: DataConfig) -> Columns:

@@ -319,6 +319,14 @@ def test_arrays_of_images(tmp_path: Path) -> None:
     assert torch.equal(unlabelled.test.tensors["inputs"], torch.from_numpy(images[:3]).permute(0, 3, 1, 2))
 
 
+def test_neither_limit_nor_held_out_part_decides_which_classes_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, x=RNG.normal(size=(401, 3)), y=[*np.arange(400) % 40, 40])  # one has a single sample
+    for settings in ({"limit": 10}, {"held_out": 0.6}, {"held_out": 0.6, "limit": 10}):
+        assert read(path, **settings).num_classes == 41
+    assert 40 in read(path, held_out=0.6).train.tensors["labels"]
+
+
 def test_arrays_of_a_table(tmp_path: Path) -> None:
     x = RNG.normal(size=(20, 3))
     np.savez(tmp_path / "a.npz", x=x, y=x.sum(1))
@@ -426,6 +434,27 @@ def test_bpe_is_trained_on_the_training_part_and_used_again(tmp_path: Path) -> N
 
 def test_an_empty_text(tmp_path: Path) -> None:
     assert "part is empty" in error(write(tmp_path / "a.txt", ""))
+    for name in ("train/a", "test/a", "test/b"):
+        write(tmp_path / "parts" / f"{name}.txt", "text" if name == "train/a" else "")
+    assert "the held-out part is empty" in error(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_large_document_is_not_held_out_whole(tmp_path: Path, seed: int) -> None:
+    sizes = [120_000, 3000, 1000, 2000, 4000]
+    for i, n in enumerate(sizes):
+        write(tmp_path / f"{i}.txt", "".join(f"{i} {j:05}\n" for j in range(n // 8)))
+    data = read(tmp_path, held_out=0.1, split_seed=seed)
+    assert 0 < len(data.test.ids) <= 0.19 * sum(sizes)
+    assert len(data.test.documents) == 4, "the small ones, as they are less than a tenth"
+    write(tmp_path / "5.txt", "x\n" * 60_000)
+    for i in range(1, 5):
+        (tmp_path / f"{i}.txt").unlink()
+    cut = read(tmp_path, held_out=0.1, split_seed=seed)
+    whole = "".join((tmp_path / f"{i}.txt").read_text() for i in (0, 5))
+    assert len(cut.test.ids) == 24_001, "neither fits, so the end of the first is held out"
+    assert cut.tokenizer.decode(cut.test.ids.tolist()) == whole[96_000:120_000]
+    assert len(cut.train.documents) == 2
 
 
 # ---- pairs ----
