@@ -88,7 +88,13 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
                 notes.append(f"left out {left_out:,} empty pairs or pairs of over {config.context} tokens")
             splits = [kept, _pairs(test, tokenizer)]
         else:
-            splits = [_tasks(part, tokenizer, config.context) for part in (train, test)]
+            keep_end = raw.form == "choice"
+            read = [_tasks(part, tokenizer, config.context, keep_end) for part in (train, test)]
+            splits = [split for split, _ in read]
+            if n_cut := sum(n for _, n in read):
+                notes.append(
+                    f"cut the texts of {n_cut:,} samples, held-out ones too, to {config.context} tokens"
+                )
         if not len(splits[0]):
             raise LabError(
                 f"{config.source}: no training sample has at most data.context = {config.context} tokens."
@@ -291,20 +297,27 @@ def _pairs(columns: Columns, tokenizer: Tokenizer, longest: int | None = None) -
     return SequenceSplit({"source": Ragged.of(sources_), "target": Ragged.of(targets)}, tokenizer.pad_id)
 
 
-def _tasks(columns: Columns, tokenizer: Tokenizer, longest: int) -> SequenceSplit:
-    """Start, text (delimiter, text), extract, as in GPT-1's figure 1; too long a first text is cut."""
+def _tasks(columns: Columns, tokenizer: Tokenizer, longest: int, keep_end: bool) -> tuple[SequenceSplit, int]:
+    """Start, text (delimiter, text), extract, as in GPT-1's figure 1, and how many samples had to be cut.
+
+    Of two texts the longer one is cut first; `keep_end`: the first one at its beginning.
+    """
     sequences = [sequence for sample in columns["texts"] for sequence in sample]
     encoded = iter(tokenizer.encode_batch([text for sequence in sequences for text in sequence]))
-    rows = []
-    for sequence in sequences:
+    rows, cut, group = [], set(), len(columns["texts"][0])
+    for i, sequence in enumerate(sequences):
         first, *others = ([*ids] for ids in islice(encoded, len(sequence)))
-        room = longest - 2 - sum(len(ids) + 1 for ids in others)
+        room = max(longest - 2 - len(others), 0)
+        if len(first) + sum(map(len, others)) > longest - 2 - len(others):
+            cut.add(i // group)
+            others = [ids[: max(room - len(first), (room + 1) // 2)] for ids in others]
+            room -= sum(map(len, others))
+            first = first[max(len(first) - room, 0) :] if keep_end else first[:room]
         rest = [token for ids in others for token in (tokenizer.delim_id, *ids)]
-        text = [tokenizer.bos_id, *first[: max(room, 0)], *rest]
+        text = [tokenizer.bos_id, *first, *rest]
         rows.append([*text[: longest - 1], tokenizer.extract_id])  # without it there is no answer
-    group = len(columns["texts"][0])
-    others = {name: _tensor(columns[name]) for name in ("labels", "targets") if name in columns}
-    return SequenceSplit({"ids": Ragged.of(rows, group)}, tokenizer.pad_id, others)
+    tensors = {name: _tensor(columns[name]) for name in ("labels", "targets") if name in columns}
+    return SequenceSplit({"ids": Ragged.of(rows, group)}, tokenizer.pad_id, tensors), len(cut)
 
 
 def _hash(splits: Sequence[Split]) -> str:

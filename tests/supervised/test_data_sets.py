@@ -575,12 +575,43 @@ def test_files_of_one_part_may_have_other_classes(tmp_path: Path) -> None:
     assert (len(data.train), len(data.test)) == (2, 1)
 
 
-def test_a_long_first_text_is_cut(tmp_path: Path) -> None:
-    row = {"premise": "0123456789", "hypothesis": "abc", "label": 0}
+@pytest.mark.parametrize(
+    ("premise", "hypothesis", "context", "found"),
+    [
+        ("0123456", "abc", 13, "^0123456|abc$"),
+        ("0123456789", "abc", 10, "^0123|abc$"),
+        ("01", "abcdefghij", 10, "^01|abcde$"),
+        ("0123456789", "abcdefghij", 10, "^012|abcd$"),
+        ("0123456789", "abc", 4, "^|a$"),
+        # However short: the token that the answer is read off stays.
+        ("0", "a", 2, "^$"),
+        ("0", "a", 1, "$"),
+    ],
+)
+def test_of_two_texts_the_longer_one_is_cut(
+    tmp_path: Path, premise: str, hypothesis: str, context: int, found: str
+) -> None:
+    row = {"premise": premise, "hypothesis": hypothesis, "label": 0}
+    short = {"premise": "", "hypothesis": "", "label": 1}
+    jsonl(tmp_path / "train.jsonl", row, short)
+    jsonl(tmp_path / "test.jsonl", row)
+    data = read(tmp_path, context=context)
+    assert texts_of(data, 0) == [found]
+    fits = found == f"^{premise}|{hypothesis}$"
+    n_cut = 0 if fits else 2 + (context < 3)
+    assert data.notes == (
+        (f"cut the texts of {n_cut} samples, held-out ones too, to {context} tokens",) * bool(n_cut)
+    )
+
+
+def test_a_context_keeps_the_end_that_its_answers_follow(tmp_path: Path) -> None:
+    row = {"context": "0123456789", "choices": ["abc", "d"], "answer": 0}
     path = jsonl(tmp_path / "a.jsonl", row, row)
-    assert texts_of(read(path, context=10, held_out=0.5), 0) == ["^0123|abc$"]
-    # However short: the token that the answer is read off stays.
-    assert texts_of(read(path, context=4, held_out=0.5), 0) == ["^|a$"]
+    data = read(path, context=10, held_out=0.5)
+    assert texts_of(data, 0) == ["^6789|abc$", "^456789|d$"]
+    assert data.notes == ("cut the texts of 2 samples, held-out ones too, to 10 tokens",)
+    data = read(path, context=4, held_out=0.5)
+    assert texts_of(data, 0) == ["^|a$", "^|d$"]
 
 
 @pytest.mark.parametrize(
