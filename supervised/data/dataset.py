@@ -39,6 +39,10 @@ class DataSet:
     """Of texts."""
     form: str = ""
     """Of tasks: classification, entailment, similarity or choice."""
+    held_out: Columns = field(default_factory=dict)
+    """Of text {"text"} and pairs {"source", "target"}: what `test` has as tokens, as it was before."""
+    longest: int = 0
+    """Of pairs: tokens of the longest sentence to judge by, of this part or another."""
     notes: tuple[str, ...] = field(default=())
     """What was left out, a sentence each."""
 
@@ -70,7 +74,7 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
     if config.limit is not None:  # only now: which classes there are does not depend on it
         train, test = (_limited(columns, raw.kind, config) for columns in (train, test))
     notes = list(raw.notes)
-    tokenizer = None
+    tokenizer, longest = None, 0
     splits: list[Split]
     if raw.kind in ("images", "table"):
         _check_shapes(train, test, config.source)
@@ -87,6 +91,9 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
             if left_out := n_rows(train) - len(kept):
                 notes.append(f"left out {left_out:,} empty pairs or pairs of over {config.context} tokens")
             splits = [kept, _pairs(test, tokenizer)]
+            others = (columns for part, columns in raw.parts.items() if is_evaluation(part))
+            judged = [splits[1], *(_pairs(columns, tokenizer) for columns in others if n_rows(columns))]
+            longest = max(int(r.longest().max()) for split in judged for r in split.sequences.values())
         else:
             keep_end = raw.form == "choice"
             read = [_tasks(part, tokenizer, config.context, keep_end) for part in (train, test)]
@@ -108,6 +115,8 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
         classes=classes,
         tokenizer=tokenizer,
         form=raw.form,
+        held_out=test if raw.kind in ("text", "pairs") else {},
+        longest=longest,
         notes=tuple(notes),
     )
 

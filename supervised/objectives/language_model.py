@@ -75,7 +75,8 @@ class LanguageModelling(Objective):
 
     @cached_property
     def _held_out(self) -> bytes:
-        return self.data.tokenizer.decode_bytes(self.data.test.ids.tolist())
+        """As it was before tokenisation, which may have lost some of it."""
+        return "".join(self.data.held_out["text"]).encode("utf-8", "surrogateescape")
 
     @cached_property
     def _compressors(self) -> dict[str, float]:
