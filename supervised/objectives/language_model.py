@@ -47,7 +47,9 @@ class LanguageModelling(Objective):
         require_kind(data, ("text",), "language_model")
         self.longest_attention = context = settings.data.context
         sizes = {"vocab_size": data.tokenizer.vocab_size, "max_positions": context}
-        backbone, self.parents = make_backbone(settings.model, backbones.CAUSAL, **sizes)
+        backbone, self.parents = make_backbone(
+            settings.model, backbones.CAUSAL, tokenizer=data.tokenizer, **sizes
+        )
         self.players: dict[str, nn.Module] = {"model": LanguageModel(backbone)}
 
     def loss(self, player: str, batch: Batch) -> Loss:

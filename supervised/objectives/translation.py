@@ -57,6 +57,7 @@ class Translation(Objective):
         backbone, self.parents = make_backbone(
             settings.model,
             backbones.TRANSLATORS,
+            tokenizer=data.tokenizer,
             vocab_size=data.tokenizer.vocab_size,
             max_positions=longest,
         )
