@@ -321,7 +321,7 @@ def test_arrays_of_images(tmp_path: Path) -> None:
 
 def test_neither_limit_nor_held_out_part_decides_which_classes_there_are(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    np.savez(path, x=RNG.normal(size=(401, 3)), y=[*np.arange(400) % 40, 40])  # one has a single sample
+    np.savez(path, x=RNG.normal(size=(401, 3)), y=np.append(np.arange(400) % 40, 40))  # 40 has one
     for settings in ({"limit": 10}, {"held_out": 0.6}, {"held_out": 0.6, "limit": 10}):
         assert read(path, **settings).num_classes == 41
     assert 40 in read(path, held_out=0.6).train.tensors["labels"]
