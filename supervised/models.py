@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lab import checkpoint
 from lab.checkpoint import Checkpoint
@@ -12,15 +12,28 @@ from lab.errors import LabError
 from lab.run import Run
 from supervised import backbones
 from supervised.config import ModelConfig
+from supervised.data import tokenizers
+from supervised.data.tokenizers import SubwordTokenizer
+
+ONLY_WHILE_LEARNING = {"dropout", "aux_dropout", "stochastic_depth", "layer_scale", "zero_init_residual"}
+"""Arguments of backbones that their weights mean the same without."""
+FOLLOWS_FROM = {"tokens": "data.tokenizer and data.vocab_size", "positions": "data.context"}
+"""The settings that decide the shapes of layers."""
 
 
 def make_backbone(
-    config: ModelConfig, fitting: Sequence[str], *, new_tokens: Sequence[int] = (), **of_data: Any
+    config: ModelConfig,
+    fitting: Sequence[str],
+    *,
+    tokenizer: SubwordTokenizer | None = None,
+    new_tokens: Sequence[int] = (),
+    **of_data: Any,
 ) -> tuple[nn.Module, list[dict[str, str]]]:
     """The backbone of a config, ready to learn.
 
     Args:
         fitting: the backbones that read what the objective has for them.
+        tokenizer: of texts: a run to start from must have had it.
         new_tokens: ids that mean nothing to a pretrained backbone: beside adapters their embeddings learn.
         of_data: arguments that follow from the data; only those the backbone takes are passed on.
 
@@ -41,7 +54,7 @@ def make_backbone(
     backbone = backbones.build(
         config.backbone, **{key: value for key, value in of_data.items() if key in takes}, **config.spec
     )
-    parents = [_start_from(backbone, Path(config.start_from))] if config.start_from else []
+    parents = [_start_from(backbone, config, tokenizer)] if config.start_from else []
     if config.adapt == "probe":
         backbone.requires_grad_(False)
     elif config.adapt == "lora":
@@ -55,11 +68,49 @@ def refuse_what_follows(spec: Mapping[str, Any], of_data: Mapping[str, Any], key
         raise LabError(f"{key}.{given[0]}: follows from the data. Leave it out.")
 
 
-def _start_from(backbone: nn.Module, folder: Path) -> dict[str, str]:
+def token_weights(backbone: Any) -> Tensor:
+    """The embeddings (vocab_size, width) of a backbone's tokens, with the rows that learn beside adapters."""
+    tokens = backbone.tokens
+    plain = isinstance(tokens, nn.Embedding)
+    return tokens.weight if plain else tokens.get_merged_weights(tokens.active_adapters)
+
+
+def _start_from(
+    backbone: nn.Module, config: ModelConfig, tokenizer: SubwordTokenizer | None
+) -> dict[str, str]:
     """Gives the backbone a run's best weights; returns what run.json says of that run."""
-    run = Run.named_by("model.start_from", folder)
+    folder = Path(config.start_from or "")
+    run, where = Run.named_by("model.start_from", folder), f"model.start_from = {folder}"
+    _require_same_meaning(run, config, tokenizer, where)
     saved = checkpoint.load(run.find_checkpoint("best"))
-    return load_backbone(backbone, run, saved, f"model.start_from = {folder}")
+    return load_backbone(backbone, run, saved, where)
+
+
+def _require_same_meaning(
+    run: Run, config: ModelConfig, tokenizer: SubwordTokenizer | None, where: str
+) -> None:
+    """Raises a `LabError` if a run's weights, though they may fit, mean another thing here: no shape tells
+    how many heads there are, nor which text a token stands for."""
+    theirs = {"backbone": config.backbone, "spec": config.spec, **run.info["config"].get("model", {})}
+    if theirs["backbone"] != config.backbone:
+        raise _another(where, f"{theirs['backbone']}, here {config.backbone}")
+    for key, argument in backbones.arguments(config.backbone).items():
+        there, here = (spec.get(key, argument.default) for spec in (theirs["spec"], config.spec))
+        there, here = (list(v) if isinstance(v, tuple) else v for v in (there, here))
+        # What is None follows from the rest, and is a matter of shapes.
+        if there != here and None not in (there, here) and key not in ONLY_WHILE_LEARNING:
+            raise _another(where, f"{key} = {there}, here {here}")
+    if tokenizer is not None and (run.folder / tokenizers.FILES[0]).is_file():
+        kept = tokenizers.from_folder(run.folder)
+        if kept.backend.get_vocab() != tokenizer.backend.get_vocab():
+            raise LabError(
+                f"{where}: its {kept.vocab_size:,} tokens are not the {tokenizer.vocab_size:,} of "
+                f"data.tokenizer (and data.vocab_size). Set data.tokenizer = {run.folder}."
+            )
+
+
+def _another(where: str, why: str, remedy: str = "the same backbone and spec") -> LabError:
+    return LabError(f"{where}: its backbone is another one ({why}). Use {remedy}.")
 
 
 def load_backbone(backbone: nn.Module, run: Run, saved: Checkpoint, where: str) -> dict[str, str]:
@@ -69,18 +120,26 @@ def load_backbone(backbone: nn.Module, run: Run, saved: Checkpoint, where: str) 
         What run.json says of that run.
 
     Raises:
-        LabError: the run's backbone is another one.
+        LabError: the run's backbone is another one, or has adapters.
     """
     mark = ".backbone."
     weights = {key.partition(mark)[2]: value for key, value in saved.tensors("model").items() if mark in key}
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise LabError(
-            f"{where}: its backbone is another one ({first}). Use the same backbone and spec, and data of "
-            "the same shape."
-        ) from None
+    if any(".lora_" in key for key in weights):
+        begun = run.info["config"].get("model", {}).get("start_from") or "one with model.adapt = full"
+        raise LabError(f"{where}: it holds adapters beside frozen weights. Start from {begun} instead.")
+    mine = backbone.state_dict()
+    for key in {**mine, **weights}:
+        there, here = (
+            (" x ".join(map(str, tensors[key].shape)) or "1") if key in tensors else "missing"
+            for tensors in (weights, mine)
+        )
+        if there != here:
+            layer = key.removesuffix(".weight").rpartition(".")[2]
+            of_data = FOLLOWS_FROM.get(layer, "data of the same shape")
+            raise _another(
+                where, f"{key} is {there}, here {here}", f"the same backbone and spec, and {of_data}"
+            )
+    backbone.load_state_dict(weights)
     return {"run_id": run.info["id"], "stage": "pretraining", "sha256": checkpoint.weights_hash(saved.path)}
 
 

@@ -46,7 +46,8 @@ class Batches:
             those in order hold every token but the first as a target once: the last one begins early enough
             to be full, and its mask leaves out what came before;
         `SequenceSplit`: its sequences, (batch, time) or, where `group` belong to a sample, (batch, group,
-            time), int64, padded; and its tensors. Samples of similar length share a batch;
+            time), int64, padded; its tensors; and "rows" (batch,), which samples of the split they are.
+            Samples of similar length share a batch;
         `FrameSplit`: "frames" (batch, context, height, width) uint8 and "actions" (batch, context) int64, of
             windows that do not leave their stretch: all there are, or in order those that touch no other.
 
@@ -261,7 +262,8 @@ class _Sequences(_Plan):
         rows = order[index]  # on the CPU, where the lengths are known without asking the device
         there = rows.to(self.place, non_blocking=True)
         batch = {name: self._pad(name, ragged, rows, there) for name, ragged in self.split.sequences.items()}
-        return batch | {name: tensor.index_select(0, there) for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.index_select(0, there) for name, tensor in self.tensors.items()}
+        return batch | tensors | {"rows": there}
 
     def _pad(self, name: str, ragged: Ragged, rows: Tensor, there: Tensor) -> Tensor:
         group, offsets, flat = ragged.group, self.offsets[name], self.flat[name]

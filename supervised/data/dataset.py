@@ -39,6 +39,10 @@ class DataSet:
     """Of texts."""
     form: str = ""
     """Of tasks: classification, entailment, similarity or choice."""
+    held_out: Columns = field(default_factory=dict)
+    """Of text {"text"} and pairs {"source", "target"}: what `test` has as tokens, as it was before."""
+    longest: int = 0
+    """Of pairs: tokens of the longest sentence to judge by, of this part or another."""
     notes: tuple[str, ...] = field(default=())
     """What was left out, a sentence each."""
 
@@ -67,8 +71,10 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
         )
     train, test = _choose(raw, config)
     classes = _check_labels(raw, train, test, config.source)
+    if config.limit is not None:  # only now: which classes there are does not depend on it
+        train, test = (_limited(columns, raw.kind, config) for columns in (train, test))
     notes = list(raw.notes)
-    tokenizer = None
+    tokenizer, longest = None, 0
     splits: list[Split]
     if raw.kind in ("images", "table"):
         _check_shapes(train, test, config.source)
@@ -85,8 +91,17 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
             if left_out := n_rows(train) - len(kept):
                 notes.append(f"left out {left_out:,} empty pairs or pairs of over {config.context} tokens")
             splits = [kept, _pairs(test, tokenizer)]
+            others = (columns for part, columns in raw.parts.items() if is_evaluation(part))
+            judged = [splits[1], *(_pairs(columns, tokenizer) for columns in others if n_rows(columns))]
+            longest = max(int(r.longest().max()) for split in judged for r in split.sequences.values())
         else:
-            splits = [_tasks(part, tokenizer, config.context) for part in (train, test)]
+            keep_end = raw.form == "choice"
+            read = [_tasks(part, tokenizer, config.context, keep_end) for part in (train, test)]
+            splits = [split for split, _ in read]
+            if n_cut := sum(n for _, n in read):
+                notes.append(
+                    f"cut the texts of {n_cut:,} samples, held-out ones too, to {config.context} tokens"
+                )
         if not len(splits[0]):
             raise LabError(
                 f"{config.source}: no training sample has at most data.context = {config.context} tokens."
@@ -100,6 +115,8 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
         classes=classes,
         tokenizer=tokenizer,
         form=raw.form,
+        held_out=test if raw.kind in ("text", "pairs") else {},
+        longest=longest,
         notes=tuple(notes),
     )
 
@@ -138,12 +155,10 @@ def _choose(raw: Raw, config: DataConfig) -> tuple[Columns, Columns]:
     else:
         train, test = _hold_out(train, config)
     for part, columns in (("training", train), ("held-out", test)):
-        if not n_rows(columns):
+        if not n_rows(columns) or (raw.kind == "text" and not any(columns["text"])):
             raise LabError(
                 f"{config.source}: the {part} part is empty. Name more data, or another data.held_out."
             )
-    if config.limit is not None:
-        train, test = (_limited(columns, raw.kind, config) for columns in (train, test))
     return train, test
 
 
@@ -159,28 +174,36 @@ def _joined(parts: Sequence[Columns]) -> Columns:
 
 
 def _hold_out(columns: Columns, config: DataConfig) -> tuple[Columns, Columns]:
-    """Some samples at random, of each class as large a share; both parts in the order of the source."""
+    """Some samples at random, of each class as large a share but not all; both parts in the order of the
+    source."""
     rng, n = np.random.default_rng(config.split_seed), n_rows(columns)
     labels = columns.get("labels", np.zeros(n, np.int64))
     held = np.zeros(n, bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        held[rows[: round(len(rows) * config.held_out)]] = True
+        held[rows[: min(round(len(rows) * config.held_out), len(rows) - 1)]] = True
     return take(columns, np.flatnonzero(~held)), take(columns, np.flatnonzero(held))
 
 
 def _hold_out_text(texts: list[str], config: DataConfig) -> tuple[Columns, Columns]:
-    """Whole documents at random, up to a share of the characters; of a single one the end, from a line on."""
-    if len(texts) == 1:
-        border = int(len(texts[0]) * (1 - config.held_out))
-        border = texts[0].find("\n", max(border - 1, 0)) + 1 or border
-        return {"text": [texts[0][:border]]}, {"text": [part] if (part := texts[0][border:]) else []}
-    order = np.random.default_rng(config.split_seed).permutation(len(texts)).tolist()
-    before = np.cumsum([0, *(len(texts[i]) for i in order)])
-    n_held = int(np.searchsorted(before, config.held_out * before[-1]))
-    held = set(order[: min(max(n_held, 1), len(texts) - 1)])
-    parts = ([t for i, t in enumerate(texts) if (i in held) == side] for side in (False, True))
-    return {"text": next(parts)}, {"text": next(parts)}
+    """Whole documents at random until they are a share of the characters, without those too large for it; if
+    that leaves none, the end of the largest, from a line on."""
+    total, n, held = sum(map(len, texts)), 0, set()
+    share = config.held_out * total
+    for i in np.random.default_rng(config.split_seed).permutation(len(texts)).tolist():
+        # The last one crosses the share, but takes at most as large a share of the rest.
+        fits = n + len(texts[i]) <= share * (2 - config.held_out)
+        if n < share and fits and len(held) < len(texts) - 1:
+            held.add(i)
+            n += len(texts[i])
+    if n:
+        parts = ([t for i, t in enumerate(texts) if (i in held) == side] for side in (False, True))
+        return {"text": next(parts)}, {"text": next(parts)}
+    largest = max(range(len(texts)), key=lambda i: len(texts[i]))
+    text = texts[largest]
+    border = int(len(text) * (1 - config.held_out * (total / max(len(text), 1))))
+    border = text.find("\n", max(border - 1, 0), len(text) - 1) + 1 or border
+    return {"text": [*texts[:largest], text[:border], *texts[largest + 1 :]]}, {"text": [text[border:]]}
 
 
 def _limited(columns: Columns, kind: str, config: DataConfig) -> Columns:
@@ -283,20 +306,27 @@ def _pairs(columns: Columns, tokenizer: Tokenizer, longest: int | None = None) -
     return SequenceSplit({"source": Ragged.of(sources_), "target": Ragged.of(targets)}, tokenizer.pad_id)
 
 
-def _tasks(columns: Columns, tokenizer: Tokenizer, longest: int) -> SequenceSplit:
-    """Start, text (delimiter, text), extract, as in GPT-1's figure 1; too long a first text is cut."""
+def _tasks(columns: Columns, tokenizer: Tokenizer, longest: int, keep_end: bool) -> tuple[SequenceSplit, int]:
+    """Start, text (delimiter, text), extract, as in GPT-1's figure 1, and how many samples had to be cut.
+
+    Of two texts the longer one is cut first; `keep_end`: the first one at its beginning.
+    """
     sequences = [sequence for sample in columns["texts"] for sequence in sample]
     encoded = iter(tokenizer.encode_batch([text for sequence in sequences for text in sequence]))
-    rows = []
-    for sequence in sequences:
+    rows, cut, group = [], set(), len(columns["texts"][0])
+    for i, sequence in enumerate(sequences):
         first, *others = ([*ids] for ids in islice(encoded, len(sequence)))
-        room = longest - 2 - sum(len(ids) + 1 for ids in others)
+        room = max(longest - 2 - len(others), 0)
+        if len(first) + sum(map(len, others)) > longest - 2 - len(others):
+            cut.add(i // group)
+            others = [ids[: max(room - len(first), (room + 1) // 2)] for ids in others]
+            room -= sum(map(len, others))
+            first = first[max(len(first) - room, 0) :] if keep_end else first[:room]
         rest = [token for ids in others for token in (tokenizer.delim_id, *ids)]
-        text = [tokenizer.bos_id, *first[: max(room, 0)], *rest]
+        text = [tokenizer.bos_id, *first, *rest]
         rows.append([*text[: longest - 1], tokenizer.extract_id])  # without it there is no answer
-    group = len(columns["texts"][0])
-    others = {name: _tensor(columns[name]) for name in ("labels", "targets") if name in columns}
-    return SequenceSplit({"ids": Ragged.of(rows, group)}, tokenizer.pad_id, others)
+    tensors = {name: _tensor(columns[name]) for name in ("labels", "targets") if name in columns}
+    return SequenceSplit({"ids": Ragged.of(rows, group)}, tokenizer.pad_id, tensors), len(cut)
 
 
 def _hash(splits: Sequence[Split]) -> str:

@@ -47,7 +47,9 @@ class LanguageModelling(Objective):
         require_kind(data, ("text",), "language_model")
         self.longest_attention = context = settings.data.context
         sizes = {"vocab_size": data.tokenizer.vocab_size, "max_positions": context}
-        backbone, self.parents = make_backbone(settings.model, backbones.CAUSAL, **sizes)
+        backbone, self.parents = make_backbone(
+            settings.model, backbones.CAUSAL, tokenizer=data.tokenizer, **sizes
+        )
         self.players: dict[str, nn.Module] = {"model": LanguageModel(backbone)}
 
     def loss(self, player: str, batch: Batch) -> Loss:
@@ -75,7 +77,8 @@ class LanguageModelling(Objective):
 
     @cached_property
     def _held_out(self) -> bytes:
-        return self.data.tokenizer.decode_bytes(self.data.test.ids.tolist())
+        """As it was before tokenisation, which may have lost some of it."""
+        return "".join(self.data.held_out["text"]).encode("utf-8", "surrogateescape")
 
     @cached_property
     def _compressors(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from supervised import backbones, figures
 from supervised.config import TextTaskRun
 from supervised.data import DataSet
-from supervised.models import make_backbone
+from supervised.models import make_backbone, token_weights
 from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
 
 
@@ -58,6 +58,7 @@ class TextTask(Objective):
         backbone, self.parents = make_backbone(
             settings.model,
             backbones.CAUSAL,
+            tokenizer=tokens,
             new_tokens=sorted({tokens.bos_id, tokens.delim_id, tokens.extract_id}),
             vocab_size=tokens.vocab_size,
             max_positions=settings.data.context,
@@ -82,7 +83,7 @@ class TextTask(Objective):
             metrics = {"loss": loss, "accuracy": (logits.argmax(1) == batch["labels"]).float().mean()}
         if self.config.language_model_weight:
             model: Any = self.players[player]
-            next_tokens = F.linear(hidden[:, :-1], model.backbone.tokens.weight)
+            next_tokens = F.linear(hidden[:, :-1], token_weights(model.backbone))
             targets = ids.flatten(0, 1)[:, 1:]
             nats = F.cross_entropy(
                 next_tokens.transpose(1, 2), targets, ignore_index=self.padding, reduction="none"

@@ -52,10 +52,12 @@ class Translation(Objective):
         super().__init__(settings, data)
         require_kind(data, ("pairs",), "translation")
         self.config, self.tokens = settings.objective, data.tokenizer
-        longest = settings.data.context + 1
+        the_animal = len(self._ids(THE_ANIMAL))
+        longest = max(settings.data.context + 1, data.longest, the_animal)
         backbone, self.parents = make_backbone(
             settings.model,
             backbones.TRANSLATORS,
+            tokenizer=data.tokenizer,
             vocab_size=data.tokenizer.vocab_size,
             max_positions=longest,
         )
@@ -89,57 +91,56 @@ class Translation(Objective):
             real = targets != self.tokens.pad_id
             loss = F.cross_entropy(logits.float(), targets, reduction="none") * real
             sums.append(torch.stack((loss.sum(), real.sum())))
-            found += self._translate(players, batch["source"])
-            wanted += [self.tokens.decode(self._words(row)) for row in batch["target"].tolist()]
+            found += map(self.tokens.decode, self._translate(players, batch["source"]))
+            wanted += [self.data.held_out["target"][row] for row in batch["rows"].tolist()]
         bleu = sacrebleu.corpus_bleu(found, [wanted])
         nats, n_tokens = torch.stack(sums).cpu().double().sum(0)
         return {"bleu": bleu.score, "loss": float(nats / n_tokens)}
 
-    def _translate(self, players: Players, source: Tensor) -> list[str]:
+    def _translate(self, players: Players, source: Tensor) -> list[list[int]]:
         model: Any = players["model"]
         c, tokens = self.config, self.tokens
         ends = {"bos_id": tokens.bos_id, "eos_id": tokens.eos_id}
         longest = min(self.settings.data.context, source.shape[1] * 2 + 10)
         asked = (model.backbone, model.head, source, source != tokens.pad_id)
         if c.beam == 1:
-            targets = greedy(*asked, **ends, max_length=longest)
-        else:
-            targets = beam_search(*asked, **ends, max_length=longest, beam=c.beam, alpha=c.length_penalty)
-        return [tokens.decode(ids) for ids in targets]
+            return greedy(*asked, **ends, max_length=longest)
+        return beam_search(*asked, **ends, max_length=longest, beam=c.beam, alpha=c.length_penalty)
 
-    def _words(self, ids: list[int]) -> list[int]:
-        """Without start, end and padding."""
-        special = (self.tokens.bos_id, self.tokens.eos_id, self.tokens.pad_id)
-        return [token for token in ids if token not in special]
+    def _ids(self, text: str) -> list[int]:
+        """Of a source: with its end."""
+        return [*self.tokens.encode(text), self.tokens.eos_id]
 
     def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
         """Translations beside their references, and where the decoder looks."""
         device = next(players["model"].parameters()).device
-        batch = next(iter(batches))
-        source, target = batch["source"][:SHOWN], batch["target"][:SHOWN]
+        texts, sources = self.data.held_out, self.data.test.sequences["source"]
+        n = len(sources)
+        rows = torch.linspace(0, n - 1, min(n, SHOWN), dtype=torch.double).round().long().tolist()
+        shown = [torch.tensor(sources[row], device=device) for row in rows]
+        padded = nn.utils.rnn.pad_sequence(shown, batch_first=True, padding_value=self.tokens.pad_id)
         lines = []
-        rows = zip(source.tolist(), self._translate(players, source), target.tolist(), strict=True)
-        for asked, found, wanted in rows:
-            texts = [self.tokens.decode(self._words(asked)), found, self.tokens.decode(self._words(wanted))]
+        for row, found in zip(rows, self._translate(players, padded), strict=True):
             lines += [
-                f"{mark} {text}"
-                for mark, text in zip(("source   ", "ours     ", "reference"), texts, strict=True)
+                f"source    {texts['source'][row]}",
+                f"ours      {self.tokens.decode(found)}",
+                f"reference {texts['target'][row]}",
+                "",
             ]
-            lines.append("")
         write_atomic(folder / "translations.txt", "\n".join(lines).encode())
         yield "translations", folder / "translations.txt"
-        asked = torch.tensor([[*self.tokens.encode(THE_ANIMAL), self.tokens.eos_id]], device=device)
-        first = source[:1, : int((source[0] != self.tokens.pad_id).sum())]
-        for name, ids in (("attention", first), ("attention_the_animal", asked)):
-            yield from self._draw_attention(players, ids, folder, name)
+        median = sources[int(sources.longest().argsort(stable=True)[n // 2])]
+        for name, ids in (("attention", median), ("attention_the_animal", self._ids(THE_ANIMAL))):
+            yield from self._draw_attention(players, torch.tensor([ids], device=device), folder, name)
 
     def _draw_attention(
         self, players: Players, source: Tensor, folder: Path, name: str
     ) -> Iterator[tuple[str, Path]]:
         """Of the last layer, all heads together: from target to source, and within the source."""
         model: Any = players["model"]
-        text = self._translate(players, source)[0]
-        target = torch.tensor([[self.tokens.bos_id, *self.tokens.encode(text)]], device=source.device)
+        target = torch.tensor(
+            [[self.tokens.bos_id, *self._translate(players, source)[0]]], device=source.device
+        )
         maps = model.backbone.attention_maps(source, target)
         labels = {
             "source": [self.tokens.decode([i]) or "<end>" for i in source[0].tolist()],

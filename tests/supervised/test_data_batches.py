@@ -197,6 +197,7 @@ def test_sequences_of_one_sample_stay_together() -> None:
         [[1, 0, 0], [2, 2, 0]],
         [[3, 3, 3], [4, 0, 0]],
     ]
+    assert batch["rows"].tolist() == [2, 0, 1]
 
 
 def test_windows_begin_elsewhere_in_each_epoch() -> None:

@@ -370,6 +370,14 @@ def test_arrays_of_images(tmp_path: Path) -> None:
     assert torch.equal(unlabelled.test.tensors["inputs"], torch.from_numpy(images[:3]).permute(0, 3, 1, 2))
 
 
+def test_neither_limit_nor_held_out_part_decides_which_classes_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, x=RNG.normal(size=(401, 3)), y=np.append(np.arange(400) % 40, 40))  # 40 has one
+    for settings in ({"limit": 10}, {"held_out": 0.6}, {"held_out": 0.6, "limit": 10}):
+        assert read(path, **settings).num_classes == 41
+    assert 40 in read(path, held_out=0.6).train.tensors["labels"]
+
+
 def test_arrays_of_a_table(tmp_path: Path) -> None:
     x = RNG.normal(size=(20, 3))
     np.savez(tmp_path / "a.npz", x=x, y=x.sum(1))
@@ -491,6 +499,27 @@ def test_bpe_is_trained_on_the_training_part_and_used_again(tmp_path: Path) -> N
 
 def test_an_empty_text(tmp_path: Path) -> None:
     assert "part is empty" in error(write(tmp_path / "a.txt", ""))
+    for name in ("train/a", "test/a", "test/b"):
+        write(tmp_path / "parts" / f"{name}.txt", "text" if name == "train/a" else "")
+    assert "the held-out part is empty" in error(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_large_document_is_not_held_out_whole(tmp_path: Path, seed: int) -> None:
+    sizes = [120_000, 3000, 1000, 2000, 4000]
+    for i, n in enumerate(sizes):
+        write(tmp_path / f"{i}.txt", "".join(f"{i} {j:05}\n" for j in range(n // 8)))
+    data = read(tmp_path, held_out=0.1, split_seed=seed)
+    assert 0 < len(data.test.ids) <= 0.19 * sum(sizes)
+    assert len(data.test.documents) == 4, "the small ones, as they are less than a tenth"
+    write(tmp_path / "5.txt", "x\n" * 60_000)
+    for i in range(1, 5):
+        (tmp_path / f"{i}.txt").unlink()
+    cut = read(tmp_path, held_out=0.1, split_seed=seed)
+    whole = "".join((tmp_path / f"{i}.txt").read_text() for i in (0, 5))
+    assert len(cut.test.ids) == 24_001, "neither fits, so the end of the first is held out"
+    assert cut.tokenizer.decode(cut.test.ids.tolist()) == whole[96_000:120_000]
+    assert len(cut.train.documents) == 2
 
 
 # ---- pairs ----
@@ -633,12 +662,43 @@ def test_files_of_one_part_may_have_other_classes(tmp_path: Path) -> None:
     assert (len(data.train), len(data.test)) == (2, 1)
 
 
-def test_a_long_first_text_is_cut(tmp_path: Path) -> None:
-    row = {"premise": "0123456789", "hypothesis": "abc", "label": 0}
+@pytest.mark.parametrize(
+    ("premise", "hypothesis", "context", "found"),
+    [
+        ("0123456", "abc", 13, "^0123456|abc$"),
+        ("0123456789", "abc", 10, "^0123|abc$"),
+        ("01", "abcdefghij", 10, "^01|abcde$"),
+        ("0123456789", "abcdefghij", 10, "^012|abcd$"),
+        ("0123456789", "abc", 4, "^|a$"),
+        # However short: the token that the answer is read off stays.
+        ("0", "a", 2, "^$"),
+        ("0", "a", 1, "$"),
+    ],
+)
+def test_of_two_texts_the_longer_one_is_cut(
+    tmp_path: Path, premise: str, hypothesis: str, context: int, found: str
+) -> None:
+    row = {"premise": premise, "hypothesis": hypothesis, "label": 0}
+    short = {"premise": "", "hypothesis": "", "label": 1}
+    jsonl(tmp_path / "train.jsonl", row, short)
+    jsonl(tmp_path / "test.jsonl", row)
+    data = read(tmp_path, context=context)
+    assert texts_of(data, 0) == [found]
+    fits = found == f"^{premise}|{hypothesis}$"
+    n_cut = 0 if fits else 2 + (context < 3)
+    assert data.notes == (
+        (f"cut the texts of {n_cut} samples, held-out ones too, to {context} tokens",) * bool(n_cut)
+    )
+
+
+def test_a_context_keeps_the_end_that_its_answers_follow(tmp_path: Path) -> None:
+    row = {"context": "0123456789", "choices": ["abc", "d"], "answer": 0}
     path = jsonl(tmp_path / "a.jsonl", row, row)
-    assert texts_of(read(path, context=10, held_out=0.5), 0) == ["^0123|abc$"]
-    # However short: the token that the answer is read off stays.
-    assert texts_of(read(path, context=4, held_out=0.5), 0) == ["^|a$"]
+    data = read(path, context=10, held_out=0.5)
+    assert texts_of(data, 0) == ["^6789|abc$", "^456789|d$"]
+    assert data.notes == ("cut the texts of 2 samples, held-out ones too, to 10 tokens",)
+    data = read(path, context=4, held_out=0.5)
+    assert texts_of(data, 0) == ["^|a$", "^|d$"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The one loop on every objective: it learns, resumes exactly, judges the right weights and never waits."""
 
 import dataclasses
+import itertools
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -10,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from lab import checkpoint, config
 from lab.device import Compute
@@ -491,6 +495,90 @@ def test_the_shortest_context_there_is(tmp_path: Path) -> None:
     assert "the model goes on" in (run.media / "sample.txt").read_text()
 
 
+def write_lossy_tokenizer(folder: Path) -> Path:
+    """Of a few words in lower case; all others are [UNK]."""
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *sorted({word for line in WORDS for word in line.split()})]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+@torch.inference_mode()
+def test_bleu_is_against_what_was_written_not_against_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"source": f"{word} {i}", "target": f"{word} {i}".title()} for i in range(9) for word in WORDS]
+    values = pairs(tmp_path)
+    values["data"] = {"source": str(write_rows(tmp_path, rows)), "context": 64}
+    for tokenizer in ("bytes", str(write_lossy_tokenizer(tmp_path / "tokenizer"))):
+        values["data"]["tokenizer"] = tokenizer
+        objective = objective_of(settings_of(values))
+        data, batches = objective.data, objective.batches("test", CPU.device)
+        wanted = data.held_out["target"]
+        encoded = [data.tokenizer.encode(text) for text in wanted]
+        right = iter([[encoded[i] for i in batch["rows"].tolist()] for batch in batches.epoch(0)])
+        monkeypatch.setattr(objective, "_translate", lambda *_, right=right: next(right))
+        found = objective.evaluate(objective.players, batches.epoch(0))["bleu"]
+        theirs = sacrebleu.corpus_bleu([data.tokenizer.decode(ids) for ids in encoded], [wanted]).score
+        assert found == pytest.approx(theirs)
+        assert (found > 99) == (tokenizer == "bytes")
+
+
+@torch.inference_mode()
+def test_bits_are_per_byte_of_the_text_as_it_was_written(tmp_path: Path) -> None:
+    values, numbers = text(tmp_path), []
+    for tokenizer in ("bytes", "bpe", str(write_lossy_tokenizer(tmp_path / "tokenizer"))):
+        values["data"] |= {"tokenizer": tokenizer, "vocab_size": 300}
+        objective = objective_of(settings_of(values))
+        batches = objective.batches("test", CPU.device)
+        numbers.append(objective.evaluate(objective.players, batches.epoch(0)))
+        nats = numbers[-1]["loss"] * len(objective.data.test)
+        (original,) = objective.data.held_out["text"]
+        assert (tmp_path / "text.txt").read_text().endswith(original)
+        assert numbers[-1]["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(original))
+    assert len({row["gzip_bits_per_byte"] for row in numbers}) == 1
+
+
+def test_learned_positions_reach_as_far_as_any_sentence_to_judge_by(tmp_path: Path) -> None:
+    (folder := tmp_path / "data").mkdir()
+    for name, n in (("train", 8), ("val", 150), ("test", 100)):
+        row = json.dumps({"source": "a" * n, "target": "b" * (n + 5)}) + "\n"
+        (folder / f"{name}.jsonl").write_text(row * 8)
+    values = pairs(tmp_path)
+    values["data"] = {"source": str(folder), "context": 16}
+    values["model"]["spec"]["positions"] = "learned"
+    run = trained(settings_of(values, max_steps=1), tmp_path / "run")
+    assert run.info["state"] == "finished"
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    assert evaluate_run(run, saved, "val")["eval"]["loss"] > 0
+
+
+def test_translations_shown_are_of_all_lengths_and_the_attention_of_a_median_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        rows = ({"source": "a" * n, "target": "b" * n} for n in range(1, 101))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = pairs(tmp_path)
+    values["data"] = {"source": str(folder), "context": 120}
+    objective = objective_of(settings_of(values))
+    drawn = []
+    monkeypatch.setattr(figures, "attention", lambda path, _, columns, *rows: drawn.append(len(columns)))
+    list(objective.draw(objective.players, iter(()), tmp_path))
+    lines = (tmp_path / "translations.txt").read_text().splitlines()
+    shown = [len(line.split()[1]) for line in lines if line.startswith("source")]
+    assert len(shown) == 40
+    assert (shown[0], shown[-1]) == (1, 100)
+    assert max(b - a for a, b in itertools.pairwise(shown)) <= 3
+    assert lines.count("reference " + "b" * 100) == 1
+    assert drawn[0] in (51, 52), "half of the sentences are shorter; the end counts"
+
+
 def test_figures_of_many_classes_and_tokens_stay_small(tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(1000)]
     figures.confusion(tmp_path / "confusion.png", np.eye(1000), names)
@@ -616,4 +704,57 @@ def test_a_backbone_goes_on_from_another_run_and_is_named_as_its_parent(tmp_path
     tokens, name = load(settings_of(values).data).tokenizer, "model.backbone.tokens"
     new = sorted([tokens.bos_id, tokens.delim_id, tokens.extract_id])
     learned, begun = after[f"{name}.trainable_tokens_delta.default"], frozen[f"{name}.weight"][new]
-    assert (learned != begun).any(1).tolist() == [True, False, True]  # texts to classify have no delimiter
+    assert (learned != begun).any(1).all()  # even the delimiter, which no text here has: as a wrong answer
+
+
+def test_a_run_to_start_from_has_the_same_backbone_and_tokens(tmp_path: Path) -> None:
+    values = text(tmp_path)
+    values["data"] |= {"tokenizer": "bpe", "vocab_size": 300}
+    first = trained(settings_of(values, max_steps=1), tmp_path / "first").folder
+    values = task(tmp_path)
+    values["model"] |= {"start_from": str(first)}
+    values["data"]["tokenizer"] = str(first)
+
+    def refused(**other: dict[str, Any]) -> str:
+        with pytest.raises(LabError) as caught:
+            trained(settings_of(config.merge(values, other)), tmp_path / "refused")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 300
+        return str(caught.value).replace(str(tmp_path), "")
+
+    another = "model.start_from = /first: its backbone is another one"
+    assert f"{another} (n_head = 2, here 4)" in refused(model={"spec": {"n_head": 4}})
+    assert f"{another} (gpt, here transformer_decoder)" in refused(model={"backbone": "transformer_decoder"})
+    assert "Use the same backbone and spec" in refused(model={"spec": {"width": 32}})
+    assert f"{another} (blocks.0.mlp.gate.weight is " in refused(model={"spec": {"mlp_width": 8}})
+    for tokenizer, size in (("bpe", 300), ("bytes", 261)):
+        data = {"tokenizer": tokenizer, "vocab_size": 300}
+        assert f"its 300 tokens are not the {size} of data.tokenizer" in (message := refused(data=data))
+        assert message.endswith("Set data.tokenizer = /first.")
+    (first / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    message = refused(data={"tokenizer": "bytes"})
+    assert "(tokens.weight is 300 x 16, here 261 x 16)" in message
+    assert "data.tokenizer and data.vocab_size" in message
+    (tmp_path / "tokenizer.json").rename(first / "tokenizer.json")
+    values["model"]["adapt"] = "lora"
+    second = trained(settings_of(values, max_steps=1), tmp_path / "second").folder
+    message = refused(model={"start_from": str(second)})
+    assert "/second: it holds adapters beside frozen weights. Start from /first instead." in message
+
+
+def test_new_tokens_beside_adapters_are_learned_where_they_are_foretold(tmp_path: Path) -> None:
+    values = task(tmp_path)
+    values["model"] |= {"adapt": "lora", "lora_rank": 4}
+    objective = objective_of(settings_of(values))
+    model: Any = objective.players["model"]
+    new = model.backbone.tokens.trainable_tokens_delta["default"]
+    batch = next(objective.batches("train", CPU.device).epoch(0))
+    objective.loss("model", batch).metrics["text_loss"].backward()
+    extract = sorted(model.backbone.tokens.token_indices["default"]).index(
+        objective.data.tokenizer.extract_id
+    )
+    assert new.grad[extract].abs().sum() > 0, "nothing follows this token, so it is not learned as input"
+    before = objective.loss("model", batch).metrics["text_loss"].item()
+    with torch.no_grad():
+        new[extract] *= -1000
+    assert objective.loss("model", batch).metrics["text_loss"].item() != pytest.approx(before, rel=0.01)
