@@ -1,6 +1,6 @@
 """Backbones for objectives: built for the data, begun from another run's weights, adapted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from supervised.data.tokenizers import SubwordTokenizer
 
 ONLY_WHILE_LEARNING = {"dropout", "aux_dropout", "stochastic_depth", "layer_scale", "zero_init_residual"}
 """Arguments of backbones that their weights mean the same without."""
+OF_DATA = ("in_features", "in_chans", "img_size", "vocab_size", "max_positions")
+"""Arguments of backbones that follow from the data, whatever a backbone takes."""
 FOLLOWS_FROM = {"tokens": "data.tokenizer and data.vocab_size", "positions": "data.context"}
 """The settings that decide the shapes of layers."""
 
@@ -50,7 +52,7 @@ def make_backbone(
             f"model.backbone = {config.backbone!r}: does not read what there is here. Use one of {known}."
         )
     takes = backbones.arguments(config.backbone)
-    refuse_what_follows(config.spec, of_data, "model.spec")
+    refuse_what_follows(config.spec, {*OF_DATA, *of_data}, "model.spec")
     backbone = backbones.build(
         config.backbone, **{key: value for key, value in of_data.items() if key in takes}, **config.spec
     )
@@ -62,9 +64,9 @@ def make_backbone(
     return backbone, parents
 
 
-def refuse_what_follows(spec: Mapping[str, Any], of_data: Mapping[str, Any], key: str) -> None:
+def refuse_what_follows(spec: Mapping[str, Any], of_data: Collection[str], key: str) -> None:
     """Raises a `LabError` if the spec at a config's `key` has what follows from the data."""
-    if given := sorted(spec.keys() & of_data.keys()):
+    if given := sorted(spec.keys() & set(of_data)):
         raise LabError(f"{key}.{given[0]}: follows from the data. Leave it out.")
 
 

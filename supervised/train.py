@@ -177,7 +177,8 @@ class _Session:
         return (
             f"{self.data.name} with {s.model.backbone} ({n_parameters:,} parameters): {verb} step {t.step:,} "
             f"of {t.total_steps:,}, {t.steps_per_epoch:,} an epoch\n"
-            f"run     {self.run.folder}\n"
+            + "".join(f"note    {note}\n" for note in self.data.notes)
+            + f"run     {self.run.folder}\n"
             f"device  {c.device}, {c.precision}, {c.threads} threads ({c.reason})\n"
             f"W&B     {self.tracker.mode} ({self.run.info['wandb']['why']})"
         )

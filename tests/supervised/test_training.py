@@ -658,6 +658,7 @@ def test_another_config_than_before_is_refused(tmp_path: Path) -> None:
             },
             "leaves nothing to learn",
         ),
+        ({"model": {"backbone": "mlp", "spec": {"in_features": 4}}}, "model.spec.in_features: follows from"),
         ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum: 0.9 is for sgd, not adamw"),
         ({"optimizer": {"name": "sgd", "betas": [0.5, 0.9]}}, "are for adam and adamw, not sgd"),
     ],
