@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("benchmark") / "dqn_vs_sb3.json"
-    command = [sys.executable, "-m", "benchmarks.dqn_vs_sb3", "--quick", "--envs", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.dqn_vs_sb3", "--quick", "--envs", "2", "--seconds", "0.3"]
+    command += ["--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "steps/s" in done.stdout
@@ -32,7 +33,7 @@ def test_results_say_what_made_them(results: dict[str, Any]) -> None:
     assert set(results) == {"machine", "command", "settings", "rows", "profile"}
     assert {"cpu", "cores_usable", "ram_bytes", "os", "packages", "git", "date"} <= set(results["machine"])
     assert {"torch", "stable-baselines3", "ale-py"} <= set(results["machine"]["packages"])
-    assert results["command"] == "python -m benchmarks.dqn_vs_sb3 --quick --envs 2"
+    assert results["command"] == "python -m benchmarks.dqn_vs_sb3 --quick --envs 2 --seconds 0.3"
     assert results["settings"]["quick"]
 
 

@@ -33,15 +33,15 @@ TINY = {
     ],
     "dqn": [
         "configs/rl/pong_dqn_cpu.yaml",
-        "--total_steps=3000",
+        "--total_steps=2000",
         "--env.n_envs=4",
-        "--agent.buffer_size=1500",  # wraps around within the run
+        "--agent.buffer_size=1000",  # wraps around within the run
         "--agent.learning_starts=200",
         "--agent.batch_size=8",
         "--agent.target_update_steps=100",
-        "--checkpoint.every_steps=800",
-        "--eval.every_steps=1500",
-        "--log_every_steps=200",
+        "--checkpoint.every_steps=600",
+        "--eval.every_steps=1000",
+        "--log_every_steps=150",
     ],
     "drqn": [
         "configs/rl/pong_drqn_cpu.yaml",
@@ -219,7 +219,7 @@ def test_a_run_leaves_its_whole_story(unstopped: Callable[[str], Path]) -> None:
     record = json.loads((folder / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["config"]["agent"]["n_step"] == 3
-    assert record["summary"]["global_step"] == 3000
+    assert record["summary"]["global_step"] == 2000
     keys = {key for row in rows(folder) for key in row}
     assert keys >= {
         "global_step",
@@ -236,8 +236,8 @@ def test_a_run_leaves_its_whole_story(unstopped: Callable[[str], Path]) -> None:
     }
     assert (folder / "media/learning_curve.png").read_bytes().startswith(b"\x89PNG")
     kept = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-    assert kept == ["step_000000002400", "step_000000003000"]
-    assert (folder / "checkpoints/latest").readlink() == Path("step_000000003000")
+    assert kept == ["step_000000001800", "step_000000002000"]
+    assert (folder / "checkpoints/latest").readlink() == Path("step_000000002000")
 
 
 def test_evaluating_again_gives_the_number_training_reported(unstopped: Callable[[str], Path]) -> None:
