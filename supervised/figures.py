@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -253,11 +254,17 @@ def diffusion(
 
 def _label(token: str) -> str:
     """A text as the font can show it: what it has no glyph for, by its number."""
-    from matplotlib.font_manager import findfont, get_font
-
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    known = _glyphs()
     shown = (c if c.isprintable() and ord(c) in known else c.encode("unicode_escape").decode() for c in token)
     return "".join(shown)
+
+
+@cache
+def _glyphs() -> Mapping[int, int]:
+    """What matplotlib's own font can show, by code point."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return get_font(findfont("DejaVu Sans")).get_charmap()
 
 
 def _show(axes: Any, image: np.ndarray) -> None:

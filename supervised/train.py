@@ -66,8 +66,8 @@ def train(
     else:
         if saved is not None:
             _refuse_what_cannot_go_on(run, saved, data, trainer)
-        redraw = run.info["config"]["objective"] != scrub(values)["objective"]
-        run.info["config"] = scrub(values)
+        before, run.info["config"] = run.info["config"], scrub(values)
+        redraw = before["objective"] != run.info["config"]["objective"]
         run.continue_from(saved.state["metrics_bytes"] if saved else 0)
     with run.recording_its_end():
         t = settings.tracking
