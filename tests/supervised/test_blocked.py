@@ -7,14 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from lab import config
 from lab.device import resolve
-from supervised import objectives
 from supervised.backbones import build
 from supervised.backbones.blocked import Conv2d, use
-from supervised.config import run_config_class
-from supervised.data import load
 from supervised.trainer import Trainer
+from tests.supervised.test_training import objective_of, settings_of
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 pytestmark = pytest.mark.skipif(
@@ -120,8 +117,8 @@ def test_the_loop_asks_for_it_unless_it_compiles(compiled):
         "ema_decay": 0.9,
         "compile": compiled,
     }
-    settings = config.build(run_config_class(values, lambda _: "test"), values, {}, "test")
-    objective = objectives.make(settings, load(settings.data))
+    settings = settings_of(values)
+    objective = objective_of(settings)
     trainer = Trainer(objective, objective.batches("train", CPU), settings, resolve(settings.device))
     for module in (trainer.bare["model"], trainer.averages["model"].module):
         assert module.get_submodule("backbone").blocked == (not compiled)

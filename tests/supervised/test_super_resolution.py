@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from lab.errors import LabError
+from lab.run import Run
 from supervised import data
 from supervised.data.config import DataConfig
 from supervised.objectives.super_resolution import Perception, downscaled, luma, psnr, spectral_distance, ssim
@@ -147,16 +148,21 @@ def test_numbers_are_of_luma_without_the_border() -> None:
     assert found["bicubic_ssim"] == pytest.approx(float(ssim(pair[0], pair[1]).mean()), rel=1e-5)
 
 
-def test_features_of_a_classifier_may_count_too(tmp_path: Path) -> None:
-    """Those of its last convolution, through which gradients reach the generator, and none the classifier."""
+def judge_of_noise(folder: Path, backbone: str, spec: dict[str, Any], **more: Any) -> Run:
+    """A classifier that has hardly learned, of two kinds of 32 x 32 pixels in colour."""
     rows = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    np.savez(tmp_path / "noise.npz", images=rows, labels=np.arange(40) % 2)
+    np.savez(folder / "noise.npz", images=rows, labels=np.arange(40) % 2)
     classifier = {
         "objective": {"name": "classification"},
-        "data": {"source": str(tmp_path / "noise.npz")},
-        "model": {"backbone": "resnet8", "spec": {"width": 4}},
+        "data": {"source": str(folder / "noise.npz")},
+        "model": {"backbone": backbone, "spec": spec},
     }
-    judge = trained(settings_of(classifier, max_steps=2), tmp_path / "judge")
+    return trained(settings_of(classifier, **more), folder / "judge")
+
+
+def test_features_of_a_classifier_may_count_too(tmp_path: Path) -> None:
+    """Those of its last convolution, through which gradients reach the generator, and none the classifier."""
+    judge = judge_of_noise(tmp_path, "resnet8", {"width": 4}, max_steps=2)
     values = super_resolution(0.0)
     values["objective"] |= {"judge": str(judge.folder), "perceptual_weight": 1.0, "pixel_weight": 0.0}
     objective: Any = objective_of(settings_of(values))
@@ -176,14 +182,7 @@ def test_features_of_a_classifier_may_count_too(tmp_path: Path) -> None:
 
 
 def test_features_are_not_those_of_an_auxiliary_classifier(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    np.savez(tmp_path / "noise.npz", images=rows, labels=np.arange(40) % 2)
-    classifier = {
-        "objective": {"name": "classification"},
-        "data": {"source": str(tmp_path / "noise.npz")},
-        "model": {"backbone": "googlenet_bn", "spec": {"aux": True}},
-    }
-    judge = trained(settings_of(classifier, max_steps=1, batch_size=4), tmp_path / "judge")
+    judge = judge_of_noise(tmp_path, "googlenet_bn", {"aux": True}, max_steps=1, batch_size=4)
     seen = Perception(str(judge.folder), (3, 32, 32))(torch.rand(2, 3, 32, 32))
     assert seen.shape[:2] == (2, 128), "the projection behind the last inception block's pooling"
 
