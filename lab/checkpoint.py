@@ -152,6 +152,19 @@ def prune(root: Path, keep: int) -> None:
             file.unlink(missing_ok=True)
 
 
+def clear(root: Path) -> None:
+    """Removes all step checkpoints, as a run does that is finished and keeps what it made elsewhere."""
+    for old in root.glob("step_*"):
+        doomed = root / f".deleting-{old.name}"
+        with contextlib.suppress(OSError):  # on a read-only disk they stay
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    if (root / "latest").is_symlink():
+        with contextlib.suppress(OSError):
+            (root / "latest").unlink()
+    clean_up(root)
+
+
 def clean_up(root: Path) -> None:
     """Removes what an interrupted save or prune left behind."""
     for path in root.glob(".*"):

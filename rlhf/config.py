@@ -71,6 +71,8 @@ class TrainingConfig:
 
     section: ClassVar[str]
     """The stage's name in the config."""
+    _may_skip: ClassVar[bool] = False
+    """Whether 0 epochs mean something."""
 
     epochs: float = 1.0
     batch_size: int = 32
@@ -90,8 +92,9 @@ class TrainingConfig:
     """Optimiser steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "learning_rate", "save_every_steps"):
+        for key in ("batch_size", "learning_rate", "save_every_steps"):
             require(getattr(self, key) > 0, f"{self.section}.{key}", "must be positive")
+        require(self.epochs > 0 or self._may_skip, f"{self.section}.epochs", "must be positive")
         micro = f"{self.section}.micro_batch_size"
         require(self.micro_batch_size >= 0, micro, "must be 0 (batch_size) or more")
         require(
@@ -113,9 +116,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainingConfig):
-    """Stage 1: supervised fine-tuning on demonstrations."""
+    """Stage 1: supervised fine-tuning on demonstrations. 0 epochs take the model as it is."""
 
     section: ClassVar[str] = "sft"
+    _may_skip: ClassVar[bool] = True
     packing: bool = False
     """Fill each row of max_length tokens with several examples."""
 
@@ -219,6 +223,8 @@ class PPOStageConfig(TrainingConfig):
 class EvalStageConfig:
     """Evaluation: the policy against the SFT policy on unseen prompts."""
 
+    labeler: dict[str, Any] = field(default_factory=dict)
+    """Who evaluates, named as in collect.labeler; empty: whoever collected. {name: none}: no win rate."""
     prompts: int = 20
     """Unseen prompts at most."""
     samples: int = 15
@@ -240,6 +246,9 @@ class RLHFRun:
     name: str | None = None
     """Name of the run and, unless --out says otherwise, of its folder below runs/."""
     seed: int = 0
+    start_from: str = ""
+    """Another recipe's folder: its sft, collect and reward are taken wherever config and data are the same.
+    siblings: of any recipe in the folder that this one is in, as the runs of a sweep are."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -248,7 +257,7 @@ class RLHFRun:
     ppo: PPOStageConfig = field(default_factory=lambda: PPOStageConfig(epochs=4))
     eval: EvalStageConfig = field(default_factory=EvalStageConfig)
     keep_checkpoints: int = 2
-    """Newest checkpoints of a stage that stay until it is finished."""
+    """Newest checkpoints of a stage that stay until it is finished; then all of them go."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -3,31 +3,30 @@
 runs/reviews__ppo__s0/
   sft/  collect/  reward/  ppo/  eval/      each with run.json, metrics.jsonl, checkpoints/, media/
     model/                                  what a stage that trains leaves: a plain transformers folder
+  taken.json                                stages of another recipe that this one uses, see `rlhf.sharing`
 """
 
-import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lab import checkpoint, config, tracking
+from lab import checkpoint, config, locks, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
+from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import data, sources
+from rlhf import data, sharing, sources
 from rlhf.config import STAGES, RLHFRun
+from rlhf.sharing import RESULTS, fingerprint
+from rlhf.stage_keys import relevant
 
-# What each stage depends on in the config, and which stages' results it starts from.
-SECTIONS = {
-    "sft": ("model", "sft"),
-    "collect": ("model", "collect"),
-    "reward": ("model", "reward"),
-    "ppo": ("model", "ppo"),
-    "eval": ("eval", "collect.labeler"),
-}
+if TYPE_CHECKING:
+    from rlhf.labelers import Labeler
+
+# Which stages' results each stage starts from.
 PARENTS = {
     "sft": (),
     "collect": ("sft",),
@@ -36,8 +35,6 @@ PARENTS = {
     "eval": ("sft", "reward", "ppo"),
 }
 JOB_TYPES = {"sft": "sft", "collect": "collect", "reward": "rm", "ppo": "ppo", "eval": "eval"}
-RESULTS = {"collect": "rankings.jsonl", "eval": "evaluation.json"}
-"""What a stage leaves; all others leave model/."""
 
 SMOKE: dict[str, Any] = {
     "name": "smoke",
@@ -55,6 +52,7 @@ SMOKE: dict[str, Any] = {
     "reward": {"epochs": 1.0, "batch_size": 8, "micro_batch_size": 0},
     "ppo": {"rollouts": 2, "rollout_size": 16, "batch_size": 8, "micro_batch_size": 4, "epochs": 1.0},
     "eval": {"prompts": 4, "samples": 2, "best_of": 2},
+    "start_from": "",
     "tracking": {"wandb": "disabled"},
 }
 """What `--smoke` sets: every stage of a config in seconds, on a model and data of our own."""
@@ -62,10 +60,16 @@ SMOKE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run of the recipe: its config and its folder."""
+    """One run of the recipe: its config, its folder, and the stages it takes from another one."""
 
     settings: RLHFRun
     folder: Path
+    taken: dict[str, sharing.Taken] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, settings: RLHFRun, folder: Path) -> "Recipe":
+        """A recipe as its folder has it."""
+        return cls(settings, folder, sharing.read(folder).stages)
 
     @property
     def stages(self) -> list[str]:
@@ -73,28 +77,47 @@ class Recipe:
         collects = self.settings.data.comparisons == "collect"
         return [stage for stage in STAGES if stage != "collect" or collects]
 
+    def owns(self, stage: str) -> bool:
+        """Whether the recipe has begun this stage itself."""
+        return (self.folder / stage / "run.json").exists()
+
     def of(self, stage: str) -> Path:
-        """A stage's run folder."""
-        return self.folder / stage
+        """A stage's run folder: the recipe's own or, of a stage taken from another recipe, that one's."""
+        own = self.folder / stage
+        return self.taken[stage].folder if stage in self.taken and not self.owns(stage) else own
 
     def parents(self, stage: str) -> list[str]:
         """The stages this stage starts from."""
         return [parent for parent in PARENTS[stage] if parent in self.stages]
 
-    def relevant(self, stage: str) -> dict[str, Any]:
-        """The part of the config that decides what a stage computes."""
-        values = config.to_dict(self.settings)
-        kept: dict[str, Any] = {"seed": values["seed"], "data": values["data"]}
-        for key in SECTIONS[stage]:
-            group, _, name = key.partition(".")
-            kept[group] = {name: values[group][name]} if name else values[group]
-            kept[group].pop("save_every_steps", None)  # changes nothing that is computed
-        return kept
-
     def state(self, stage: str) -> str:
-        """The stage's state, "" if it was never begun."""
-        folder = self.of(stage)
-        return Run.open(folder).info["state"] if (folder / "run.json").exists() else ""
+        """The stage's state, "" if it was never begun, "taken" if it is another recipe's."""
+        if self.owns(stage):
+            return Run.open(self.folder / stage).info["state"]
+        return "taken" if stage in self.taken else ""
+
+    def info(self, stage: str) -> dict[str, Any]:
+        """The record of a stage that was begun, or taken from another recipe.
+
+        Raises:
+            LabError: it was taken, and is not there any more, or is another.
+        """
+        if self.owns(stage) or stage not in self.taken:
+            return Run.open(self.folder / stage).info
+        return sharing.info(self.folder, stage, self.taken[stage])
+
+    def sha256(self, stage: str) -> str:
+        """The recorded hash of what a finished stage left.
+
+        Raises:
+            LabError: the stage is not finished.
+        """
+        if self.state(stage) not in ("finished", "taken"):
+            raise LabError(
+                f"{self.of(stage)}: stage {stage} is {self.state(stage) or 'not begun'}, and later stages "
+                f"start from it. Run it first: lab rlhf CONFIG --stage {stage}."
+            )
+        return str(self.info(stage)["summary"].get("result", {}).get("sha256"))
 
     def result(self, stage: str) -> Path:
         """The folder or file a finished stage left, checked against its record.
@@ -102,35 +125,17 @@ class Recipe:
         Raises:
             LabError: it is not finished, or what it left is missing or altered.
         """
-        folder = self.of(stage)
-        if self.state(stage) != "finished":
-            state = self.state(stage) or "not begun"
-            raise LabError(
-                f"{folder}: stage {stage} is {state}, and later stages start from it. "
-                f"Run it first: lab rlhf CONFIG --stage {stage}."
-            )
-        recorded = Run.open(folder).info["summary"].get("result", {})
-        path = folder / RESULTS.get(stage, "model")
+        recorded = self.sha256(stage)
+        path = self.of(stage) / RESULTS.get(stage, "model")
         actual = fingerprint(path)
-        if recorded.get("sha256") != actual:
+        if recorded != actual:
             what = "missing" if actual is None else "altered since it was written"
             raise LabError(f"{path}: {what}. Restore it, or make it again with --from {stage}.")
         return path
 
-
-def fingerprint(path: Path) -> str | None:
-    """SHA-256 of a stage's result, None if it is not there; a model's files are all verified."""
-    from lab.files import sha256_file
-
-    if path.is_file():
-        return sha256_file(path)
-    if not (path / "manifest.json").exists():
-        return None
-    try:
-        checkpoint.load(path)
-    except LabError:
-        return "altered"
-    return sha256_file(path / "manifest.json")
+    def free(self, stage: str) -> None:
+        """Removes the checkpoints of a finished stage of its own: nothing will resume from them."""
+        checkpoint.clear(self.folder / stage / "checkpoints")
 
 
 class RLHFPipeline:
@@ -142,7 +147,7 @@ class RLHFPipeline:
     def smoke(self, values: Mapping[str, Any]) -> dict[str, Any]:
         merged = config.merge(values, SMOKE)
         merged["model"]["labgpt"] = SMOKE["model"]["labgpt"]
-        return {**merged, "collect": SMOKE["collect"]}
+        return {**merged, "collect": SMOKE["collect"], "eval": SMOKE["eval"]}
 
     def train(self, config_: RLHFRun, folder: Path | None, resume: bool) -> None:
         """All stages that are not finished yet; `lab rlhf` has more options."""
@@ -173,16 +178,18 @@ def run_stages(
 ) -> None:
     """Runs the stages in order: finished ones are skipped, an interrupted one is resumed.
 
+    Everything is checked first, of every stage that will run; only then is anything moved or written.
+
     Args:
         settings: the config.
         folder: the recipe's folder; None takes runs/<name>.
         only: run this stage alone.
-        restart_from: put this stage and all after it aside and run them anew.
+        restart_from: put this stage and all after it aside and run them again.
 
     Raises:
         LabError: anything the user can mend; found before a stage begins where possible.
     """
-    recipe = Recipe(settings, folder or Path("runs") / folder_name(settings.run_name))
+    recipe = Recipe.open(settings, folder or Path("runs") / folder_name(settings.run_name))
     for name in (only, restart_from):
         if name is not None and name not in recipe.stages:
             raise LabError(
@@ -190,22 +197,40 @@ def run_stages(
                 f"It has {', '.join(recipe.stages)}."
             )
     check_without_torch(settings.device)
-    _check_sources(settings, [only] if only else recipe.stages)
-    if restart_from:
-        _put_aside(recipe, restart_from)
-    _check_config(recipe)
-    mode, why = tracking.choose_mode(settings.tracking.wandb)
-    quiet_threads()
-    from rlhf.work import run_stage
+    aside = STAGES[STAGES.index(restart_from) :] if restart_from else ()
+    _check_free(recipe, aside)
+    kept = [stage for stage in recipe.stages if stage not in aside]
+    found = sharing.find(recipe, kept)
+    recipe = replace(recipe, taken=found.stages)
+    check = _Checks(recipe, kept)
+    for stage in kept:
+        check(stage)
+    done = [stage for stage in kept if recipe.state(stage) in ("finished", "taken")]
+    wanted = [only] if only else recipe.stages
+    due = [stage for stage in wanted if stage not in done]
+    for stage in wanted:
+        for name in [stage] if stage in done else recipe.parents(stage):
+            if only or name in done:
+                recipe.result(name)
+    if due:
+        _check_sources(settings, due)
+    for line in found.said:
+        print(line, flush=True)
+    if due:
+        quiet_threads()
+        from lab.device import resolve
+        from rlhf.work import run_stage
 
-    for stage in [only] if only else recipe.stages:
-        if recipe.state(stage) == "finished":
-            recipe.result(stage)
-            print(f"{stage:8} finished before: {recipe.of(stage)}")
-            continue
-        for parent in recipe.parents(stage):
-            recipe.result(parent)
-        if not run_stage(recipe, stage, mode, why):
+        resolve(settings.device)  # refuses a device that is not there
+        mode, why = tracking.choose_mode(settings.tracking.wandb)
+        _put_aside(recipe, aside, found)
+        sharing.write(recipe.folder, found)
+    for stage in wanted:
+        check(stage)
+        if stage in done:
+            print(f"{stage:8} finished before: {recipe.of(stage)}", flush=True)
+            recipe.free(stage)
+        elif not sharing.claim(recipe, stage, lambda stage=stage: run_stage(recipe, stage, mode, why)):
             return
 
 
@@ -217,10 +242,7 @@ def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
             sources.has_eval(source)
     if d.comparisons != "collect":
         sources.has_eval(d.comparisons)
-    if {"collect", "eval"} & set(stages):
-        from rlhf import labelers
-
-        labelers.make(settings.collect.labeler, "collect.labeler")
+    _check_labelers(settings, stages)
     # A stage that cannot use its data would say so only when those before it have been trained.
     unsaid = data.Dropped()
     if {"sft", "reward", "ppo"} & set(stages):
@@ -235,66 +257,135 @@ def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
         data.comparisons(d.comparisons, dropped=unsaid)
 
 
-def _check_config(recipe: Recipe) -> None:
-    """Raises if a stage was begun with another config, or from other weights than are there now."""
-    for stage in recipe.stages:
-        if not recipe.state(stage):
-            continue
-        info = Run.open(recipe.of(stage)).info
-        changed = config.differences(info["stage_config"], recipe.relevant(stage))
-        changed = {key: value for key, value in changed.items() if not key.startswith("name")}
-        if changed:
-            key, (was, now) = next(iter(changed.items()))
+def _check_labelers(settings: RLHFRun, stages: Sequence[str]) -> None:
+    """Raises if the labelers of these stages are not there, or nobody is named who evaluates."""
+    from rlhf import labelers
+
+    if "collect" in stages:
+        labelers.make(settings.collect.labeler, "collect.labeler")
+    if "eval" in stages:
+        evaluator(settings)
+
+
+def evaluator(settings: RLHFRun) -> "Labeler | None":
+    """Who evaluates: eval.labeler, else whoever collected; None where it is {name: none}.
+
+    Raises:
+        LabError: nothing was collected and eval.labeler names nobody, or there is no such labeler.
+    """
+    from rlhf import labelers
+
+    if settings.eval.labeler.get("name") == "none":
+        return None
+    if settings.eval.labeler:
+        return labelers.make(settings.eval.labeler, "eval.labeler")
+    if settings.data.comparisons == "collect":
+        return labelers.make(settings.collect.labeler, "collect.labeler")
+    raise LabError(
+        "eval.labeler: is empty, and data.comparisons are not collected here, so nothing says who evaluates. "
+        f"Name one of {', '.join(labelers.names())}, or none for an evaluation without a win rate, "
+        "e.g. --eval.labeler='{name: none}'."
+    )
+
+
+class _Checks:
+    """Raises if a stage was begun with another config, or from other weights or data than there are now.
+
+    Args:
+        recipe: whose stages.
+        stages: those that are not to be done again.
+    """
+
+    def __init__(self, recipe: Recipe, stages: Sequence[str]) -> None:
+        self.recipe, self.stages = recipe, stages
+
+    def __call__(self, stage: str) -> None:
+        recipe = self.recipe
+        if stage not in self.stages or not recipe.state(stage):
+            return
+        info, unfinished = recipe.info(stage), recipe.state(stage) not in ("finished", "taken")
+        before, now = (relevant(c, stage, watched=unfinished) for c in (info["config"], recipe.settings))
+        if changed := config.differences(before, now):
+            key, (was, is_now) = next(iter(changed.items()))
             raise LabError(
-                f"{recipe.of(stage)}: was begun with {key} = {was!r}, now it is {now!r}. Set it back, choose "
-                f"another folder with --out, or do this stage again with --from {stage}."
+                f"{recipe.of(stage)}: was begun with {key} = {was!r}, now it is {is_now!r}. Set it back, "
+                f"choose another folder with --out, or do this stage again with --from {stage}."
             )
         for parent in info["parents"]:
-            if "data" in parent and sources.fingerprint(parent["data"])["sha256"] != parent["sha256"]:
+            source, name = parent.get("data"), parent.get("stage")
+            if source and sources.sha256(source) != parent["sha256"]:
                 raise LabError(
-                    f"{recipe.of(stage)}: was begun with other rows in {parent['data']} than there are now. "
+                    f"{recipe.of(stage)}: was begun with other rows in {source} than there are now. "
                     f"Restore them, or do this stage again with --from {stage}."
                 )
-            name = parent.get("stage")
-            if name and recipe.state(name) == "finished":
-                now = Run.open(recipe.of(name)).info["summary"]["result"]["sha256"]
-                if now != parent["sha256"]:
-                    raise LabError(
-                        f"{recipe.of(stage)}: was made from an earlier {name} stage. "
-                        f"Do it again with --from {stage}."
-                    )
+            made = name in self.stages and recipe.state(name) in ("finished", "taken")
+            if made and recipe.sha256(name) != parent["sha256"]:
+                raise LabError(
+                    f"{recipe.of(stage)}: was made from an earlier {name} stage. "
+                    f"Do it again with --from {stage}."
+                )
 
 
-def _put_aside(recipe: Recipe, first: str) -> None:
-    """Renames the folders of `first` and all later stages: nothing is deleted."""
-    for stage in STAGES[STAGES.index(first) :]:
-        folder = recipe.of(stage)
-        if folder.exists():
-            number = 1
-            while (aside := folder.with_name(f"{stage}.old{number}")).exists():
-                number += 1
-            shutil.move(folder, aside)
-            print(f"{stage:8} put aside: {aside}")
+def _check_free(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raises if another process runs one of the recipe's own stages just now."""
+    for stage in stages:
+        if locks.is_locked(recipe.folder / stage / ".lock"):
+            raise LabError(
+                f"{recipe.folder / stage}: is running just now, in another process. Wait for it, or stop it."
+            )
+
+
+def _put_aside(recipe: Recipe, stages: Sequence[str], found: sharing.Found) -> None:
+    """Renames the folders of stages, all or none: nothing is deleted. They are not taken again."""
+    moved: list[tuple[Path, Path]] = []
+    with explain_write_errors(str(recipe.folder), "Nothing was moved. Choose another folder with --out."):
+        try:
+            for stage in stages:
+                folder = recipe.folder / stage
+                if folder.exists():
+                    number = 1
+                    while (aside := folder.with_name(f"{stage}.old{number}")).exists():
+                        number += 1
+                    folder.rename(aside)
+                    moved.append((folder, aside))
+        except BaseException:
+            for folder, aside in reversed(moved):
+                aside.rename(folder)
+            raise
+    shared = [stage for stage in stages if stage in sharing.SHARED and stage not in found.own]
+    found.own += shared if recipe.settings.start_from else []
+    for folder, aside in moved:
+        print(f"{folder.name:8} put aside: {aside}", flush=True)
 
 
 def find_model(folder: Path) -> Path:
     """The model of a run folder, of a recipe's folder (its last stage's), or a transformers folder itself.
 
     Raises:
-        LabError: there is none.
+        LabError: there is none, or it was taken from a recipe that is gone.
     """
-    for place in (folder / "ppo" / "model", folder / "sft" / "model", folder / "model", folder):
+    places = [folder / "ppo" / "model", folder / "sft" / "model"]
+    if "sft" in (taken := sharing.read(folder).stages) and not any(place.exists() for place in places):
+        sharing.info(folder, "sft", taken["sft"])
+        places.append(taken["sft"].folder / "model")
+    for place in (*places, folder / "model", folder):
         if (place / "config.json").exists():
             return place
     raise LabError(f"{folder}: no language model in it. Name a run of `lab rlhf` or a transformers folder.")
 
 
+def recipe_folder(folder: Path) -> Path:
+    """The recipe's folder, of itself or of one of its stages."""
+    return folder.parent if (folder / "run.json").exists() else folder
+
+
 def read_settings(folder: Path) -> RLHFRun:
-    """The config of a stage's or a recipe's folder."""
-    for place in (folder, folder / "sft", folder.parent / "sft"):
-        if (place / "run.json").exists():
-            return config.build(RLHFRun, Run.open(place).info["config"], {}, str(place / "run.json"))
-    raise LabError(f"{folder}: no run of `lab rlhf`: there is no run.json in it.")
+    """The config of a recipe's folder: its last stage's, for what only later stages read may have changed."""
+    for stage in reversed(STAGES):
+        place = folder / stage / "run.json"
+        if place.exists():
+            return config.build(RLHFRun, Run.open(place.parent).info["config"], {}, str(place))
+    raise LabError(f"{folder}: no run of `lab rlhf`: none of its stages is in it.")
 
 
 PIPELINE = RLHFPipeline()

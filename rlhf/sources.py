@@ -88,6 +88,12 @@ def has_eval(source: str) -> bool:
     return _choose("eval", _splits(source)) is not None
 
 
+def sha256(source: str) -> str:
+    """The hash that `fingerprint` gives a source; files are not parsed for it, and read once a process."""
+    splits = _splits(source)
+    return _hash([read_part() for split in splits.values() for read_part in split])
+
+
 def fingerprint(source: str) -> dict[str, Any]:
     """Names the data that a run started from: its `source`, `sha256` and number of `rows`, of all splits.
 

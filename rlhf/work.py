@@ -18,13 +18,15 @@ from lab.seeding import seed_everything
 from lab.tracking import Tracker
 from rlhf import data, labelers, sources
 from rlhf.config import RLHFRun
-from rlhf.pipeline import JOB_TYPES, RESULTS, Recipe, fingerprint, read_settings
+from rlhf.pipeline import JOB_TYPES, Recipe, evaluator, read_settings, recipe_folder
+from rlhf.sharing import RESULTS, fingerprint
+from rlhf.stage_keys import relevant
 
 
 def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
     """Runs or resumes one stage; returns whether it was finished, and not interrupted."""
-    settings, folder = recipe.settings, recipe.of(stage)
-    begun = bool(recipe.state(stage))
+    settings, folder = recipe.settings, recipe.folder / stage
+    begun = recipe.owns(stage)
     run = Run.resume(folder) if begun else None
     compute = resolve(settings.device, before=run.info["compute"] if run else None)
     seed_everything(settings.seed)
@@ -41,7 +43,7 @@ def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
             compute=compute.describe(),
             parents=_parents(recipe, stage),
         )
-        run.update(stage=stage, stage_config=recipe.relevant(stage))
+        run.update(stage=stage, stage_config=relevant(settings, stage))
     else:
         latest = checkpoint.find(run.checkpoints)
         saved = checkpoint.load(latest).state if latest else {"metrics_bytes": 0}
@@ -55,7 +57,7 @@ def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
         try:
             with StopRequest() as stop, quiet_transformers():
                 total, window, every = _length(recipe, stage)
-                asks = stage == "collect" and gold_labeler(settings).interactive
+                asks = stage == "collect" and collector(settings).interactive
                 with Progress(total, bar=not asks) as progress:
                     progress.say(
                         f"{stage:8} {'resuming' if begun else 'starting'} in {folder}\n"
@@ -71,6 +73,7 @@ def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
                     if done:
                         _record(run, tracker, folder / RESULTS.get(stage, "model"))
                         run.end("finished")
+                        recipe.free(stage)
                         progress.say(f"{stage:8} finished in {took}: {folder}")
                         exit_code = 0
                     else:
@@ -88,7 +91,7 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
     """What a stage starts from: other stages' results and data, each by its hash."""
     parents = []
     for name in recipe.parents(stage):
-        info = Run.open(recipe.of(name)).info
+        info = recipe.info(name)
         parents.append({"stage": name, "run_id": info["id"], **info["summary"]["result"]})
     d = recipe.settings.data
     named = {
@@ -98,8 +101,7 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
     }
     for source in dict.fromkeys(named.get(stage, [])):
         if source != "collect":
-            mark = sources.fingerprint(source)
-            parents.append({"data": source, "path": source, "sha256": mark["sha256"]})
+            parents.append({"data": source, "path": source, "sha256": sources.sha256(source)})
     return parents
 
 
@@ -141,9 +143,18 @@ def prompts(settings: RLHFRun) -> tuple[Any, Any]:
     return data.hold_out(rows, 0.1, settings.seed)
 
 
-def gold_labeler(settings: RLHFRun) -> labelers.Labeler:
-    """The labeler of the config."""
+def collector(settings: RLHFRun) -> labelers.Labeler:
+    """Who ranks what is collected."""
     return labelers.make(settings.collect.labeler, "collect.labeler")
+
+
+def watcher(settings: RLHFRun) -> labelers.Scorer | None:
+    """Who evaluates, if that is a program which gives scores: it is asked during PPO, too, and only watched."""
+    try:
+        found = evaluator(settings)
+    except LabError:  # nobody is named; the evaluation needs one, PPO does not
+        return None
+    return found if isinstance(found, labelers.Scorer) else None
 
 
 # ---- the stages ----
@@ -177,7 +188,7 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
         stage.run.folder,
         asked,
         sample,
-        gold_labeler(settings),
+        collector(settings),
         k=c.answers,
         seed=settings.seed,
         batch_size=16,
@@ -209,12 +220,10 @@ def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf.policy_optimization import train_policy
 
     settings = recipe.settings
-    gold = gold_labeler(settings) if settings.data.comparisons == "collect" else None
-    gold = gold if isinstance(gold, labelers.Scorer) else None
     rows, _ = _demonstrations(settings)
     asked, _ = prompts(settings)
     policy, reward = recipe.result("sft"), recipe.result("reward")
-    trained = train_policy(settings, stage, compute, asked, rows, policy, reward, gold)
+    trained = train_policy(settings, stage, compute, asked, rows, policy, reward, watcher(settings))
     plot = stage.run.media / "overoptimization.png"
     if overoptimization_plot(stage.run.metrics, plot):
         stage.tracker.log_media(0, "media/overoptimization", plot)
@@ -286,7 +295,7 @@ def evaluate_recipe(
         baseline,
         tokenizer,
         unseen["prompt"][: e.prompts],
-        gold_labeler(settings),
+        evaluator(settings),
         RewardScorer(reward_model, tokenizer),
         n=e.samples,
         best_of=e.best_of,
@@ -300,7 +309,7 @@ def evaluate_recipe(
 
 def evaluate_run(folder: Path, options: Namespace) -> dict[str, Any]:
     """`lab evaluate` of a recipe's folder, or of one of its stages'."""
-    root = folder if (folder / "sft").is_dir() else folder.parent
+    root = recipe_folder(folder)
     if not (root / "ppo" / "run.json").exists():
         raise LabError(f"{folder}: its recipe has no PPO stage yet. Run it: lab rlhf CONFIG --stage ppo.")
     settings = read_settings(root)
@@ -308,4 +317,4 @@ def evaluate_run(folder: Path, options: Namespace) -> dict[str, Any]:
     chosen = {
         key: getattr(options, key) for key in ("prompts", "samples") if getattr(options, key) is not None
     }
-    return evaluate_recipe(Recipe(settings, root), compute, chosen, seed=options.seed)
+    return evaluate_recipe(Recipe.open(settings, root), compute, chosen, seed=options.seed)

@@ -1,0 +1,66 @@
+"""Which keys of the config each stage depends on: what it may share with another run, and what it refuses.
+
+A stage of the same keys, the same data and the same parents computes the same. A test records what the
+stages really read, so that the tables here stay true.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lab import config
+from lab.tracking import scrub
+from rlhf.config import RLHFRun
+
+READS: dict[str, tuple[str, ...]] = {
+    "sft": (
+        *("seed", "model.*", "data.demonstrations", "data.max_length", "sft.*"),
+    ),
+    "collect": (
+        *("seed", "data.prompts", "data.max_new_tokens", "collect.*"),
+    ),
+    "reward": (
+        *("seed", "model.lora_rank", "model.lora_alpha", "model.lora_targets"),
+        *("data.demonstrations", "data.comparisons", "data.max_length", "reward.*"),
+    ),
+    "ppo": (
+        *("seed", "model.lora_rank", "model.lora_alpha", "model.lora_targets"),
+        *("data.prompts", "data.max_length", "data.max_new_tokens", "ppo.*"),
+    ),
+    "eval": (
+        *("seed", "data.prompts", "data.eval_prompts", "data.max_new_tokens", "eval.*"),
+    ),
+}
+"""GROUP.* are all keys of a group. The stages before it each stage knows by their results' hashes."""
+
+CHANGES_NOTHING = ("save_every_steps",)
+"""Keys of a stage's group that do not change what it computes. (Examples at once on the device do: rounding,
+and the mean of a last, smaller batch.)"""
+
+WATCHES: dict[str, tuple[str, ...]] = {"ppo": ("eval.labeler",)}
+"""Keys that decide what is recorded next to a result and not the result: they may change when it is there."""
+
+
+def relevant(settings: RLHFRun | Mapping[str, Any], stage: str, *, watched: bool = False) -> dict[str, Any]:
+    """The dotted keys that decide what a stage computes, with their values.
+
+    Keys that fall back on others have the value that counts: data.prompts are the demonstrations' where it
+    is empty. Secrets are left out, as they are in run.json.
+
+    Args:
+        settings: a config, or what a run.json has of one; keys that it lacks have their defaults.
+        stage: one of `STAGES`.
+        watched: also `WATCHES`.
+    """
+    values = config.to_dict(RLHFRun())
+    values = config.merge(values, config.to_dict(settings) if isinstance(settings, RLHFRun) else settings)
+    flat: dict[str, Any] = {"seed": values["seed"]}
+    for group in ("model", "data", "sft", "collect", "reward", "ppo", "eval"):
+        flat |= {f"{group}.{key}": value for key, value in values[group].items()}
+    flat["data.prompts"] = flat["data.prompts"] or flat["data.demonstrations"]
+    if not flat["eval.labeler"] and flat["data.comparisons"] == "collect":
+        flat["eval.labeler"] = flat["collect.labeler"]
+    names = [*READS[stage], *(WATCHES.get(stage, ()) if watched else ())]
+    if stage == "ppo" and flat["ppo.ptx_coef"]:
+        names.append("data.demonstrations")
+    kept = {key: value for key, value in flat.items() if key in names or f"{key.partition('.')[0]}.*" in names}
+    return scrub({key: value for key, value in kept.items() if key.rpartition(".")[2] not in CHANGES_NOTHING})
