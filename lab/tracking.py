@@ -37,6 +37,11 @@ FINISH_SECONDS = 60
 """How long the end of a run waits for W&B to take the rest of the rows."""
 _SECRET = re.compile(r"(?i)(api[_-]?key|secret|passw|[_-]token$|^token$|credential|authorization)")
 
+_TOKEN = re.compile(r"^([\w-]+\.)*(eos|bos|pad|unk|sep|cls|mask)_token$")
+"""Keys that name a token of a vocabulary."""
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+"""What a variable of the environment is called: no secret, but the place of one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
@@ -58,12 +63,17 @@ def scrub(value: Any) -> Any:
     """A copy of a config with the values of secret-looking keys replaced."""
     if isinstance(value, Mapping):
         return {
-            key: "<redacted>" if _SECRET.search(str(key)) and item is not None else scrub(item)
-            for key, item in value.items()
+            key: "<redacted>" if _is_secret(str(key), item) else scrub(item) for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [scrub(item) for item in value]
     return value
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    if value is None or not _SECRET.search(key) or _TOKEN.match(key):
+        return False
+    return not (key.endswith("_env") and isinstance(value, str) and _VARIABLE.fullmatch(value))
 
 
 def scrub_argv(argv: list[str]) -> list[str]:
@@ -73,7 +83,7 @@ def scrub_argv(argv: list[str]) -> list[str]:
     for argument in argv:
         key, equals, value = argument.partition("=")
         option = argument.startswith("-")
-        secret = option and bool(_SECRET.search(key.lstrip("-")))
+        secret = option and _is_secret(key.lstrip("-"), value)
         if not option and (hide_next or _holds_secret(argument)):
             clean.append("<redacted>")
         else:

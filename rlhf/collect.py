@@ -1,8 +1,9 @@
 """Collecting comparisons: answers are sampled and ranked, prompt by prompt, into two files.
 
     rankings.jsonl      one row per prompt, appended as it is ranked: prompt, completions, ranks (1 is the
-                        best), scores if the labeler gives any, finished, source, seed; and `skipped`, with
-                        the reason, where the labeler had no opinion (its ranks are then all 1)
+                        best), scores if the labeler gives any, finished, source, seed; `shown`, the order in
+                        which a labeler that compares saw them (drawn by the seed, indices from 0); and
+                        `skipped`, with the reason, where it had no opinion (its ranks are then all 1)
     preferences.jsonl   one row per pair of different rank, in TRL's preference format: prompt, chosen,
                         rejected, chosen_finished, rejected_finished, source
 
@@ -28,9 +29,20 @@ from lab import locks
 from lab.errors import LabError
 from lab.files import explain_write_errors, sync_folder, written_aside
 from lab.progress import Progress
-from rlhf.data import pairs_of
+from rlhf.data import ordered_pairs, pairs_of
 from rlhf.forms import Row
-from rlhf.labelers import Answer, Labeler, Prompt, Quit, Ranking, Scorer, Skip, Undo, completion
+from rlhf.labelers import (
+    Answer,
+    Labeler,
+    Prompt,
+    Quit,
+    Ranking,
+    Scorer,
+    Skip,
+    Undo,
+    completion,
+    rank_in_order,
+)
 
 RANKINGS = "rankings.jsonl"
 PREFERENCES = "preferences.jsonl"
@@ -56,6 +68,9 @@ class Summary:
     """Prompts whose answers were all ranked alike: they yield no pair."""
     skipped: int
     """Prompts the labeler had no opinion on."""
+    earlier_won: float | None
+    """Fraction of pairs in which the better answer was shown earlier: half, if the labeler does not go by the
+    order. None if it scores answers one by one."""
     mean_score: float | None
     """Of all answers; None if the labeler gives no scores."""
     answers_per_second: float | None = None
@@ -103,6 +118,7 @@ def collect(
     with _RankingsFile.opened(folder / RANKINGS) as file:
         done_before = len(file.rows)
         _check_same(file, prompts, seeds, labeler, k)
+        file.drop_torn_line()
         for leftover in folder.glob(f".{Path(PREFERENCES).stem}.tmp-*"):  # of one killed while it wrote them
             leftover.unlink(missing_ok=True)
         try:
@@ -154,20 +170,29 @@ def _rank_the_rest(
             answers, rankings = batch(number)
             if labeler.interactive:
                 print(f"\nprompt {done + 1} of {len(prompts)}, {len(prompts) - done} left", flush=True)
+            order = [] if rankings else _order(k, seeds[done])
+            skipped: dict[str, str] = {}
             try:
-                ranking = rankings[index] if rankings else labeler.rank(prompts[done], answers[index])
-                row = _row(prompts[done], answers[index], ranking, labeler.name, seeds[done])
+                ranking = (
+                    rankings[index]
+                    if rankings
+                    else rank_in_order(labeler, prompts[done], answers[index], order)
+                )
             except Skip as reason:
-                nothing = Ranking([1] * k)
-                row = _row(prompts[done], answers[index], nothing, labeler.name, seeds[done])
-                row["skipped"] = str(reason)
+                ranking, skipped = Ranking([1] * k), {"skipped": str(reason)}
             except Undo:
                 if not _undo(file):
                     print("  there is nothing to undo", flush=True)
                 continue
-            file.append(row)
+            row = _row(prompts[done], answers[index], ranking, labeler.name, seeds[done])
+            file.append(row | ({"shown": order} if order else {}) | skipped)
             if shown := progress or own:
                 shown.update(k * len(file.rows))
+
+
+def _order(k: int, seed: int) -> list[int]:
+    """In which order a labeler is shown the answers to a prompt: the same whenever it is asked again."""
+    return random.Random(f"{seed}/shown").sample(range(k), k)
 
 
 def _undo(file: "_RankingsFile") -> bool:
@@ -212,10 +237,21 @@ def summary(rows: Sequence[Row], *, answers_per_second: float | None = None, sto
         ties=sum(len(ranks) * (len(ranks) - 1) // 2 for ranks in ranked) - pairs,
         all_tied=sum(len(set(ranks)) == 1 for ranks in ranked),
         skipped=len(rows) - len(ranked),
+        earlier_won=_earlier_won(rows),
         mean_score=sum(scores) / len(scores) if scores else None,
         answers_per_second=answers_per_second,
         stopped=stopped,
     )
+
+
+def _earlier_won(rows: Sequence[Row]) -> float | None:
+    won = [
+        row["shown"].index(better) < row["shown"].index(worse)
+        for row in rows
+        if "shown" in row
+        for better, worse in ordered_pairs(row["ranks"])
+    ]
+    return sum(won) / len(won) if won else None
 
 
 # ---- files ----
@@ -277,7 +313,10 @@ class _RankingsFile:
         parsed = list(_parse(path))
         self.rows = [row for row, _ in parsed]
         self._ends = [0, *(end for _, end in parsed)]
-        file.truncate(self._ends[-1])
+
+    def drop_torn_line(self) -> None:
+        """Removes a last line that was being written when the collection was killed."""
+        self._file.truncate(self._ends[-1])
 
     @classmethod
     @contextlib.contextmanager

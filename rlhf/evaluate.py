@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,18 @@ from torch import Tensor
 from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
 from lab.tracking import read_metrics
+from rlhf import intervals
 from rlhf.decode import end_tokens, sample
-from rlhf.labelers import Answer, Labeler, Quit, Scorer, Skip, Undo
+from rlhf.labelers import Answer, Labeler, Quit, Scorer, Skip, Undo, rank_in_order
 from rlhf.logprobs import add_logprob_head
 from rlhf.scoring import RewardScorer, tokenize_prompt
 from rlhf.sequences import side_by_side
 
 BATCH_SIZE = 64
-BOOTSTRAP = 2_000
-_BLUE, _GOLD, _GREY = "#2a6fbb", "#c8860d", "#666666"
+BIASED = 0.1
+"""How far from half the fraction of comparisons won by the answer shown first may be without a warning."""
+# Okabe and Ito's blue and vermillion, which the colour-blind tell apart.
+_PROXY, _GOLD, _GREY = "#0072B2", "#D55E00", "#666666"
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,42 @@ def answer_logprobs(model: Any, samples: Samples, pad_id: int) -> Tensor:
     return torch.cat(sums)
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What a labeler said of one model's answers against another's, counted for each prompt: (prompts,)."""
+
+    wins: np.ndarray
+    ties: np.ndarray
+    losses: np.ndarray
+    first_won: np.ndarray
+    """Comparisons won by the answer that was shown first; 0 where answers are scored one by one."""
+    first_lost: np.ndarray
+    skipped: int = 0
+    """Comparisons the labeler had no opinion on; they are among the ties."""
+
+    @property
+    def outcomes(self) -> np.ndarray:
+        """The win rate of each prompt, a tie being half a win, float64 (prompts,)."""
+        return (self.wins + 0.5 * self.ties) / (self.wins + self.ties + self.losses)
+
+    def win_rate(self, answers: int) -> dict[str, Any]:
+        """Win rate with its interval over prompts, and what it is made of, as fractions of all comparisons.
+
+        Args:
+            answers: of each model, over all prompts: no more comparisons are independent.
+        """
+        total = int((self.wins + self.ties + self.losses).sum())
+        parts = {name: float(getattr(self, name).sum()) / total for name in ("wins", "ties", "losses")}
+        rate = intervals.fraction(self.outcomes, answers)
+        return {**rate, **parts, "comparisons": total, "skipped": self.skipped}
+
+
 def compare(
     policy: Any,
     baseline: Any,
     tokenizer: Any,
     prompts: Sequence[Any],
-    labeler: Labeler,
+    labeler: Labeler | None,
     scorer: RewardScorer | None,
     *,
     n: int,
@@ -99,7 +133,8 @@ def compare(
     """The policy against the baseline it came from, on prompts neither was trained on.
 
     Args:
-        labeler: who decides; neither model was trained on what it says here.
+        labeler: who decides, and sees neither which model an answer is from nor always the same one first;
+            neither model was trained on what it says here. None: there is no win rate.
         scorer: the reward model, for proxy scores and best-of-n.
         n: answers per prompt and model.
         best_of: also the reward model's best of so many answers of the baseline; 0: not.
@@ -120,7 +155,7 @@ def compare(
     result: dict[str, Any] = {
         "prompts": len(prompts),
         "samples_per_prompt": n,
-        "labeler": labeler.name,
+        "labeler": labeler.name if labeler is not None else "none",
         "seed": seed,
     }
     golds: dict[str, list[float]] = {}
@@ -134,15 +169,33 @@ def compare(
         result[who] = summary
     ours = answer_logprobs(policy, contestants["policy"], tokenizer.pad_token_id)
     theirs = answer_logprobs(baseline, contestants["policy"], tokenizer.pad_token_id)
-    result["policy"]["kl_nats"] = float((ours - theirs).mean())
-    result["policy"]["length_ratio"] = result["policy"]["tokens"] / result["baseline"]["tokens"]
+    kl = (ours - theirs).numpy().reshape(-1, n).mean(1)
+    tokens = {who: _tokens(samples, n) for who, samples in contestants.items()}
+    _add(result["policy"], "kl_nats", intervals.mean(kl))
+    _add(result["policy"], "length_ratio", intervals.ratio(tokens["policy"], tokens["baseline"]))
     if best_of and scorer is not None:
         result["best_of"]["n"] = best_of
         result["best_of"]["kl_nats_at_most"] = float(np.log(best_of) - (best_of - 1) / best_of)
+    verdicts: dict[str, Verdicts] = {}
     for who in ("policy", "best_of"):
-        if who in contestants:
-            outcomes = _outcomes(labeler, contestants[who], contestants["baseline"], golds, who)
-            result[who]["win_rate"] = win_rate(outcomes.reshape(len(prompts), n), seed)
+        if who in contestants and labeler is not None:
+            verdicts[who] = verdict = _verdicts(
+                labeler, contestants[who], contestants["baseline"], golds, who, n, seed
+            )
+            result[who]["win_rate"] = verdict.win_rate(len(prompts) * n)
+    if labeler is not None and not isinstance(labeler, Scorer):
+        result["first_shown"] = _first_shown(list(verdicts.values()), len(prompts) * n)
+    result["warnings"] = _warnings(result)
+    result["per_prompt"] = [
+        {
+            "prompt": prompt,
+            "kl_nats": float(kl[i]),
+            **{f"{who}_tokens": float(each[i]) for who, each in tokens.items()},
+            **{f"{who}_win_rate": float(verdict.outcomes[i]) for who, verdict in verdicts.items()},
+            **{f"{who}_ties": int(verdict.ties[i]) for who, verdict in verdicts.items()},
+        }
+        for i, prompt in enumerate(prompts)
+    ]
     rows = [
         {
             "prompt": contestants["policy"].prompts[i],
@@ -152,6 +205,50 @@ def compare(
         for i in range(0, len(prompts) * n, n)
     ]
     return result, rows
+
+
+def _add(summary: dict[str, Any], key: str, interval: Mapping[str, Any]) -> None:
+    """A number under its name, its interval under key_low and key_high."""
+    summary[key] = interval["mean"]
+    summary |= {f"{key}_{end}": interval[end] for end in ("low", "high") if interval[end] is not None}
+
+
+def _tokens(samples: Samples, n: int) -> np.ndarray:
+    """Mean length of the answers to each prompt, float64 (prompts,)."""
+    return np.array([len(ids) for ids in samples.answer_ids], float).reshape(-1, n).mean(1)
+
+
+def _first_shown(verdicts: Sequence[Verdicts], answers: int) -> dict[str, Any]:
+    """How often the answer shown first won, of all comparisons that one of the two won."""
+    won = sum(verdict.first_won for verdict in verdicts)
+    decided = won + sum(verdict.first_lost for verdict in verdicts)
+    some = np.asarray(decided) > 0
+    if not some.any():
+        return {"decided": 0}
+    share = intervals.fraction(won[some] / decided[some], answers)
+    return {"decided": int(np.sum(decided)), **share}
+
+
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    """What makes an evaluation say less than it seems to."""
+    said = []
+    shown = result.get("first_shown", {})
+    if (
+        shown.get("decided")
+        and abs(shown["mean"] - 0.5) > BIASED
+        and not shown["low"] <= 0.5 <= shown["high"]
+    ):
+        said.append(
+            f"the answer shown first won {shown['mean']:.0%} of {shown['decided']} comparisons: the labeler "
+            "goes by the order, and the win rate is nearer to 50% than it should be"
+        )
+    if result["prompts"] < 2:
+        said.append("one prompt: nothing is known about others")
+    if (rate := result["policy"].get("win_rate")) and rate["ties"] > 0.5:
+        said.append(f"{rate['ties']:.0%} of the comparisons are ties")
+    if result["policy"]["finished"] == 0:
+        said.append("no answer of the policy ends within data.max_new_tokens")
+    return said
 
 
 def describe(samples: Samples) -> dict[str, float]:
@@ -164,43 +261,56 @@ def describe(samples: Samples) -> dict[str, float]:
     }
 
 
-def win_rate(outcomes: np.ndarray, seed: int) -> dict[str, float]:
-    """Mean of outcomes (prompts, samples), 1 won, 0.5 tied, 0 lost, with its 95% interval.
-
-    The interval is the bootstrap's over prompts and then over each prompt's samples, since answers to one
-    prompt are alike.
-    """
-    rng = np.random.default_rng(seed)
-    n_prompts, n = outcomes.shape
-    chosen = outcomes[rng.integers(n_prompts, size=(BOOTSTRAP, n_prompts))]
-    within = rng.integers(n, size=chosen.shape)
-    means = np.take_along_axis(chosen, within, 2).mean((1, 2))
-    low, high = np.quantile(means, (0.025, 0.975))
-    return {"mean": float(outcomes.mean()), "low": float(low), "high": float(high)}
-
-
 def _best(samples: Samples, scorer: RewardScorer, k: int) -> Samples:
     scores = scorer.score_ids(samples.prompt_ids, samples.answer_ids).view(-1, k)
     kept = [group * k + int(best) for group, best in enumerate(scores.argmax(1))]
     return Samples(*([field[i] for i in kept] for field in vars(samples).values()))  # type: ignore[arg-type]
 
 
-def _outcomes(
-    labeler: Labeler, ours: Samples, theirs: Samples, golds: Mapping[str, list[float]], who: str
-) -> np.ndarray:
+def _verdicts(
+    labeler: Labeler,
+    ours: Samples,
+    theirs: Samples,
+    golds: Mapping[str, Sequence[float]],
+    who: str,
+    n: int,
+    seed: int,
+) -> Verdicts:
+    """What the labeler says. Of one that scores, all n x n pairs of a prompt count; others are asked for n.
+
+    Which answer is shown first is drawn by the seed, each as often as the other within a prompt (but for an
+    odd one), so that a labeler which only goes by the order finds both models equally good.
+    """
+    n_prompts = len(ours.answers) // n
+    wins, ties, losses, first_won, first_lost = np.zeros((5, n_prompts), int)
     if isinstance(labeler, Scorer):
-        lead = np.array(golds[who]) - np.array(golds["baseline"])
-        return (lead > labeler.tie_margin) + 0.5 * (abs(lead) <= labeler.tie_margin)
-    outcomes = []
-    for prompt, a, b in zip(ours.prompts, ours.answers, theirs.answers, strict=True):
-        try:
-            mine, other = labeler.rank(prompt, [a, b]).ranks
-        except (Skip, Undo):  # no opinion, and nothing to go back to: a tie
-            mine = other = 1
-        except Quit as reason:
-            raise LabError(f"evaluation: stopped by the labeler: {reason}") from None
-        outcomes.append((mine < other) + 0.5 * (mine == other))
-    return np.array(outcomes)
+        mine, other = (np.reshape(golds[name], (-1, n)) for name in (who, "baseline"))
+        lead = mine[:, :, None] - other[:, None, :]  # (prompts, ours, theirs)
+        wins, losses = ((sign * lead > labeler.tie_margin).sum((1, 2)) for sign in (1, -1))
+        return Verdicts(wins, n * n - wins - losses, losses, first_won, first_lost)
+    skipped = 0
+    for prompt in range(n_prompts):
+        draw = random.Random(f"{seed}/{who}/{prompt}")
+        odd = draw.randrange(2)
+        shown_second = [(i + odd) % 2 for i in range(n)]
+        draw.shuffle(shown_second)
+        for i in range(n):
+            at, order = prompt * n + i, [1, 0] if shown_second[i] else [0, 1]
+            try:
+                pair = [ours.answers[at], theirs.answers[at]]
+                a, b = rank_in_order(labeler, ours.prompts[at], pair, order).ranks
+            except (Skip, Undo):  # no opinion, and nothing to go back to: a tie
+                a = b = 1
+                skipped += 1
+            except Quit as reason:
+                raise LabError(f"evaluation: stopped by the labeler: {reason}") from None
+            wins[prompt] += a < b
+            ties[prompt] += a == b
+            losses[prompt] += a > b
+            first = (a, b)[order[0]] - (a, b)[order[1]]
+            first_won[prompt] += first < 0
+            first_lost[prompt] += first > 0
+    return Verdicts(wins, ties, losses, first_won, first_lost, skipped)
 
 
 def describe_for_people(result: Mapping[str, Any]) -> str:
@@ -208,9 +318,9 @@ def describe_for_people(result: Mapping[str, Any]) -> str:
     names = {"baseline": "SFT policy", "policy": "PPO policy", "best_of": "best of n"}
     lines = [
         f"{result['prompts']} unseen prompts, {result['samples_per_prompt']} answers each, "
-        f"judged by {result['labeler']}",
+        f"evaluated by {result['labeler']}",
         "",
-        f"{'':12}{'win rate vs SFT':>24}{'KL':>7}{'gold':>8}{'proxy':>8}{'tokens':>8}"
+        f"{'':12}{'win rate vs SFT':>24}{'ties':>6}{'KL':>7}{'gold':>8}{'proxy':>8}{'tokens':>8}"
         f"{'ends':>7}{'distinct-2':>12}",
     ]
     for who, name in names.items():
@@ -220,45 +330,76 @@ def describe_for_people(result: Mapping[str, Any]) -> str:
         name = f"best of {row['n']}" if who == "best_of" else name
         rate = row.get("win_rate")
         won = f"{rate['mean']:.1%} ({rate['low']:.1%}-{rate['high']:.1%})" if rate else "-"
-        kl = (
-            f"{row['kl_nats']:.2f}" if "kl_nats" in row else f"<{row['kl_nats_at_most']:.2f}" if rate else "0"
-        )
+        tied = f"{rate['ties']:.0%}" if rate else "-"
+        kl = f"{row['kl_nats']:.2f}" if "kl_nats" in row else "0"
+        kl = f"<{row['kl_nats_at_most']:.2f}" if "kl_nats_at_most" in row else kl
         gold = f"{row['gold_score']:.3f}" if "gold_score" in row else "-"
         proxy = f"{row['proxy_score']:.2f}" if "proxy_score" in row else "-"
         lines.append(
-            f"{name:12}{won:>24}{kl:>7}{gold:>8}{proxy:>8}{row['tokens']:>8.1f}{row['finished']:>7.0%}"
-            f"{row['distinct_2']:>12.3f}"
+            f"{name:12}{won:>24}{tied:>6}{kl:>7}{gold:>8}{proxy:>8}{row['tokens']:>8.1f}"
+            f"{row['finished']:>7.0%}{row['distinct_2']:>12.3f}"
         )
-    return "\n".join(lines)
+    policy = result["policy"]
+    if "kl_nats_low" in policy and "length_ratio_low" in policy:
+        lines += [
+            "",
+            f"PPO policy: KL {policy['kl_nats_low']:.2f} to {policy['kl_nats_high']:.2f} nats an answer, "
+            f"{policy['length_ratio']:.2f} ({policy['length_ratio_low']:.2f} to "
+            f"{policy['length_ratio_high']:.2f}) of SFT's length; intervals of 95%, over prompts",
+        ]
+    if (shown := result.get("first_shown", {})).get("decided"):
+        lines.append(
+            f"shown first and won: {shown['mean']:.0%} ({shown['low']:.0%}-{shown['high']:.0%}) of "
+            f"{shown['decided']} comparisons that either won"
+        )
+    return "\n".join([*lines, *(f"warning: {line}" for line in result.get("warnings", ()))])
 
 
-def overoptimization_plot(metrics: Path, path: Path) -> bool:
+def overoptimization_plot(metrics: Path, path: Path, sft: Mapping[str, Mapping[str, float]]) -> bool:
     """Reward model's and labeler's scores against KL over training (Gao et al. 2022, arXiv 2210.10760).
+
+    Both are standardised by the scores of the SFT policy's answers, so that one axis is fair to both: at 1 the
+    mean answer is as good as an answer of the SFT policy that is one standard deviation above its mean.
+
+    Args:
+        metrics: of the PPO stage.
+        path: where the PNG goes.
+        sft: of the SFT policy's answers, {proxy, gold: {mean, std}}.
 
     Returns:
         Whether there was anything to draw.
     """
     rows = [row for row in read_metrics(metrics) if "objective/kl" in row]
-    if not rows:
+    if not rows or "proxy" not in sft:
         return False
     from matplotlib.figure import Figure
 
     kl = np.array([row["objective/kl"] for row in rows])
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    curves = [("objective/scores", "reward model (what PPO maximises)", _BLUE, axes)]
-    if all("objective/gold_scores" in row for row in rows):
-        curves.append(("objective/gold_scores", "labeler (what was meant)", _GOLD, axes.twinx()))
-    for key, label, color, own in curves:
-        values = np.array([row[key] for row in rows])
-        own.scatter(kl, values, s=9, color=color, alpha=0.3, linewidths=0)
+    axes.axhline(0, color=_GREY, linewidth=0.9, linestyle=":")
+    curves = [("proxy", "objective/scores", "reward model (what PPO maximises)", _PROXY, "-", "o")]
+    if "gold" in sft and all("objective/gold_scores" in row for row in rows):
+        curves.append(("gold", "objective/gold_scores", "labeler (what was meant)", _GOLD, "--", "^"))
+    for which, key, label, color, dashes, marker in curves:
+        spread = sft[which]["std"]
+        if not spread > 0:
+            label += ", its points: SFT's answers all have one score"
+        values = (np.array([row[key] for row in rows]) - sft[which]["mean"]) / (spread or 1.0)
+        axes.scatter(kl, values, s=10, color=color, alpha=0.3, linewidths=0, marker=marker)
         window = max(1, len(values) // 12)
         kernel = np.ones(window) / window
-        own.plot(np.convolve(kl, kernel, "valid"), np.convolve(values, kernel, "valid"), color=color)
-        own.set_ylabel(label, color=color)
-        own.spines["top"].set_visible(False)
-    axes.set(xlabel="KL to the SFT policy, nats per answer", title="Proxy and gold against KL over PPO")
+        x, y = np.convolve(kl, kernel, "valid"), np.convolve(values, kernel, "valid")
+        axes.plot(x, y, dashes, color=color, linewidth=2, label=label)
+    axes.set(
+        xlabel="KL to the SFT policy, nats per answer",
+        ylabel="mean score, in standard deviations\nof the SFT policy's answers from their mean",
+        title="Proxy and gold against KL over PPO",
+    )
+    axes.legend(loc="best", fontsize=9, frameon=False)
     axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
     with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
         figure.savefig(aside, format="png")
     return True

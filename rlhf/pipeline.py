@@ -9,6 +9,7 @@ runs/reviews__ppo__s0/
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,22 +217,29 @@ def run_stages(
         _check_sources(settings, due)
     for line in found.said:
         print(line, flush=True)
+    run: Callable[[str], bool] | None = None
     if due:
-        quiet_threads()
-        from lab.device import resolve
-        from rlhf.work import run_stage
-
-        resolve(settings.device)  # refuses a device that is not there
-        mode, why = tracking.choose_mode(settings.tracking.wandb)
+        run = _runner(recipe)
         _put_aside(recipe, aside, found)
         sharing.write(recipe.folder, found)
     for stage in wanted:
         check(stage)
-        if stage in done:
+        if stage in done or run is None:
             print(f"{stage:8} finished before: {recipe.of(stage)}", flush=True)
             recipe.free(stage)
-        elif not sharing.claim(recipe, stage, lambda stage=stage: run_stage(recipe, stage, mode, why)):
+        elif not sharing.claim(recipe, stage, partial(run, stage)):
             return
+
+
+def _runner(recipe: Recipe) -> Callable[[str], bool]:
+    """What runs a stage; torch is loaded here, and a device that is not there refused."""
+    quiet_threads()
+    from lab.device import resolve
+    from rlhf.work import run_stage
+
+    resolve(recipe.settings.device)
+    mode, why = tracking.choose_mode(recipe.settings.tracking.wandb)
+    return lambda stage: run_stage(recipe, stage, mode, why)
 
 
 def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:

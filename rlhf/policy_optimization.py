@@ -2,10 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,10 +60,21 @@ class _Trainer(StageTrainer, PPOTrainer):
                 scores = self.gold.scores(self.rollout["prompts"], answers)
                 self.rollout["gold"] = scores
                 self._note("train", {"objective/gold_scores": sum(scores) / len(scores)})
+            if episodes == 1:
+                self.stage.run.summarize(sft_answers=_spread(self.rollout))
             every = max(1, self.state.max_steps // self.stage.window // TABLES)
             if (episodes - 1) % every == 0:
                 write_samples(self.stage, self.state.global_step, self.rollout)
         return output
+
+
+def _spread(rollout: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation of the scores of the first rollout, whose answers are the SFT policy's."""
+    scores = {"proxy": rollout["scores"]} | ({"gold": rollout["gold"]} if "gold" in rollout else {})
+    return {
+        name: {"mean": float(np.mean(each)), "std": float(np.std(each)), "answers": len(each)}
+        for name, each in scores.items()
+    }
 
 
 def write_samples(stage: Stage, step: int, rollout: dict[str, Any]) -> None:

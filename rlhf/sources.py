@@ -5,6 +5,7 @@ of it: `hub:OWNER/NAME@SPLIT#CONFIG`), or a built-in task, `reviews` or `everyda
 ever run as code, and what cannot be read is a `LabError` that names file and line.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -89,9 +90,26 @@ def has_eval(source: str) -> bool:
 
 
 def sha256(source: str) -> str:
-    """The hash that `fingerprint` gives a source; files are not parsed for it, and read once a process."""
-    splits = _splits(source)
-    return _hash([read_part() for split in splits.values() for read_part in split])
+    """The hash that `fingerprint` gives a source; files are not parsed for it."""
+    return _whole([_hash_part(read_part) for split in _splits(source).values() for read_part in split])
+
+
+def _hash_part(read_part: Any) -> str:
+    if read_part.func is _read_file:
+        (path,) = read_part.args
+        stat = path.stat()
+        return _hash_file(path, stat.st_mtime_ns, stat.st_size)
+    return read_part().sha256()
+
+
+@functools.lru_cache(maxsize=1_000)
+def _hash_file(path: Path, mtime_ns: int, size: int) -> str:
+    """Of a file that did not change since, so that stages which share one read it once."""
+    return sha256_file(path)
+
+
+def _whole(hashes: Sequence[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def fingerprint(source: str) -> dict[str, Any]:
@@ -101,8 +119,7 @@ def fingerprint(source: str) -> dict[str, Any]:
     from no file of the user's are hashed as lines of JSON.
     """
     parts = [read_part() for split in _splits(source).values() for read_part in split]
-    hashes = [part.sha256() for part in parts]
-    whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    whole = _whole([part.sha256() for part in parts])
     return {"source": source, "sha256": whole, "rows": sum(len(part.rows) for part in parts)}
 
 

@@ -11,24 +11,15 @@ from lab import config
 from lab.tracking import scrub
 from rlhf.config import RLHFRun
 
+_ROWS = ("seed", "data.bad_rows", "data.too_long")
+_LORA = ("model.lora_rank", "model.lora_alpha", "model.lora_targets")
+
 READS: dict[str, tuple[str, ...]] = {
-    "sft": (
-        *("seed", "model.*", "data.demonstrations", "data.max_length", "sft.*"),
-    ),
-    "collect": (
-        *("seed", "data.prompts", "data.max_new_tokens", "collect.*"),
-    ),
-    "reward": (
-        *("seed", "model.lora_rank", "model.lora_alpha", "model.lora_targets"),
-        *("data.demonstrations", "data.comparisons", "data.max_length", "reward.*"),
-    ),
-    "ppo": (
-        *("seed", "model.lora_rank", "model.lora_alpha", "model.lora_targets"),
-        *("data.prompts", "data.max_length", "data.max_new_tokens", "ppo.*"),
-    ),
-    "eval": (
-        *("seed", "data.prompts", "data.eval_prompts", "data.max_new_tokens", "eval.*"),
-    ),
+    "sft": (*_ROWS, "model.*", "data.demonstrations", "data.max_length", "sft.*"),
+    "collect": (*_ROWS, "data.prompts", "data.max_new_tokens", "collect.*"),
+    "reward": (*_ROWS, *_LORA, "data.demonstrations", "data.comparisons", "data.max_length", "reward.*"),
+    "ppo": (*_ROWS, *_LORA, "data.prompts", "data.max_length", "data.max_new_tokens", "ppo.*"),
+    "eval": (*_ROWS, "data.prompts", "data.eval_prompts", "data.max_new_tokens", "eval.*"),
 }
 """GROUP.* are all keys of a group. The stages before it each stage knows by their results' hashes."""
 
@@ -62,5 +53,7 @@ def relevant(settings: RLHFRun | Mapping[str, Any], stage: str, *, watched: bool
     names = [*READS[stage], *(WATCHES.get(stage, ()) if watched else ())]
     if stage == "ppo" and flat["ppo.ptx_coef"]:
         names.append("data.demonstrations")
-    kept = {key: value for key, value in flat.items() if key in names or f"{key.partition('.')[0]}.*" in names}
+    kept = {
+        key: value for key, value in flat.items() if key in names or f"{key.partition('.')[0]}.*" in names
+    }
     return scrub({key: value for key, value in kept.items() if key.rpartition(".")[2] not in CHANGES_NOTHING})

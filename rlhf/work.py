@@ -99,10 +99,8 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         "reward": [d.comparisons, d.demonstrations],  # it is centred on these
         "ppo": [d.prompts or d.demonstrations, *([d.demonstrations] if recipe.settings.ppo.ptx_coef else [])],
     }
-    for source in dict.fromkeys(named.get(stage, [])):
-        if source != "collect":
-            parents.append({"data": source, "path": source, "sha256": sources.sha256(source)})
-    return parents
+    used = [source for source in dict.fromkeys(named.get(stage, [])) if source != "collect"]
+    return parents + [{"data": one, "path": one, "sha256": sources.sha256(one)} for one in used]
 
 
 def _record(run: Run, tracker: Tracker, result: Path) -> None:
@@ -149,7 +147,7 @@ def collector(settings: RLHFRun) -> labelers.Labeler:
 
 
 def watcher(settings: RLHFRun) -> labelers.Scorer | None:
-    """Who evaluates, if that is a program which gives scores: it is asked during PPO, too, and only watched."""
+    """Who evaluates, if that is a program which gives scores: PPO asks it, too, only to be watched."""
     try:
         found = evaluator(settings)
     except LabError:  # nobody is named; the evaluation needs one, PPO does not
@@ -170,7 +168,7 @@ def _sft(recipe: Recipe, stage: Any, compute: Compute) -> bool:
 def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf import models
     from rlhf.collect import collect
-    from rlhf.evaluate import draw_samples
+    from rlhf.evaluate import BIASED, draw_samples
 
     settings, c = recipe.settings, recipe.settings.collect
     model, tokenizer = models.open_policy(recipe.result("sft"))
@@ -194,7 +192,24 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
         batch_size=16,
         progress=stage.progress,
     )
-    stage.run.summarize(prompts=summary.prompts, pairs=summary.pairs, ties=summary.ties)
+    warnings = []
+    if summary.earlier_won is not None and abs(summary.earlier_won - 0.5) > BIASED and summary.pairs >= 30:
+        warnings.append(
+            f"the answer shown earlier won {summary.earlier_won:.0%} of {summary.pairs} pairs: the labeler "
+            "goes by the order"
+        )
+    if summary.ties > summary.pairs:
+        warnings.append(
+            f"{summary.ties} pairs of answers are ties, more than the {summary.pairs} that are not"
+        )
+    stage.run.summarize(
+        prompts=summary.prompts,
+        pairs=summary.pairs,
+        ties=summary.ties,
+        skipped=summary.skipped,
+        earlier_won=summary.earlier_won,
+        **_warned(warnings),
+    )
     stage.tracker.log(summary.prompts, {"collect/prompts": summary.prompts, "collect/pairs": summary.pairs})
     stage.progress.say(
         f"         {summary.pairs} pairs from {summary.prompts} prompts, {summary.ties} ties, "
@@ -225,7 +240,7 @@ def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     policy, reward = recipe.result("sft"), recipe.result("reward")
     trained = train_policy(settings, stage, compute, asked, rows, policy, reward, watcher(settings))
     plot = stage.run.media / "overoptimization.png"
-    if overoptimization_plot(stage.run.metrics, plot):
+    if overoptimization_plot(stage.run.metrics, plot, stage.run.info["summary"].get("sft_answers", {})):
         stage.tracker.log_media(0, "media/overoptimization", plot)
     return _keep(recipe.of("ppo"), trained)
 
@@ -233,18 +248,26 @@ def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
 def _eval(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     result = evaluate_recipe(recipe, compute, {}, stage.run.media / "samples.jsonl")
     write_json(stage.run.folder / "evaluation.json", result)
-    numbers = {
-        "eval/win_rate": result["policy"]["win_rate"]["mean"],
-        "eval/win_rate_n": result["prompts"] * result["samples_per_prompt"],
-        "eval/kl_nats": result["policy"]["kl_nats"],
-        "eval/length_ratio": result["policy"]["length_ratio"],
-    }
+    policy = result["policy"]
+    numbers = {f"eval/{key}": policy[key] for key in policy if key.startswith(("kl_nats", "length_ratio"))}
+    if rate := policy.get("win_rate"):
+        numbers |= {
+            "eval/win_rate": rate["mean"],
+            "eval/win_rate_low": rate["low"],
+            "eval/win_rate_high": rate["high"],
+            "eval/win_rate_n": result["prompts"] * result["samples_per_prompt"],
+            "eval/tie_rate": rate["ties"],
+        }
     stage.tracker.log(0, numbers)
-    stage.run.summarize(**numbers)
+    stage.run.summarize(**numbers, **_warned(result["warnings"]))
     from rlhf.evaluate import describe_for_people
 
     stage.progress.say("\n" + describe_for_people(result) + "\n")
     return True
+
+
+def _warned(warnings: list[str]) -> dict[str, list[str]]:
+    return {"warnings": warnings} if warnings else {}
 
 
 def _keep(folder: Path, trained: tuple[Any, Any] | None) -> bool:

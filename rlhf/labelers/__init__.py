@@ -25,6 +25,7 @@ from rlhf.labelers.base import (
     Skip,
     Undo,
     completion,
+    rank_in_order,
 )
 from rlhf.labelers.human import Human
 from rlhf.labelers.judge import Judge
@@ -42,6 +43,7 @@ __all__ = [
     "completion",
     "make",
     "names",
+    "rank_in_order",
 ]
 
 KINDS: dict[str, type[Configured]] = {

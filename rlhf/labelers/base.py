@@ -74,6 +74,24 @@ class Labeler(Protocol):
         ...
 
 
+def rank_in_order(
+    labeler: Labeler, prompt: Prompt, answers: Sequence[Answer], order: Sequence[int]
+) -> Ranking:
+    """The labeler's opinion of answers that it is shown in another order than they are given in.
+
+    Args:
+        order: the index of the answer shown first, then of the second, and so on.
+
+    Returns:
+        Ranks and scores in the order of `answers`.
+    """
+    ranking = labeler.rank(prompt, [answers[index] for index in order])
+    place = {index: number for number, index in enumerate(order)}
+    ranks = [ranking.ranks[place[index]] for index in range(len(answers))]
+    scores = ranking.scores and [ranking.scores[place[index]] for index in range(len(answers))]
+    return Ranking(ranks, scores)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Configured(ABC):
     """A labeler that a config can name: the fields of its class are the options there."""

@@ -46,7 +46,8 @@ It lists the numbers of all {count} answers, the best first; answers equally goo
 class Judge(Configured):
     """A language model behind an OpenAI-compatible service.
 
-    The answers are shuffled before every question, so that the judge's liking for a position averages out.
+    It is shown the answers in the order they are given in, which collecting and evaluating shuffle; where its
+    reply cannot be read it is asked again in another.
     """
 
     kind = "judge"
@@ -64,7 +65,7 @@ class Judge(Configured):
     temperature: float | None = 0.0
     """null leaves it to the service; some models accept nothing else."""
     seed: int = 0
-    """Of the shuffling."""
+    """Of the order of answers when it is asked again."""
     timeout_seconds: float = 60.0
     retries: int = 4
     """How often a question is asked again that got no answer, or one that cannot be read."""
@@ -109,7 +110,7 @@ class Judge(Configured):
             draw = random.Random(
                 json.dumps([self.seed, attempt, prompt, [answer.text for answer in answers]])
             )
-            order = draw.sample(range(len(answers)), len(answers))
+            order = draw.sample(range(len(answers)), len(answers)) if attempt else range(len(answers))
             reply = self._ask(self._question(prompt, [answers[index] for index in order]))
             try:
                 shuffled = ranks_from_groups(_ranking_in(reply), len(answers))
