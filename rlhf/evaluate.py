@@ -220,24 +220,21 @@ def _tokens(samples: Samples, n: int) -> np.ndarray:
 
 def _first_shown(verdicts: Sequence[Verdicts], answers: int) -> dict[str, Any]:
     """How often the answer shown first won, of all comparisons that one of the two won."""
-    won = sum(verdict.first_won for verdict in verdicts)
-    decided = won + sum(verdict.first_lost for verdict in verdicts)
-    some = np.asarray(decided) > 0
+    won = np.sum([verdict.first_won for verdict in verdicts], axis=0)
+    decided = won + np.sum([verdict.first_lost for verdict in verdicts], axis=0)
+    some = decided > 0
     if not some.any():
         return {"decided": 0}
     share = intervals.fraction(won[some] / decided[some], answers)
-    return {"decided": int(np.sum(decided)), **share}
+    return {"decided": int(decided.sum()), **share}
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:
     """What makes an evaluation say less than it seems to."""
     said = []
     shown = result.get("first_shown", {})
-    if (
-        shown.get("decided")
-        and abs(shown["mean"] - 0.5) > BIASED
-        and not shown["low"] <= 0.5 <= shown["high"]
-    ):
+    biased = shown.get("decided") and abs(shown["mean"] - 0.5) > BIASED
+    if biased and not shown["low"] <= 0.5 <= shown["high"]:
         said.append(
             f"the answer shown first won {shown['mean']:.0%} of {shown['decided']} comparisons: the labeler "
             "goes by the order, and the win rate is nearer to 50% than it should be"
@@ -358,8 +355,8 @@ def describe_for_people(result: Mapping[str, Any]) -> str:
 def overoptimization_plot(metrics: Path, path: Path, sft: Mapping[str, Mapping[str, float]]) -> bool:
     """Reward model's and labeler's scores against KL over training (Gao et al. 2022, arXiv 2210.10760).
 
-    Both are standardised by the scores of the SFT policy's answers, so that one axis is fair to both: at 1 the
-    mean answer is as good as an answer of the SFT policy that is one standard deviation above its mean.
+    Both are standardised by the scores of the SFT policy's answers, so that one axis is fair to both: at 1
+    the mean answer is as good as one of the SFT policy's a standard deviation above their mean.
 
     Args:
         metrics: of the PPO stage.

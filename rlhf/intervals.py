@@ -31,10 +31,8 @@ def fraction(clusters: np.ndarray, answers: int) -> dict[str, float]:
     if k < 2:
         return {"mean": mean, "low": 0.0, "high": 1.0}
     variance = float(clusters.var(ddof=1)) / k
-    if variance > 0:
-        worth = min(mean * (1 - mean) / variance, answers)
-    else:
-        worth = answers if 0 < mean < 1 else k
+    agreed = answers if 0 < mean < 1 else k
+    worth = min(mean * (1 - mean) / variance, answers) if variance > 0 else agreed
     z2 = float(student_t.ppf((1 + CONFIDENCE) / 2, k - 1)) ** 2 / worth
     centre = (mean + z2 / 2) / (1 + z2)
     half = (z2 * mean * (1 - mean) + z2**2 / 4) ** 0.5 / (1 + z2)

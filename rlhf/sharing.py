@@ -1,9 +1,9 @@
 """Stages that a recipe takes from another one: `start_from`, so that only what differs is trained.
 
 A stage of the same keys (`rlhf.stage_keys`), the same data and the same parents, by their hashes, computes
-the same. It is then referenced, not copied: runs/b/taken.json says where it is and which result it has, and the
-stages after it name it among their parents, by its hash. A result that was altered since, or a folder that is
-gone, is refused in one line.
+the same. It is then referenced, not copied: runs/b/taken.json says where it is and which result it has, and
+the stages after it name it among their parents, by its hash. A result that was altered since, or a folder
+that is gone, is refused in one line.
 
     {"format": 1, "stages": {"sft": {"folder": "../a/sft", "sha256": "..."}}, "own": []}
 

@@ -50,7 +50,10 @@ def values(**changes: Any) -> dict[str, Any]:
         "collect": {"labeler": {"name": "python:judge.py:count"}, "answers": 2},
         "reward": TRAINING | {"held_out": 0.3},
         "ppo": TRAINING | {"epochs": 1, "rollouts": 1, "rollout_size": 4},
-        "eval": {"prompts": 1, "samples": 2, "best_of": 0},
+        "eval": {
+            "labeler": {"name": "python:judge.py:count"},
+            **{"prompts": 1, "samples": 2, "best_of": 0},
+        },
         "device": {"device": "cpu", "precision": "fp32", "threads": 1},
         "tracking": {"wandb": "disabled"},
     }
@@ -310,7 +313,7 @@ def test_numbers_that_ppo_cannot_have(lab: Lab, tmp_path: Path, key: str, value:
 def test_the_labeler_of_the_evaluation_is_looked_for_before_a_stage_begins(lab: Lab, tmp_path: Path) -> None:
     rows = [{"prompt": w, "chosen": "good", "rejected": "bad"} for w in WORDS]
     write(tmp_path / "pairs.jsonl", rows)
-    line = lab(data={"comparisons": "pairs.jsonl"}, collect={"labeler": {"name": "vadr"}})
+    line = lab(data={"comparisons": "pairs.jsonl"}, eval={"labeler": {"name": "vadr"}})
     assert "vadr" in line
     # reveals: with comparisons given, only the evaluation has a labeler, after all training.
     assert begun(tmp_path) == []
