@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from lab import config
+from lab import config, trust
 from lab.arguments import count
 from lab.errors import LabError, first_line
 from lab.files import explain_write_errors
@@ -39,7 +39,10 @@ SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lab sweep`."""
-    parser.usage = "lab sweep SWEEP [--out DIR] [--jobs N] [--count N] [--retry] [--local] [--KEY=VALUE ...]"
+    parser.usage = (
+        "lab sweep SWEEP [--out DIR] [--jobs N] [--count N] [--retry] [--local] [--trust[=NAME]] "
+        "[--KEY=VALUE ...]"
+    )
     parser.epilog = (
         "The same command goes on where it stopped. Any key of the config can be overridden for all runs: "
         "lab sweep configs/sweeps/pong_dqn.yaml --total_steps=200_000."
@@ -52,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=count, metavar="N", help="settings to try; default as in the file")
     add("--retry", action="store_true", help="do failed runs again")
     add("--local", action="store_true", help="make no sweep at W&B; its runs are tracked all the same")
+    trust.add_argument(parser)
 
 
 def do(options: argparse.Namespace) -> int:
@@ -100,6 +104,7 @@ def _command(options: argparse.Namespace) -> str:
     words = ["lab", "sweep", str(options.sweep)]
     words += [f"--{name}={value}" for name in ("out", "count") if (value := getattr(options, name))]
     words += ["--local"] if options.local else []
+    words += trust.arguments()
     return shlex.join([*words, *options.overrides])
 
 
