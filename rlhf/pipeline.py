@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lab import checkpoint, config, locks, tracking
 from lab.device import check_without_torch, quiet_threads
@@ -19,13 +19,10 @@ from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import data, sharing, sources
+from rlhf import data, labelers, sharing, sources
 from rlhf.config import STAGES, RLHFRun
 from rlhf.sharing import RESULTS, fingerprint
 from rlhf.stage_keys import relevant
-
-if TYPE_CHECKING:
-    from rlhf.labelers import Labeler
 
 # Which stages' results each stage starts from.
 PARENTS = {
@@ -267,33 +264,38 @@ def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
 
 def _check_labelers(settings: RLHFRun, stages: Sequence[str]) -> None:
     """Raises if the labelers of these stages are not there, or nobody is named who evaluates."""
-    from rlhf import labelers
-
     if "collect" in stages:
         labelers.make(settings.collect.labeler, "collect.labeler")
     if "eval" in stages:
         evaluator(settings)
 
 
-def evaluator(settings: RLHFRun) -> "Labeler | None":
+def labeler_of(settings: RLHFRun, stage: str) -> dict[str, Any] | None:
+    """The labeler that collect or eval asks, as the config names it; None: none, {}: nobody is named."""
+    if stage == "collect" or (
+        stage == "eval" and not settings.eval.labeler and settings.data.comparisons == "collect"
+    ):
+        return settings.collect.labeler
+    none = stage != "eval" or settings.eval.labeler.get("name") == "none"
+    return None if none else settings.eval.labeler
+
+
+def evaluator(settings: RLHFRun) -> labelers.Labeler | None:
     """Who evaluates: eval.labeler, else whoever collected; None where it is {name: none}.
 
     Raises:
         LabError: nothing was collected and eval.labeler names nobody, or there is no such labeler.
     """
-    from rlhf import labelers
-
-    if settings.eval.labeler.get("name") == "none":
+    named = labeler_of(settings, "eval")
+    if named is None:
         return None
-    if settings.eval.labeler:
-        return labelers.make(settings.eval.labeler, "eval.labeler")
-    if settings.data.comparisons == "collect":
-        return labelers.make(settings.collect.labeler, "collect.labeler")
-    raise LabError(
-        "eval.labeler: is empty, and data.comparisons are not collected here, so nothing says who evaluates. "
-        f"Name one of {', '.join(labelers.names())}, or none for an evaluation without a win rate, "
-        "e.g. --eval.labeler='{name: none}'."
-    )
+    if not named:
+        raise LabError(
+            "eval.labeler: is empty, and data.comparisons are not collected here, so nothing says who "
+            f"evaluates. Name one of {', '.join(labelers.names())}, or none for an evaluation without a win "
+            "rate, e.g. --eval.labeler='{name: none}'."
+        )
+    return labelers.make(named, "eval.labeler" if settings.eval.labeler else "collect.labeler")
 
 
 class _Checks:
@@ -325,6 +327,12 @@ class _Checks:
                 raise LabError(
                     f"{recipe.of(stage)}: was begun with other rows in {source} than there are now. "
                     f"Restore them, or do this stage again with --from {stage}."
+                )
+            code = labelers.code_of(labeler_of(recipe.settings, stage) or {}) if "code" in parent else None
+            if code and code["sha256"] != parent["sha256"]:
+                raise LabError(
+                    f"{recipe.of(stage)}: was begun with other code in {parent['path']} than there is now. "
+                    f"Restore it, or do this stage again with --from {stage}."
                 )
             made = name in self.stages and recipe.state(name) in ("finished", "taken")
             if made and recipe.sha256(name) != parent["sha256"]:

@@ -24,7 +24,7 @@ from lab import checkpoint, config, locks
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors, read_json, sha256_file, write_json
 from lab.run import Run
-from rlhf import sources
+from rlhf import labelers, sources
 from rlhf.config import STAGES
 from rlhf.stage_keys import relevant
 
@@ -249,6 +249,9 @@ def _match(recipe: "Recipe", found: Found, stage: str, place: Path) -> tuple[Tak
         return None, f"{key} is {now!r} here and {was!r} there"
     for parent in record["parents"]:
         name = parent.get("stage")
+        code = labelers.code_of(recipe.settings.collect.labeler) if "code" in parent else None
+        if code and code["sha256"] != parent["sha256"]:
+            return None, f"it was made with other code in {parent['path']} than there is now"
         if "data" in parent and sources.sha256(parent["data"]) != parent["sha256"]:
             return None, f"it was made from other rows in {parent['data']} than there are now"
         if name in found.stages and found.stages[name].sha256 == parent["sha256"]:

@@ -18,7 +18,7 @@ from lab.seeding import seed_everything
 from lab.tracking import Tracker
 from rlhf import data, labelers, sources
 from rlhf.config import RLHFRun
-from rlhf.pipeline import JOB_TYPES, Recipe, evaluator, read_settings, recipe_folder
+from rlhf.pipeline import JOB_TYPES, Recipe, evaluator, labeler_of, read_settings, recipe_folder
 from rlhf.sharing import RESULTS, fingerprint
 from rlhf.stage_keys import relevant
 
@@ -100,7 +100,9 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         "ppo": [d.prompts or d.demonstrations, *([d.demonstrations] if recipe.settings.ppo.ptx_coef else [])],
     }
     used = [source for source in dict.fromkeys(named.get(stage, [])) if source != "collect"]
-    return parents + [{"data": one, "path": one, "sha256": sources.sha256(one)} for one in used]
+    code = labelers.code_of(labeler_of(recipe.settings, stage) or {})
+    parents += [{"data": one, "path": one, "sha256": sources.sha256(one)} for one in used]
+    return [*parents, *([code] if code else [])]
 
 
 def _record(run: Run, tracker: Tracker, result: Path) -> None:
