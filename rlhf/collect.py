@@ -185,7 +185,7 @@ def _rank_the_rest(
                     print("  there is nothing to undo", flush=True)
                 continue
             row = _row(prompts[done], answers[index], ranking, labeler.name, seeds[done])
-            file.append(row | ({"shown": order} if order else {}) | skipped)
+            file.append(row | ({"shown": ranking.shown or order} if order else {}) | skipped)
             if shown := progress or own:
                 shown.update(k * len(file.rows))
 

@@ -295,7 +295,8 @@ def _verdicts(
             at, order = prompt * n + i, [1, 0] if shown_second[i] else [0, 1]
             try:
                 pair = [ours.answers[at], theirs.answers[at]]
-                a, b = rank_in_order(labeler, ours.prompts[at], pair, order).ranks
+                ranking = rank_in_order(labeler, ours.prompts[at], pair, order)
+                (a, b), order = ranking.ranks, ranking.shown or order
             except (Skip, Undo):  # no opinion, and nothing to go back to: a tie
                 a = b = 1
                 skipped += 1
@@ -330,8 +331,8 @@ def describe_for_people(result: Mapping[str, Any]) -> str:
         tied = f"{rate['ties']:.0%}" if rate else "-"
         kl = f"{row['kl_nats']:.2f}" if "kl_nats" in row else "0"
         kl = f"<{row['kl_nats_at_most']:.2f}" if "kl_nats_at_most" in row else kl
-        gold = f"{row['gold_score']:.3f}" if "gold_score" in row else "-"
-        proxy = f"{row['proxy_score']:.2f}" if "proxy_score" in row else "-"
+        gold = f"{row['gold_score']:.3g}" if "gold_score" in row else "-"
+        proxy = f"{row['proxy_score']:.3g}" if "proxy_score" in row else "-"
         lines.append(
             f"{name:12}{won:>24}{tied:>6}{kl:>7}{gold:>8}{proxy:>8}{row['tokens']:>8.1f}"
             f"{row['finished']:>7.0%}{row['distinct_2']:>12.3f}"

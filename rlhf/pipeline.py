@@ -280,6 +280,12 @@ def labeler_of(settings: RLHFRun, stage: str) -> dict[str, Any] | None:
     return None if none else settings.eval.labeler
 
 
+def code_of(settings: RLHFRun, stage: str) -> dict[str, str] | None:
+    """The code of the user's that a stage's labeler runs, as records name it."""
+    named = labeler_of(settings, stage)
+    return labelers.code_of(named) if named else None
+
+
 def evaluator(settings: RLHFRun) -> labelers.Labeler | None:
     """Who evaluates: eval.labeler, else whoever collected; None where it is {name: none}.
 
@@ -328,7 +334,7 @@ class _Checks:
                     f"{recipe.of(stage)}: was begun with other rows in {source} than there are now. "
                     f"Restore them, or do this stage again with --from {stage}."
                 )
-            code = labelers.code_of(labeler_of(recipe.settings, stage) or {}) if "code" in parent else None
+            code = code_of(recipe.settings, stage) if "code" in parent else None
             if code and code["sha256"] != parent["sha256"]:
                 raise LabError(
                     f"{recipe.of(stage)}: was begun with other code in {parent['path']} than there is now. "

@@ -18,7 +18,7 @@ from lab.seeding import seed_everything
 from lab.tracking import Tracker
 from rlhf import data, labelers, sources
 from rlhf.config import RLHFRun
-from rlhf.pipeline import JOB_TYPES, Recipe, evaluator, labeler_of, read_settings, recipe_folder
+from rlhf.pipeline import JOB_TYPES, Recipe, code_of, evaluator, read_settings, recipe_folder
 from rlhf.sharing import RESULTS, fingerprint
 from rlhf.stage_keys import relevant
 
@@ -100,7 +100,7 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         "ppo": [d.prompts or d.demonstrations, *([d.demonstrations] if recipe.settings.ppo.ptx_coef else [])],
     }
     used = [source for source in dict.fromkeys(named.get(stage, [])) if source != "collect"]
-    code = labelers.code_of(labeler_of(recipe.settings, stage) or {})
+    code = code_of(recipe.settings, stage)
     parents += [{"data": one, "path": one, "sha256": sources.sha256(one)} for one in used]
     return [*parents, *([code] if code else [])]
 

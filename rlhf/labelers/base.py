@@ -37,6 +37,8 @@ class Ranking:
     """1 is the best; equal ranks are a tie; no rank is left out (1, 2, 2, 3)."""
     scores: list[float] | None = None
     """Of labelers that score; higher is better."""
+    shown: list[int] | None = None
+    """The order in which the answers were really shown, by index, where it is another than they came in."""
 
 
 class Skip(Exception):
@@ -83,13 +85,15 @@ def rank_in_order(
         order: the index of the answer shown first, then of the second, and so on.
 
     Returns:
-        Ranks and scores in the order of `answers`.
+        Ranks and scores in the order of `answers`, and the order in which they were really shown: a labeler
+        may have shuffled them once more.
     """
     ranking = labeler.rank(prompt, [answers[index] for index in order])
     place = {index: number for number, index in enumerate(order)}
     ranks = [ranking.ranks[place[index]] for index in range(len(answers))]
     scores = ranking.scores and [ranking.scores[place[index]] for index in range(len(answers))]
-    return Ranking(ranks, scores)
+    shown = [*order] if ranking.shown is None else [order[index] for index in ranking.shown]
+    return Ranking(ranks, scores, shown)
 
 
 @dataclass(frozen=True, kw_only=True)

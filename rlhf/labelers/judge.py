@@ -48,8 +48,7 @@ It lists the numbers of all {count} answers, the best first; answers equally goo
 class Judge(Configured):
     """A language model behind an OpenAI-compatible service.
 
-    It is shown the answers in the order they are given in, which collecting and evaluating shuffle; where its
-    reply cannot be read it is asked again in another.
+    The answers are shuffled before every question, so that the judge's liking for a position averages out.
     """
 
     kind = "judge"
@@ -67,7 +66,7 @@ class Judge(Configured):
     temperature: float | None = 0.0
     """null leaves it to the service; some models accept nothing else."""
     seed: int = 0
-    """Of the order of answers when it is asked again."""
+    """Of the shuffling."""
     timeout_seconds: float = 60.0
     retries: int = 4
     """How often a question is asked again that got no answer, or one that cannot be read."""
@@ -116,9 +115,19 @@ class Judge(Configured):
             Skip: no reply could be read.
             LabError: the service is not there, or refuses.
         """
-        return Ranking(rank_distinct(answers, lambda distinct: self._rank(prompt, distinct)))
+        shown: list[Answer] = []
 
-    def _rank(self, prompt: Prompt, answers: Sequence[Answer]) -> list[int]:
+        def ask(distinct: list[Answer]) -> list[int]:
+            ranks, order = self._rank(prompt, distinct)
+            shown[:] = [distinct[index] for index in order]
+            return ranks
+
+        ranks = rank_distinct(answers, ask)
+        order = sorted(range(len(answers)), key=lambda i: shown.index(answers[i])) if shown else None
+        return Ranking(ranks, shown=order)
+
+    def _rank(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[list[int], list[int]]:
+        """Ranks of answers, and the order in which they were shown."""
         problem = ""
         for attempt in range(self.retries + 1):
             # Seeded by the question, not by a count of calls: a resumed collection shuffles alike. And by
@@ -126,14 +135,14 @@ class Judge(Configured):
             draw = random.Random(
                 json.dumps([self.seed, attempt, prompt, [answer.text for answer in answers]])
             )
-            order = draw.sample(range(len(answers)), len(answers)) if attempt else range(len(answers))
+            order = draw.sample(range(len(answers)), len(answers))
             reply = self._ask(self._question(prompt, [answers[index] for index in order]))
             try:
                 shuffled = ranks_from_groups(_ranking_in(reply), len(answers))
             except ValueError as error:
                 problem = str(error)
                 continue
-            return [shuffled[order.index(index)] for index in range(len(answers))]
+            return [shuffled[order.index(index)] for index in range(len(answers))], order
         raise Skip(f"the judge's reply cannot be read: {problem}")
 
     def _question(self, prompt: Prompt, answers: Sequence[Answer]) -> str:

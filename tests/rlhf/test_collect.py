@@ -81,20 +81,26 @@ def test_the_two_files_by_hand(tmp_path: Path) -> None:
     labeler = Scripted(said=[Ranking([2, 1, 2], [0.25, 1.0, 0.25])])
     result = run(tmp_path / "new" / "folder", ["p0"], labeler=labeler)
     [row] = rankings(tmp_path / "new" / "folder")
-    seed = row.pop("seed")
+    seed, shown = row.pop("seed"), row.pop("shown")
     assert 0 <= seed < 2**31
+    best = shown[1]
+    ranks = [1 if index == best else 2 for index in range(3)]
     assert row == {
         "prompt": "p0",
         "completions": ["x", "xx", "xxx"],
-        "ranks": [2, 1, 2],
-        "scores": [0.25, 1.0, 0.25],
+        "ranks": ranks,
+        "scores": [1.0 if index == best else 0.25 for index in range(3)],
         "finished": [True, False, True],
         "source": "scripted",
     }
-    ended = {"chosen_finished": False, "rejected_finished": True, "source": "scripted"}
+    texts, ended = ["x", "xx", "xxx"], [True, False, True]
     assert preferences(tmp_path / "new" / "folder") == [
-        {"prompt": "p0", "chosen": "xx", "rejected": "x", **ended},
-        {"prompt": "p0", "chosen": "xx", "rejected": "xxx", **ended},
+        {
+            **{"prompt": "p0", "chosen": texts[best], "rejected": texts[other]},
+            **{"chosen_finished": ended[best], "rejected_finished": ended[other], "source": "scripted"},
+        }
+        for other in range(3)
+        if other != best
     ]
     assert result == Summary(
         prompts=1,
@@ -102,6 +108,7 @@ def test_the_two_files_by_hand(tmp_path: Path) -> None:
         ties=1,
         all_tied=0,
         skipped=0,
+        earlier_won=0.5,
         mean_score=0.5,
         answers_per_second=result.answers_per_second,
     )
@@ -486,7 +493,9 @@ def test_undo_asks_again_even_across_a_restart(
     typed("u\nu\n1=2=3\ns\n2 1 3\n")
     result = run(tmp_path, labeler=Human())
     assert (result.stopped, result.skipped, result.all_tied) == ("", 1, 1)
-    assert [row["ranks"] for row in rankings(tmp_path)] == [[1, 1, 1], [1, 1, 1], [2, 1, 3]]
+    *ties, last = rankings(tmp_path)
+    assert [row["ranks"] for row in ties] == [[1, 1, 1], [1, 1, 1]]
+    assert [last["ranks"][index] for index in last["shown"]] == [2, 1, 3]
     assert [row["prompt"] for row in rankings(tmp_path)] == ["p0", "p1", "p2"]
     assert len(preferences(tmp_path)) == 3
 

@@ -15,7 +15,7 @@ from rlhf import labelers, models
 from rlhf.evaluate import (
     Samples,
     _best,
-    _outcomes,
+    _verdicts,
     answer_logprobs,
     compare,
     describe,
@@ -23,7 +23,6 @@ from rlhf.evaluate import (
     draw_samples,
     end_tokens,
     overoptimization_plot,
-    win_rate,
     write_rows,
 )
 from rlhf.labelers import Answer, Prompt, Quit, Ranking, Skip, Undo
@@ -69,50 +68,6 @@ def contest(save_tiny: Callable[..., Path]) -> Callable[..., tuple[dict[str, Any
         )  # fmt: skip
 
     return run
-
-
-# ---- win rate ----
-
-
-def test_a_tie_is_half_a_win() -> None:
-    outcomes = np.array([[1.0, 0.5], [0.0, 1.0]])
-    assert win_rate(outcomes, 0)["mean"] == 2.5 / 4
-
-
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_where_all_agree_the_interval_is_a_point(value: float) -> None:
-    assert win_rate(np.full((5, 3), value), 0) == {"mean": value, "low": value, "high": value}
-
-
-def test_with_one_answer_a_prompt_the_interval_is_the_binomials() -> None:
-    """100 prompts, half won: the 2.5% and 97.5% points of Binomial(100, 1/2) are 40 and 60."""
-    rate = win_rate(np.array([[0.0], [1.0]] * 50), 0)
-    assert rate["mean"] == 0.5
-    assert rate["low"] == pytest.approx(0.40, abs=0.015)
-    assert rate["high"] == pytest.approx(0.60, abs=0.015)
-
-
-def test_answers_to_one_prompt_are_no_independent_evidence() -> None:
-    """Each prompt won or lost as a whole: the points are those of Binomial(10, 1/2), 2 and 8 of 10."""
-    whole_prompts = np.repeat([[0.0], [1.0]] * 5, 10, axis=1)
-    rate = win_rate(whole_prompts, 0)
-    assert rate["low"] == pytest.approx(0.2, abs=0.03)
-    assert rate["high"] == pytest.approx(0.8, abs=0.03)
-
-
-def test_chance_within_a_prompt_counts_too() -> None:
-    """All prompts alike, so only their samples vary: the points of Binomial(100, 1/2) again."""
-    rate = win_rate(np.array([[0.0, 1.0] * 5] * 10), 0)
-    assert rate["low"] == pytest.approx(0.40, abs=0.015)
-    assert rate["high"] == pytest.approx(0.60, abs=0.015)
-
-
-def test_the_interval_depends_on_the_seed_alone() -> None:
-    outcomes = np.random.default_rng(0).choice([0.0, 0.5, 1.0], size=(7, 3))
-    first = win_rate(outcomes, 1)
-    assert first == win_rate(outcomes, 1)
-    assert first["low"] < first["mean"] < first["high"]
-    assert any(win_rate(outcomes, seed) != first for seed in range(2, 6))
 
 
 # ---- length, ends, diversity ----
@@ -202,12 +157,24 @@ def test_win_rate_and_length_ratio_are_those_of_the_samples(
         model, tokenizer = models.open_policy(save_tiny("llama", seed=weights))
         drawn[who] = draw_samples(model, tokenizer, PROMPTS, 4, 8, seed)
     words = {who: [len(answer.text.split()) for answer in s.answers] for who, s in drawn.items()}
+    # Every answer of the policy against every one of the baseline to the same prompt.
     outcomes = [
-        1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
-        for ours, theirs in zip(words["policy"], words["baseline"], strict=True)
+        [
+            1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
+            for ours in words["policy"][i : i + 4]
+            for theirs in words["baseline"][i : i + 4]
+        ]
+        for i in (0, 4, 8)
     ]
-    assert {0.0, 0.5, 1.0} >= set(outcomes) > {0.5}
-    assert result["policy"]["win_rate"]["mean"] == pytest.approx(np.mean(outcomes))
+    rate = result["policy"]["win_rate"]
+    assert {0.0, 0.5, 1.0} >= set(np.ravel(outcomes)) > {0.5}
+    assert rate["mean"] == pytest.approx(np.mean(outcomes))
+    assert rate["comparisons"] == 3 * 4 * 4
+    assert rate["wins"] == np.mean(np.equal(outcomes, 1))
+    assert rate["ties"] == np.mean(np.equal(outcomes, 0.5))
+    assert rate["wins"] + rate["ties"] + rate["losses"] == pytest.approx(1)
+    per_prompt = [row["policy_win_rate"] for row in result["per_prompt"]]
+    assert per_prompt == pytest.approx(np.mean(outcomes, 1).tolist())
     assert "win_rate" not in result["baseline"]
     for who, counts in words.items():
         assert result[who]["gold_score"] == pytest.approx(np.mean(counts))
@@ -232,7 +199,7 @@ def test_scores_within_the_labelers_tie_margin_are_a_tie_as_in_its_rankings(
 
     ours, theirs = says(1.0, 0.75, 0.5, 0.25, 0.0), says(*[0.5] * 5)
     golds = {"policy": judge.scores(ours.prompts, ours.answers), "baseline": [0.5] * 5}
-    assert _outcomes(judge, ours, theirs, golds, "policy").tolist() == expected
+    assert _verdicts(judge, ours, theirs, golds, "policy", 1, 0).outcomes.tolist() == expected
     ranked = [judge.rank("p", pair).ranks for pair in zip(ours.answers, theirs.answers, strict=True)]
     assert [{-1: 1, 0: 0.5, 1: 0}[mine - other] for mine, other in ranked] == expected
 
@@ -269,21 +236,82 @@ def test_best_of_n_has_its_bound_on_the_kl_and_better_proxy_scores(
     assert "best_of" not in contest(word_counter, best_of=0)[0]
 
 
-@pytest.mark.parametrize(("ranks", "rate"), [([1, 2], 1.0), ([2, 1], 0.0), ([1, 1], 0.5)])
-def test_a_labeler_without_scores_ranks_policy_and_baseline_in_this_order(
-    contest: Callable[..., Any], ranks: list[int], rate: float
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_a_labeler_that_prefers_what_it_sees_first_finds_both_equally_good(
+    contest: Callable[..., Any], n: int
 ) -> None:
-    result, _ = contest(Opinion(lambda answers: ranks))
-    assert result["policy"]["win_rate"] == {"mean": rate, "low": rate, "high": rate}
+    result, _ = contest(Opinion(lambda answers: [1, 2]), best_of=2, n=n)
+    for who in ("policy", "best_of"):
+        rate = result[who]["win_rate"]
+        assert rate["low"] <= 0.5 <= rate["high"]
+        assert abs(rate["mean"] - 0.5) <= 0.5 / n, "each is first as often as the other, but for an odd one"
+    shown = result["first_shown"]
+    assert (shown["mean"], shown["decided"]) == (1.0, 2 * 3 * n)
+    assert any("the labeler goes by the order" in line for line in result["warnings"])
+    assert "goes by the order" in describe_for_people(result)
+
+
+def test_a_labeler_is_not_told_which_model_an_answer_is_from(contest: Callable[..., Any]) -> None:
+    """It gets text and how it ended; the order is another for other seeds, and each side is first by turns."""
+    orders = []
+    for seed in (5, 6):
+        asked: list[list[Answer]] = []
+
+        def note(answers: Sequence[Answer], asked: list[list[Answer]] = asked) -> list[int]:
+            asked.append(list(answers))
+            return [1, 1]
+
+        _, rows = contest(Opinion(note), n=4, seed=seed)
+        texts = {row["policy"] for row in rows}
+        orders.append([answers[0].text in texts for answers in asked])
+        assert all(vars(answer).keys() == {"text", "finished"} for pair in asked for answer in pair)
+    assert orders[0] != orders[1]
+
+
+def test_a_fair_labeler_is_not_warned_about(contest: Callable[..., Any]) -> None:
+    def longer(answers: Sequence[Answer]) -> list[int]:
+        one, other = (len(answer.text) for answer in answers)
+        return [1 + (one < other), 1 + (other < one)]
+
+    result, _ = contest(Opinion(longer), n=8)
+    assert not any("order" in line for line in result["warnings"])
+    assert 0 < result["first_shown"]["mean"] < 1
     assert "gold_score" not in result["policy"]
 
 
+@pytest.mark.parametrize(("win", "rate"), [(True, 1.0), (False, 0.0)])
+def test_ranks_are_given_back_to_the_answers_they_are_of(
+    save_tiny: Callable[..., Path], win: bool, rate: float
+) -> None:
+    def says(mark: str) -> Samples:
+        return Samples(["p"] * 6, [[3]] * 6, [[5]] * 6, [Answer(f"{mark}{i}") for i in range(6)])
+
+    def by_mark(answers: Sequence[Answer]) -> list[int]:
+        return [1 if answer.text.startswith("ours") == win else 2 for answer in answers]
+
+    found = _verdicts(Opinion(by_mark), says("ours"), says("theirs"), {}, "policy", 3, 0)
+    assert found.win_rate(6)["mean"] == rate
+    assert (found.first_won + found.first_lost).tolist() == [3, 3]
+    assert 0 < found.first_won.sum() < 6
+
+
 @pytest.mark.parametrize("reason", [Skip, Undo])
-def test_no_opinion_is_a_tie(contest: Callable[..., Any], reason: type[Exception]) -> None:
+def test_no_opinion_is_a_tie_and_counted(contest: Callable[..., Any], reason: type[Exception]) -> None:
     def shrug(answers: Sequence[Answer]) -> list[int]:
         raise reason("do not know")
 
-    assert contest(Opinion(shrug))[0]["policy"]["win_rate"]["mean"] == 0.5
+    rate = contest(Opinion(shrug))[0]["policy"]["win_rate"]
+    assert (rate["mean"], rate["ties"], rate["skipped"]) == (0.5, 1.0, 12)
+
+
+def test_without_a_labeler_there_is_no_win_rate(contest: Callable[..., Any]) -> None:
+    result, rows = contest(None, best_of=2)
+    assert "win_rate" not in result["policy"]
+    assert {"kl_nats", "kl_nats_low", "length_ratio", "proxy_score"} <= result["policy"].keys()
+    assert result["labeler"] == "none"
+    assert "per_prompt" in result
+    assert describe_for_people(result).splitlines()[4].split()[2:4] == ["-", "-"]
+    assert len(rows) == 3
 
 
 def test_a_labeler_that_has_had_enough_stops_the_evaluation_in_one_line(contest: Callable[..., Any]) -> None:
@@ -309,16 +337,20 @@ def test_the_table_has_what_was_measured_and_dashes_for_what_was_not() -> None:
             "kl_nats": 2.456,
             "gold_score": 0.789,
             "proxy_score": 1.5,
-            "win_rate": {"mean": 0.935, "low": 0.9, "high": 0.97},
+            "win_rate": {"mean": 0.935, "low": 0.9, "high": 0.97, "ties": 0.07},
         },
         "best_of": common
-        | {"n": 4, "kl_nats_at_most": 0.6363, "win_rate": {"mean": 0.77, "low": 0.7, "high": 0.8}},
+        | {
+            **{"n": 4, "kl_nats_at_most": 0.6363},
+            "win_rate": {"mean": 0.77, "low": 0.7, "high": 0.8, "ties": 0.07},
+        },
     }
     head, _, titles, sft, ppo, best = describe_for_people(result).splitlines()
-    assert head == "20 unseen prompts, 15 answers each, judged by vader"
-    assert sft.split() == ["SFT", "policy", "-", "0", "-", "-", "12.3", "50%", "0.123"]
-    assert ppo.split()[2:] == ["93.5%", "(90.0%-97.0%)", "2.46", "0.789", "1.50", "12.3", "50%", "0.123"]
-    assert best.split()[:6] == ["best", "of", "4", "77.0%", "(70.0%-80.0%)", "<0.64"]
+    assert head == "20 unseen prompts, 15 answers each, evaluated by vader"
+    assert sft.split() == ["SFT", "policy", "-", "-", "0", "-", "-", "12.3", "50%", "0.123"]
+    ends = ["2.46", "0.789", "1.5", "12.3", "50%", "0.123"]
+    assert ppo.split()[2:] == ["93.5%", "(90.0%-97.0%)", "7%", *ends]
+    assert best.split()[:7] == ["best", "of", "4", "77.0%", "(70.0%-80.0%)", "7%", "<0.64"]
     assert len({len(line) for line in (titles, sft, ppo, best)}) == 1, "columns stand below their titles"
 
 
@@ -357,31 +389,48 @@ def write_metrics(path: Path, n: int, gold: bool) -> Path:
     return path
 
 
+SFT = {"proxy": {"mean": 4.0, "std": 2.0}, "gold": {"mean": -1.0, "std": 0.5}}
+
+
 @pytest.mark.parametrize("gold", [True, False])
-def test_the_curves_are_means_of_scores_against_the_kl(
+def test_both_scores_are_standardised_on_one_axis(
     tmp_path: Path, drawn_figures: list[Any], gold: bool
 ) -> None:
     """36 rows are smoothed over 3: 34 points, the first of them the mean of rows 0, 1, 2."""
     metrics = write_metrics(tmp_path / "metrics.jsonl", 36, gold)
-    assert overoptimization_plot(metrics, tmp_path / "plot.png")
+    assert overoptimization_plot(metrics, tmp_path / "plot.png", SFT)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     [figure] = drawn_figures
-    slopes = {}
-    for axes in figure.axes:
-        [line] = axes.lines
-        x, y = line.get_data()
-        np.testing.assert_allclose(x, np.arange(1, 35))
-        slopes[axes.get_ylabel().split(" (")[0]] = y[0] / x[0]
-        np.testing.assert_allclose(y, x * y[0] / x[0])
-        [dots] = axes.collections
-        assert len(dots.get_offsets()) == 36
-    assert slopes == pytest.approx({"reward model": 2.0} | ({"labeler": -1.0} if gold else {}))
+    [axes] = figure.axes
+    assert "standard deviations" in axes.get_ylabel()
+    zero, *curves = axes.lines
+    assert set(zero.get_ydata()) == {0}
+    kl = np.arange(1, 35)
+    expected = {"reward model": (2.0 * kl - 4) / 2} | ({"labeler": (-1.0 * kl + 1) / 0.5} if gold else {})
+    drawn = {line.get_label().split(" (")[0]: line.get_data() for line in curves}
+    assert drawn.keys() == expected.keys()
+    for name, (x, y) in drawn.items():
+        np.testing.assert_allclose(x, kl)
+        np.testing.assert_allclose(y, expected[name])
+    assert len({line.get_linestyle() for line in curves}) == len(curves), "told apart without colours"
+    assert all(len(dots.get_offsets()) == 36 for dots in axes.collections)
+
+
+def test_a_labeler_that_scores_sft_all_alike_keeps_its_own_units(
+    tmp_path: Path, drawn_figures: list[Any]
+) -> None:
+    metrics = write_metrics(tmp_path / "metrics.jsonl", 3, gold=True)
+    sft = SFT | {"gold": {"mean": 1.0, "std": 0.0}}
+    assert overoptimization_plot(metrics, tmp_path / "plot.png", sft)
+    line = drawn_figures[0].axes[0].lines[-1]
+    assert "its points" in line.get_label()
+    np.testing.assert_allclose(line.get_ydata(), [-1, -2, -3])
 
 
 def test_a_run_of_one_rollout_is_drawn_and_one_of_none_is_not(tmp_path: Path) -> None:
     metrics = write_metrics(tmp_path / "one.jsonl", 1, gold=True)
-    assert overoptimization_plot(metrics, tmp_path / "one.png")
+    assert overoptimization_plot(metrics, tmp_path / "one.png", SFT)
     metrics = write_metrics(tmp_path / "none.jsonl", 0, gold=True)
-    assert not overoptimization_plot(metrics, tmp_path / "none.png")
-    assert not overoptimization_plot(tmp_path / "missing.jsonl", tmp_path / "none.png")
+    assert not overoptimization_plot(metrics, tmp_path / "none.png", SFT)
+    assert not overoptimization_plot(tmp_path / "missing.jsonl", tmp_path / "none.png", SFT)
     assert not (tmp_path / "none.png").exists()

@@ -1,4 +1,4 @@
-"""The table of what each stage reads, against what it does read, and what follows from it: runs that share."""
+"""What each stage is said to read, against what it does read; and what follows: runs that share stages."""
 
 import dataclasses
 import json
@@ -47,13 +47,13 @@ Lab = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def lab(here: Path, capsys: pytest.CaptureFixture[str]) -> Lab:
-    """Runs `lab COMMAND config.yaml ...` of a config; returns exit code, stdout and the last line of stderr."""
+    """Runs `lab rlhf config.yaml ...`; returns the exit code, stdout and the last line of stderr."""
 
-    def run(*arguments: str, command: str = "rlhf", **changes: Any) -> tuple[int, str, str]:
+    def run(*arguments: str, **changes: Any) -> tuple[int, str, str]:
         start_from = changes.pop("start_from", "")
         (here / "config.yaml").write_text(yaml.safe_dump(changed(**changes) | {"start_from": start_from}))
         capsys.readouterr()
-        code = main([command, "config.yaml", *arguments])
+        code = main(["rlhf", "config.yaml", "--trust", *arguments])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return code, captured.out, (captured.err.strip().splitlines() or [""])[-1]
@@ -69,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         (root / "config.yaml").write_text(yaml.safe_dump(changed()))
-        assert main(["rlhf", "config.yaml", "--out", "runs/a"]) == 0
+        assert main(["rlhf", "config.yaml", "--trust", "--out", "runs/a"]) == 0
     return root
 
 
@@ -354,7 +354,7 @@ def test_a_taken_stage_that_is_gone_or_altered_is_refused_and_found_again(
     weights.write_bytes(right)
     (here / "archive").mkdir()
     a.rename(here / "archive" / "a")
-    for command in (["rlhf", "config.yaml", "--out", "runs/b"], ["evaluate", "runs/b", "--trust"]):
+    for command in (["rlhf", "config.yaml", "--trust", "--out", "runs/b"], ["evaluate", "runs/b", "--trust"]):
         assert main(command) == 2
     code, _, line = lab("--out", "runs/b")
     assert code == 2
@@ -365,8 +365,7 @@ def test_a_taken_stage_that_is_gone_or_altered_is_refused_and_found_again(
 
 def test_from_makes_a_taken_stage_the_recipes_own(lab: Lab, a: Path, here: Path) -> None:
     assert lab("--out", "runs/b", "--stage", "ppo", start_from="runs/a")[0] == 0
-    code, said, _ = lab("--out", "runs/b", "--from", "reward", start_from="runs/a")
-    assert code == 0
+    assert lab("--out", "runs/b", "--from", "reward", start_from="runs/a")[0] == 0
     b = here / "runs" / "b"
     assert sorted(path.name for path in b.iterdir()) == ["eval", "ppo", "ppo.old1", "reward", "taken.json"]
     shutil.rmtree(b / "reward")
