@@ -17,8 +17,9 @@ from lab.tracking import read_metrics
 from rlhf.decode import end_tokens, sample
 from rlhf.labelers import Answer, Labeler, Quit, Scorer, Skip, Undo
 from rlhf.logprobs import add_logprob_head
-from rlhf.scoring import RewardScorer, tokenize_prompt
+from rlhf.scoring import RewardScorer
 from rlhf.sequences import side_by_side
+from rlhf.tokenization import tokenize_prompts
 
 BATCH_SIZE = 64
 BOOTSTRAP = 2_000
@@ -43,10 +44,11 @@ def draw_samples(
     max_new_tokens: int,
     seed: int,
     temperature: float = 1.0,
+    max_prompt: int | None = None,
 ) -> Samples:
-    """Samples `n` answers to each prompt."""
+    """Samples `n` answers to each prompt, of which the model reads the last `max_prompt` tokens."""
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    ids = [tokenize_prompt(prompt, tokenizer) for prompt in repeated]
+    ids = [own for own in tokenize_prompts(prompts, tokenizer, max_prompt) for _ in range(n)]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     answers: list[list[int]] = []

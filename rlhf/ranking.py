@@ -29,12 +29,11 @@ from lab.errors import LabError, did_you_mean
 from rlhf.data import ordered_pairs
 from rlhf.scoring import (
     RewardScorer,
-    TooLong,
     last_token_scores,
     pad_right,
     sequence_classifier,
-    tokenize,
 )
+from rlhf.tokenization import TooLong, tokenize
 
 Loss = Literal["pairwise", "ranking"]
 OnTooLong = Literal["error", "drop", "truncate_prompt"]
