@@ -97,6 +97,7 @@ def compare(
     best_of: int,
     max_new_tokens: int,
     seed: int,
+    max_prompt: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The policy against the baseline it came from, on prompts neither was trained on.
 
@@ -105,6 +106,7 @@ def compare(
         scorer: the reward model, for proxy scores and best-of-n.
         n: answers per prompt and model.
         best_of: also the reward model's best of so many answers of the baseline; 0: not.
+        max_prompt: tokens of a prompt that the models read, its last ones.
 
     Returns:
         One JSON object of numbers, and rows of samples.
@@ -113,11 +115,12 @@ def compare(
         model.eval()
         add_logprob_head(model)
     contestants = {
-        "baseline": draw_samples(baseline, tokenizer, prompts, n, max_new_tokens, seed),
-        "policy": draw_samples(policy, tokenizer, prompts, n, max_new_tokens, seed + 1),
+        "baseline": draw_samples(baseline, tokenizer, prompts, n, max_new_tokens, seed, 1.0, max_prompt),
+        "policy": draw_samples(policy, tokenizer, prompts, n, max_new_tokens, seed + 1, 1.0, max_prompt),
     }
     if best_of and scorer is not None:
-        many = draw_samples(baseline, tokenizer, prompts, n * best_of, max_new_tokens, seed + 2)
+        size = n * best_of
+        many = draw_samples(baseline, tokenizer, prompts, size, max_new_tokens, seed + 2, 1.0, max_prompt)
         contestants["best_of"] = _best(many, scorer, best_of)
     result: dict[str, Any] = {
         "prompts": len(prompts),

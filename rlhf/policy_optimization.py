@@ -20,7 +20,7 @@ from rlhf.roles import AdapterClassifier
 from rlhf.scoring import RewardScorer
 from rlhf.sft import lora, tokenized
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
-from rlhf.tokenization import tokenize_prompt, tokenize_prompts
+from rlhf.tokenization import fitting_prompts, room_for_prompts, tokenize_prompt, tokenize_prompts
 
 # Tables of samples: so many answers, about so many tables a run.
 SAMPLES, TABLES = 8, 20
@@ -105,6 +105,9 @@ def train_policy(
     config = settings.ppo
     model, tokenizer = models.open_policy(policy)
     models.check_chat_template(tokenizer, prompts, settings.data.prompts or settings.data.demonstrations)
+    source = settings.data.prompts or settings.data.demonstrations
+    prompts, too_long = fitting_prompts(prompts, tokenizer, settings.data, source)
+    stage.run.summarize(prompts={"rows": len(prompts), "too_long": too_long})
     reward_model, reward_tokenizer = models.open_reward(reward)
     if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise LabError(
@@ -141,7 +144,7 @@ def train_policy(
         ptx_dataset=_ptx(demonstrations, tokenizer, settings) if config.ptx_coef else None,
     )
     trainer.gold = gold
-    trainer.max_prompt = settings.data.max_length - settings.data.max_new_tokens
+    trainer.max_prompt = room_for_prompts(settings.data)
     done = train(
         trainer,
         stage,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import LabError, did_you_mean
-from rlhf.config import CHAT_TEMPLATES, ModelConfig
+from rlhf.config import CHAT_TEMPLATES, DataConfig, ModelConfig
 from rlhf.forms import Text
 
 if TYPE_CHECKING:
@@ -250,6 +250,34 @@ def tokenize_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     end = end_id(tokenizer, conversation=False)
     ids = _as_prompt(_encode(tokenizer, [text])[0], True, tokenizer)
     return ids if end is None else [*ids, end]
+
+
+def room_for_prompts(config: DataConfig) -> int:
+    """Tokens that a prompt may have, so that an answer to it has room too."""
+    return config.max_length - config.max_new_tokens
+
+
+def fitting_prompts(
+    dataset: Any, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, source: str
+) -> tuple[Any, int]:
+    """The prompts that may be asked, and how many have more tokens than there is room for.
+
+    Under `data.too_long` = drop these are left out; under truncate_prompt they stay, and who asks cuts them.
+
+    Raises:
+        LabError: there are any where that is an error, or no other prompts.
+    """
+    room = room_for_prompts(config)
+    lengths = [len(ids) for ids in tokenize_prompts(dataset["prompt"][:], tokenizer)]
+    kept = [i for i, length in enumerate(lengths) if length <= room]
+    too_long = len(lengths) - len(kept)
+    if too_long and (config.too_long == "error" or not (kept or config.too_long == "truncate_prompt")):
+        raise LabError(
+            f"{source}: {too_long:,} of {len(lengths):,} prompts have more than {room} tokens (the longest "
+            f"{max(lengths):,}), which is data.max_length {config.max_length} less data.max_new_tokens "
+            f"{config.max_new_tokens}. Change these, or set data.too_long."
+        )
+    return (dataset.select(kept) if too_long and config.too_long == "drop" else dataset), too_long
 
 
 def cut_left(ids: list[int], max_length: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
