@@ -28,6 +28,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from lab.device import attention_to_learn
 from lab.errors import LabError
+from lab.hub import from_pretrained
 from rlhf import checkpoints
 from rlhf.decode import DrawnLogprobs, sample
 from rlhf.logprobs import add_logprob_head, answer_states
@@ -221,8 +222,8 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
         if isinstance(critic, str | Path):
             from transformers import AutoModelForSequenceClassification
 
-            made = AutoModelForSequenceClassification.from_pretrained(
-                critic, num_labels=1, dtype=self.model.dtype
+            made = from_pretrained(
+                AutoModelForSequenceClassification, critic, num_labels=1, dtype=self.model.dtype
             )
         else:
             made = critic if isinstance(critic, nn.Module) else critic(self.model)
