@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from lab.device import Compute
 from lab.errors import LabError
 from rlhf import models
+from rlhf.checkpoints import PlainCheckpoints
 from rlhf.config import ModelConfig, RLHFRun
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 from rlhf.tokenization import (
@@ -44,7 +45,7 @@ COMPARED = 16
 """Rows that are tokenised by TRL as well."""
 
 
-class _Trainer(StageTrainer, SFTTrainer):
+class _Trainer(StageTrainer, PlainCheckpoints, SFTTrainer):
     """SFTTrainer with the lab's checkpoints, and rows tokenised as in every other stage."""
 
     args: SFTConfig
