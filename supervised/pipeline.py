@@ -83,7 +83,7 @@ class SupervisedPipeline:
         width = max(map(len, result["eval"]))
         return "\n".join(
             [
-                f"{result['data']}, {result['part'] or 'held-out part'}: checkpoint {result['checkpoint']}",
+                f"{result['data']}, {result['part']}: checkpoint {result['checkpoint']}",
                 *(f"  {name:<{width}}  {value:>10.4g}" for name, value in result["eval"].items()),
                 *result["notes"],
             ]
