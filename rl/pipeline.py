@@ -28,6 +28,9 @@ EPSILON = 0.001
 class RLPipeline:
     """Deep Q-learning on Atari."""
 
+    late_metrics = ("rollout/ep_rew_mean", "rollout/ep_len_mean", "rollout/ep_clipped_rew_mean")
+    """Logged once games of training have ended, which a smoke test's do not."""
+
     def config_class(self, values: Mapping[str, Any], source_of: Callable[[str], str]) -> type:
         return run_config_class(values, source_of)
 

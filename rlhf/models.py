@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lab.errors import LabError, did_you_mean, first_line
-from lab.hub import hub_or_cache
+from lab.hub import from_pretrained
 from rlhf import labgpt, reviews
 from rlhf.config import ModelConfig
 
@@ -73,7 +73,9 @@ def open_reward(folder: Path) -> tuple[Any, Any]:
     if _is_labgpt(folder):
         return _fitted(labgpt.load(folder, head="reward").float(), tokenizer, str(folder)), tokenizer
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        model = from_pretrained(AutoModelForSequenceClassification, folder, num_labels=1, dtype=torch.float32)
+    except LabError:
+        raise
     except Exception as error:  # whatever transformers or safetensors raise
         raise LabError(f"{folder}: no model that can be opened: {first_line(error)}") from None
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -125,8 +127,9 @@ def _open_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with hub_or_cache(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        tokenizer = from_pretrained(AutoTokenizer, name, padding_side="left")
+    except LabError:
+        raise
     except Exception as error:  # whatever the Hub's client, json or tokenizers raise
         raise LabError(
             f"{name}: no tokenizer found: {first_line(error)} Name a transformers folder, or a model of the "
@@ -163,8 +166,9 @@ def _open_causal_lm(name: str, tokenizer: Any) -> Any:
     if _is_labgpt(Path(name)):
         return _fitted(labgpt.load(name).float(), tokenizer, name)
     try:
-        with hub_or_cache(name):
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32)
+    except LabError:
+        raise
     except Exception as error:
         raise LabError(f"{name}: no language model that can be opened: {first_line(error)}") from None
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

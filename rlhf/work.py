@@ -100,7 +100,8 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         if source != "collect":
             mark = sources.fingerprint(source)
             parents.append({"data": source, "path": source, "sha256": mark["sha256"]})
-    return parents
+    code = labelers.code_of(recipe.settings.collect.labeler) if stage in ("collect", "eval") else None
+    return [*parents, *([code] if code else [])]
 
 
 def _record(run: Run, tracker: Tracker, result: Path) -> None:

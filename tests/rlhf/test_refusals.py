@@ -72,7 +72,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(*arguments: str, command: str = "rlhf", **changes: Any) -> str:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(**changes)))
         capsys.readouterr()
-        code = main([command, "config.yaml", "--out", "run", *arguments])
+        code = main([command, "config.yaml", "--out", "run", "--trust", *arguments])
         captured = capsys.readouterr()
         said = [line for line in captured.err.splitlines() if line.startswith("lab: ")]
         assert code == 2, captured.err
@@ -96,7 +96,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         (root / "config.yaml").write_text(yaml.safe_dump(values(data={"comparisons": "collect"})))
-        assert main(["rlhf", "config.yaml", "--out", "run"]) == 0
+        assert main(["rlhf", "config.yaml", "--out", "run", "--trust"]) == 0
     return root
 
 
@@ -382,7 +382,7 @@ def test_results_made_from_a_parent_that_was_made_anew_are_noticed(lab: Lab, cop
     config = copied.parent / "other.yaml"
     changes: dict[str, Any] = {**COLLECTED, "sft": {"learning_rate": 2e-3}}
     config.write_text(yaml.safe_dump(values(**changes)))
-    assert main(["rlhf", "other.yaml", "--out", "run", "--stage", "sft"]) == 0
+    assert main(["rlhf", "other.yaml", "--out", "run", "--stage", "sft", "--trust"]) == 0
     line = lab(**changes)
     assert "was made from an earlier sft stage" in line
     assert "--from collect" in line
