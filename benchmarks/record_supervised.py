@@ -1,9 +1,9 @@
 """Keeps the result of finished runs: `python -m benchmarks.record_supervised lenet5_fashion runs/lenet5`.
 
 Judges the weights each run ended with (none is chosen by the data that judges it) on the test part of the
-data, else on what was held out, or on --part, and writes benchmarks/results/NAME.json (numbers, config, curve, machine) and the
-first run's figures to benchmarks/results/NAME/. NAME is that of the config; further runs differ in seed, or
-in what is set on the command line.
+data, else on what was held out, or on --part. Writes benchmarks/results/NAME.json (numbers, config, curve,
+machine) and the first run's figures to benchmarks/results/NAME/. NAME is that of the config; further runs
+differ in seed, or in what is set on the command line.
 """
 
 import argparse
