@@ -214,8 +214,7 @@ class Run:
         return tracker
 
     def keep_evaluation(self, result: Mapping[str, Any]) -> None:
-        """Adds a result to the run's evaluations.jsonl. Where that cannot be written, as in a colleague's run,
-        it is said; the result is printed all the same."""
+        """Adds a result to evaluations.jsonl; where that cannot be written, as in a colleague's run, says so."""
         path = self.folder / "evaluations.jsonl"
         line = json.dumps({**result, "_time": time.time()}) + "\n"
         flags = (
