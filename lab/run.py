@@ -214,7 +214,7 @@ class Run:
         return tracker
 
     def keep_evaluation(self, result: Mapping[str, Any]) -> None:
-        """Adds a result to evaluations.jsonl; where that cannot be written, as in a colleague's run, says so."""
+        """Adds a result to evaluations.jsonl, or says why it cannot: the run may be somebody else's."""
         path = self.folder / "evaluations.jsonl"
         line = json.dumps({**result, "_time": time.time()}) + "\n"
         flags = (
