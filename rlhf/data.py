@@ -128,6 +128,12 @@ def pairs_of(row: Row) -> Iterator[Row]:
         }
 
 
+def prompt_keys(dataset: "Dataset") -> list[str]:
+    """A key of each row's prompt, equal for equal ones; of a conversation, of all but its last message."""
+    column = next(name for name in ("prompt", "messages", "text") if name in dataset.column_names)
+    return [_key(value[:-1] if column == "messages" else value) for value in dataset[column]]
+
+
 def hold_out(dataset: "Dataset", fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
     """Splits by prompt: none is on both sides.
 
@@ -148,8 +154,7 @@ def hold_out(dataset: "Dataset", fraction: float, seed: int) -> tuple["Dataset",
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} is not between 0 and 1")
-    column = next(name for name in ("prompt", "messages", "text") if name in dataset.column_names)
-    keys = [_key(value[:-1] if column == "messages" else value) for value in dataset[column]]
+    keys = prompt_keys(dataset)
     chances = {key: _uniform(f"{seed} {key}") for key in set(keys)}
     if len(chances) < 2:
         raise LabError("data: no two rows have different prompts, so none can be held out. Name more data.")

@@ -19,7 +19,7 @@ from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import data, labelers, sharing, sources
+from rlhf import data, labelers, sharing, sources, splits
 from rlhf.config import STAGES, RLHFRun
 from rlhf.sharing import RESULTS, fingerprint
 from rlhf.stage_keys import relevant
@@ -254,10 +254,10 @@ def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
         rows = data.demonstrations(d.demonstrations, dropped=unsaid)
         if "ppo" in stages and settings.ppo.ptx_coef and "completion" not in rows.column_names:
             raise LabError("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
-    if {"collect", "ppo", "eval"} & set(stages):
-        for source in (d.prompts or d.demonstrations, d.eval_prompts):
-            if source:
-                data.prompts(source, dropped=unsaid)
+    if {"collect", "ppo"} & set(stages):
+        data.prompts(d.prompts or d.demonstrations, dropped=unsaid)
+    if "eval" in stages:
+        splits.unseen_prompts(settings)
     if "reward" in stages and d.comparisons != "collect":
         data.comparisons(d.comparisons, dropped=unsaid)
 

@@ -7,7 +7,7 @@ from trl.trainer.reward_config import RewardConfig
 
 from lab.device import Compute
 from lab.errors import LabError
-from rlhf import data, models
+from rlhf import models, splits
 from rlhf.config import RLHFRun
 from rlhf.ranking import RankingTrainer, center, init_head
 from rlhf.scoring import RewardScorer, calibration_plot, held_out_report, sequence_classifier
@@ -44,7 +44,7 @@ def train_reward(
         The model and its tokenizer; None if training was interrupted.
     """
     config = settings.reward
-    training, held_out = data.hold_out(comparisons, config.held_out, settings.seed)
+    training, held_out = splits.training_comparisons(settings, comparisons)
     model, tokenizer = models.open_reward(policy)
     init_head(model, settings.seed)
     trainer = _Trainer(
@@ -57,6 +57,7 @@ def train_reward(
         train_dataset=training,
         eval_dataset=held_out,
         loss=config.loss,  # type: ignore[arg-type]
+        on_too_long=settings.data.too_long,  # type: ignore[arg-type]
         processing_class=tokenizer,
         peft_config=lora(settings.model, "SEQ_CLS", model),
     )

@@ -13,13 +13,14 @@ from rlhf.config import RLHFRun
 
 _ROWS = ("seed", "data.bad_rows", "data.too_long")
 _LORA = ("model.lora_rank", "model.lora_alpha", "model.lora_targets")
+_UNSEEN = ("data.prompts", "data.eval_prompts", "data.demonstrations", "data.comparisons", "reward.held_out")
 
 READS: dict[str, tuple[str, ...]] = {
     "sft": (*_ROWS, "model.*", "data.demonstrations", "data.max_length", "sft.*"),
-    "collect": (*_ROWS, "data.prompts", "data.max_new_tokens", "collect.*"),
+    "collect": (*_ROWS, "data.prompts", "data.max_length", "data.max_new_tokens", "collect.*"),
     "reward": (*_ROWS, *_LORA, "data.demonstrations", "data.comparisons", "data.max_length", "reward.*"),
     "ppo": (*_ROWS, *_LORA, "data.prompts", "data.max_length", "data.max_new_tokens", "ppo.*"),
-    "eval": (*_ROWS, "data.prompts", "data.eval_prompts", "data.max_new_tokens", "eval.*"),
+    "eval": (*_ROWS, *_UNSEEN, "data.max_length", "data.max_new_tokens", "eval.*"),
 }
 """GROUP.* are all keys of a group. The stages before it each stage knows by their results' hashes."""
 

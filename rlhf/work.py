@@ -16,7 +16,7 @@ from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
 from lab.tracking import Tracker
-from rlhf import data, labelers, sources
+from rlhf import data, labelers, sources, splits
 from rlhf.config import RLHFRun
 from rlhf.pipeline import JOB_TYPES, Recipe, code_of, evaluator, read_settings, recipe_folder
 from rlhf.sharing import RESULTS, fingerprint
@@ -94,10 +94,13 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         info = recipe.info(name)
         parents.append({"stage": name, "run_id": info["id"], **info["summary"]["result"]})
     d = recipe.settings.data
+    asked = d.prompts or d.demonstrations
     named = {
         "sft": [d.demonstrations],
+        "collect": [asked],
         "reward": [d.comparisons, d.demonstrations],  # it is centred on these
-        "ppo": [d.prompts or d.demonstrations, *([d.demonstrations] if recipe.settings.ppo.ptx_coef else [])],
+        "ppo": [asked, *([d.demonstrations] if recipe.settings.ppo.ptx_coef else [])],
+        "eval": [d.eval_prompts or asked],
     }
     used = [source for source in dict.fromkeys(named.get(stage, [])) if source != "collect"]
     code = code_of(recipe.settings, stage)
@@ -122,27 +125,6 @@ def _length(recipe: Recipe, stage: str) -> tuple[int, int, int]:
     return 0, 1, every
 
 
-def _demonstrations(settings: RLHFRun) -> tuple[Any, Any]:
-    """Training and held-out demonstrations."""
-    source = settings.data.demonstrations
-    rows = data.demonstrations(source)
-    if sources.has_eval(source):
-        return rows, data.demonstrations(source, "eval")
-    return data.hold_out(rows, 0.1, settings.seed)
-
-
-def prompts(settings: RLHFRun) -> tuple[Any, Any]:
-    """Training and unseen prompts: no demonstration, comparison or rollout is about an unseen one."""
-    d = settings.data
-    source = d.prompts or d.demonstrations
-    rows = data.prompts(source)
-    if d.eval_prompts:
-        return rows, data.prompts(d.eval_prompts)
-    if sources.has_eval(source):
-        return rows, data.prompts(source, "eval")
-    return data.hold_out(rows, 0.1, settings.seed)
-
-
 def collector(settings: RLHFRun) -> labelers.Labeler:
     """Who ranks what is collected."""
     return labelers.make(settings.collect.labeler, "collect.labeler")
@@ -163,7 +145,7 @@ def watcher(settings: RLHFRun) -> labelers.Scorer | None:
 def _sft(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf.sft import train_sft
 
-    rows, held_out = _demonstrations(recipe.settings)
+    rows, held_out = splits.demonstrations(recipe.settings)
     return _keep(recipe.of("sft"), train_sft(recipe.settings, stage, compute, rows, held_out))
 
 
@@ -171,16 +153,24 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf import models
     from rlhf.collect import collect
     from rlhf.evaluate import BIASED, draw_samples
+    from rlhf.tokenization import fitting_prompts, room_for_prompts
 
     settings, c = recipe.settings, recipe.settings.collect
     model, tokenizer = models.open_policy(recipe.result("sft"))
     model.to(compute.device).eval()
-    asked = prompts(settings)[0]["prompt"]
+    found, too_long = fitting_prompts(
+        splits.training_prompts(settings),
+        tokenizer,
+        settings.data,
+        settings.data.prompts or settings.data.demonstrations,
+    )
+    asked = found["prompt"]
     asked = [prompt for prompt in asked[: c.max_prompts] for _ in range(c.rounds)]
 
     def sample(batch: list[Any], k: int, seeds: list[int]) -> list[list[labelers.Answer]]:
         drawn = draw_samples(
-            model, tokenizer, batch, k, settings.data.max_new_tokens, seeds[0], c.temperature
+            *(model, tokenizer, batch, k, settings.data.max_new_tokens, seeds[0], c.temperature),
+            max_prompt=room_for_prompts(settings.data),
         )
         return [drawn.answers[i : i + k] for i in range(0, len(drawn.answers), k)]
 
@@ -201,10 +191,9 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
             "goes by the order"
         )
     if summary.ties > summary.pairs:
-        warnings.append(
-            f"{summary.ties} pairs of answers are ties, more than the {summary.pairs} that are not"
-        )
+        warnings.append(f"more pairs of answers are ties ({summary.ties}) than are not ({summary.pairs})")
     stage.run.summarize(
+        too_long=too_long,
         prompts=summary.prompts,
         pairs=summary.pairs,
         ties=summary.ties,
@@ -227,7 +216,7 @@ def _reward(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     collected = settings.data.comparisons == "collect"
     source = str(recipe.result("collect")) if collected else settings.data.comparisons
     comparisons = data.comparisons(source)
-    rows, _ = _demonstrations(settings)
+    rows, _ = splits.demonstrations(settings)
     policy = recipe.result("sft")
     return _keep(recipe.of("reward"), train_reward(settings, stage, compute, comparisons, rows, policy))
 
@@ -237,8 +226,8 @@ def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf.policy_optimization import train_policy
 
     settings = recipe.settings
-    rows, _ = _demonstrations(settings)
-    asked, _ = prompts(settings)
+    rows, _ = splits.demonstrations(settings)
+    asked = splits.training_prompts(settings)
     policy, reward = recipe.result("sft"), recipe.result("reward")
     trained = train_policy(settings, stage, compute, asked, rows, policy, reward, watcher(settings))
     plot = stage.run.media / "overoptimization.png"
@@ -306,11 +295,14 @@ def evaluate_recipe(
     from rlhf import models
     from rlhf.evaluate import compare, write_rows
     from rlhf.scoring import RewardScorer
+    from rlhf.tokenization import fitting_prompts, room_for_prompts
 
     settings = recipe.settings
     e = replace(settings.eval, **chosen)
-    _, unseen = prompts(settings)
+    unseen, trained_on = splits.unseen_prompts(settings)
     policy, tokenizer = models.open_policy(recipe.result("ppo"))
+    d = settings.data
+    unseen, too_long = fitting_prompts(unseen, tokenizer, d, d.eval_prompts or d.prompts or d.demonstrations)
     baseline, _ = models.open_policy(recipe.result("sft"))
     reward_model, _ = models.open_reward(recipe.result("reward"))
     for model in (policy, baseline, reward_model):
@@ -326,7 +318,13 @@ def evaluate_recipe(
         best_of=e.best_of,
         max_new_tokens=settings.data.max_new_tokens,
         seed=settings.seed if seed is None else seed,
+        max_prompt=room_for_prompts(settings.data),
     )
+    if too_long:
+        result["prompts_too_long"] = too_long
+    if trained_on:
+        result["prompts_trained_on"] = trained_on
+        result["warnings"].append(f"{trained_on} prompts were left out, as a stage trains on them")
     if samples is not None:
         write_rows(samples, rows)
     return result

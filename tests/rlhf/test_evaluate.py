@@ -252,7 +252,7 @@ def test_a_labeler_that_prefers_what_it_sees_first_finds_both_equally_good(
 
 
 def test_a_labeler_is_not_told_which_model_an_answer_is_from(contest: Callable[..., Any]) -> None:
-    """It gets text and how it ended; the order is another for other seeds, and each side is first by turns."""
+    """It gets text and how it ended; the order is another for another seed."""
     orders = []
     for seed in (5, 6):
         asked: list[list[Answer]] = []
