@@ -189,7 +189,7 @@ def compare(
             )
             result[who]["win_rate"] = verdict.win_rate(len(prompts) * n)
     if labeler is not None and not isinstance(labeler, Scorer):
-        result["first_shown"] = _first_shown(list(verdicts.values()), len(prompts) * n)
+        result["first_shown"] = _first_shown(list(verdicts.values()))
     result["warnings"] = _warnings(result)
     result["per_prompt"] = [
         {
@@ -223,15 +223,17 @@ def _tokens(samples: Samples, n: int) -> np.ndarray:
     return np.array([len(ids) for ids in samples.answer_ids], float).reshape(-1, n).mean(1)
 
 
-def _first_shown(verdicts: Sequence[Verdicts], answers: int) -> dict[str, Any]:
-    """How often the answer shown first won, of all comparisons that one of the two won."""
-    won = np.sum([verdict.first_won for verdict in verdicts], axis=0)
-    decided = won + np.sum([verdict.first_lost for verdict in verdicts], axis=0)
-    some = decided > 0
-    if not some.any():
+def _first_shown(verdicts: Sequence[Verdicts]) -> dict[str, Any]:
+    """How often the answer shown first won, of all comparisons that one of the two won.
+
+    The order was drawn for each, so that they are independent where the labeler does not go by it.
+    """
+    won, lost = (
+        sum(int(getattr(each, key).sum()) for each in verdicts) for key in ("first_won", "first_lost")
+    )
+    if not won + lost:
         return {"decided": 0}
-    share = intervals.fraction(won[some] / decided[some], answers)
-    return {"decided": int(decided.sum()), **share}
+    return {"decided": won + lost, **intervals.fraction(np.repeat([1.0, 0.0], [won, lost]), won + lost)}
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:

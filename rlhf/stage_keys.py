@@ -54,6 +54,8 @@ def relevant(settings: RLHFRun | Mapping[str, Any], stage: str, *, watched: bool
     names = [*READS[stage], *(WATCHES.get(stage, ()) if watched else ())]
     if stage == "ppo" and flat["ppo.ptx_coef"]:
         names.append("data.demonstrations")
+    if stage == "eval" and flat["data.comparisons"] == "collect":  # of prompts that are trained on anyway
+        names.remove("reward.held_out")
     kept = {
         key: value for key, value in flat.items() if key in names or f"{key.partition('.')[0]}.*" in names
     }

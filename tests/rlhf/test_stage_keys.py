@@ -182,7 +182,7 @@ def relevant_names() -> Iterator[str]:
         (["--data.prompts=more.jsonl"], ["collect", "ppo", "eval"]),
         (["--data.max_new_tokens=9"], ["collect", "ppo", "eval"]),
         (["--data.max_length=31"], list(STAGES)),
-        (["--reward.held_out=0.2"], ["reward", "eval"]),
+        (["--reward.held_out=0.2"], ["reward"]),
         (["--reward.epochs=2"], ["reward"]),
         (["--collect.answers=3"], ["collect"]),
         (["--collect.labeler={name: vader}"], ["collect", "eval"]),
