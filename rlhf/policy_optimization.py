@@ -96,7 +96,7 @@ def train_policy(
         The model and its tokenizer; None if training was interrupted.
     """
     config = settings.ppo
-    model, tokenizer = models.open_policy(policy)
+    model, tokenizer = models.open_policy(policy, models.keeps_frozen_format(settings.model, compute))
     models.check_chat_template(tokenizer, prompts, settings.data.prompts or settings.data.demonstrations)
     _check_room(prompts, tokenizer, settings)
     reward_model, reward_tokenizer = models.open_reward(reward)

@@ -45,7 +45,7 @@ def train_reward(
     """
     config = settings.reward
     training, held_out = data.hold_out(comparisons, config.held_out, settings.seed)
-    model, tokenizer = models.open_reward(policy)
+    model, tokenizer = models.open_reward(policy, models.keeps_frozen_format(settings.model, compute))
     init_head(model, settings.seed)
     trainer = _Trainer(
         model=model,

@@ -12,8 +12,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from lab.device import Compute
 from lab.errors import LabError
-from rlhf import models
-from rlhf.checkpoints import PlainCheckpoints
+from rlhf import heads, models
 from rlhf.config import ModelConfig, RLHFRun
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 
@@ -29,7 +28,7 @@ class Fit:
     """No token of an answer was within the length, so nothing is learned of them."""
 
 
-class _Trainer(StageTrainer, PlainCheckpoints, SFTTrainer):
+class _Trainer(StageTrainer, SFTTrainer):
     """SFTTrainer with the lab's checkpoints, and an eye on what is cut off."""
 
     args: SFTConfig
@@ -115,7 +114,8 @@ def make_trainer(
         LabError: nothing can be learned from the data, or by the model.
     """
     config, source = settings.sft, settings.data.demonstrations
-    model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed)
+    frozen = models.keeps_frozen_format(settings.model, compute)
+    model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed, frozen)
     models.check_chat_template(tokenizer, demonstrations, source)
     _check_positions(model, settings.data.max_length)
     try:
@@ -144,7 +144,7 @@ def make_trainer(
 
 
 def _check_positions(model: Any, max_length: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = heads.positions(model.config)
     if positions is not None and max_length > positions:
         raise LabError(
             f"data.max_length: {max_length} is more than the model's {positions} positions. Lower it."
