@@ -44,23 +44,21 @@ def draw_samples(
     seed: int,
     temperature: float = 1.0,
 ) -> Samples:
-    """Samples `n` answers to each prompt."""
+    """Samples `n` answers to each prompt, as many at once as fit the memory."""
     repeated = [prompt for prompt in prompts for _ in range(n)]
     ids = [tokenize_prompt(prompt, tokenizer) for prompt in repeated]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    answers: list[list[int]] = []
     ends = end_tokens(model, tokenizer)
-    for begin in range(0, len(ids), BATCH_SIZE):
-        answers += sample(
-            model,
-            ids[begin : begin + BATCH_SIZE],
-            max_new_tokens=max_new_tokens,
-            eos_ids=ends,
-            pad_id=tokenizer.pad_token_id,
-            temperature=temperature,
-            generator=generator,
-        )
+    answers = sample(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        eos_ids=ends,
+        pad_id=tokenizer.pad_token_id,
+        temperature=temperature,
+        generator=generator,
+    )
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return Samples(
         repeated,
