@@ -273,6 +273,7 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
         _group(label, members[label], scores, found.get(label), q, thresholds, curves=not axis_mixed, say=say)
         for label in order
     )
+    _say_order(groups, less, say)
     links, names = _lineage(records)
     return Comparison(
         question=q,
@@ -582,6 +583,16 @@ def _say_seeds(members: Mapping[str, Sequence[Record]], scores: _Scores, say: _N
     for label, seeds in of.items():
         if lacking := grouping.in_order(everything - seeds):
             say(f"lacks the seeds {named(lacking)}, which other groups have", label)
+
+
+def _say_order(groups: Sequence[Group], less: bool, say: _Notes) -> None:
+    """Where single outliers decide the order over several tasks."""
+    iqm = {g.label: g.estimates["iqm"].point for g in groups if len(g.scores) > 1 and "iqm" in g.estimates}
+    if len(iqm) < 2:
+        return
+    best = (min if less else max)(iqm, key=lambda label: iqm[label])
+    if best != groups[0].label:
+        say(f"by the IQM, which a few outliers do not move, {best} is first, not {groups[0].label}")
 
 
 def _mixed_axes(records: Sequence[Record], question: Question) -> str:

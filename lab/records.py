@@ -491,7 +491,8 @@ def _with_said(
 
 def _worth_naming(said: Iterable[str], metrics: Collection[str]) -> set[str]:
     """The names of what was said but for the last values of metrics, which W&B repeats in its summary."""
-    return {name for name in said if name.removeprefix(SUMMARY).split(".")[0] not in metrics}
+    known = {*metrics, STEP}
+    return {name for name in said if name.removeprefix(SUMMARY).split(".")[0] not in known}
 
 
 def _parents(value: Any) -> tuple[dict[str, str], ...]:

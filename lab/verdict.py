@@ -219,7 +219,9 @@ def _test(groups: Groups, label: str, baseline: str, pairing: Pairing) -> _Test 
     if pairing != "off" and (pairs := _by_seed(own, other, tasks, pairing)) is not None:
         siblings = [groups[g] for g in groups if g not in (label, baseline)]
         blocks = [_blocks(task, *pair, siblings) for task, pair in zip(tasks, pairs, strict=True)]
-        return _paired(blocks, "seeds")
+        test = _paired(blocks, "seeds")
+        # Differences that are all the same have no spread to go by; the runs themselves have one.
+        return _welch(groups, label, baseline, tasks) if test.without_spread else test
     if pairing == "on":
         return "the groups have no two seeds in common on every task, so nothing can be paired"
     sizes = [(own[task].values.size, other[task].values.size) for task in tasks]
