@@ -304,7 +304,7 @@ def _with_metric(records: Sequence[Record], question: Question, say: _Notes) -> 
     metric = question.metric
     kinds = {record.job_type for record in records if metric in record.series}
     if not kinds:
-        known = sorted({name for record in records for name in record.metrics})
+        known = sorted({name for record in records for name in record.metrics | record.said})
         if metric in known:
             raise LabError(f"--metric {metric}: is text in all of the {len(records)} runs, not a number.")
         some = ", ".join(known[:12]) + (" ..." if len(known) > 12 else "")
@@ -319,7 +319,7 @@ def _with_metric(records: Sequence[Record], question: Question, say: _Notes) -> 
     taking_part = [record for record in records if record.job_type in kinds]
     for record in taking_part:
         if metric not in record.series:
-            near = did_you_mean(metric, sorted(record.metrics))
+            near = did_you_mean(metric, sorted(record.metrics | record.said))
             say(f"has no value of {metric}.{near}".removesuffix("."), record.name)
     return taking_part
 

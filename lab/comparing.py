@@ -162,7 +162,7 @@ def _ask(options: argparse.Namespace) -> "tuple[list[Any], Found]":
     if options.metric is None and "metric" not in wishes:
         there = [q for q in questions if any(q.metric in record.series for record in found.records)]
         if not there:
-            known = sorted({name for record in found.records for name in record.metrics})
+            known = sorted({name for record in found.records for name in record.metrics | record.said})
             raise LabError(
                 f"command line: name a --metric. The runs have {', '.join(known[:12]) or 'none'}"
                 f"{' ...' if len(known) > 12 else ''}."

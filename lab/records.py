@@ -108,6 +108,8 @@ class Record:
     """Of the metrics asked for, those it has."""
     metrics: frozenset[str] = frozenset()
     """Names of metrics it has; of a large run, of those near its beginning and end."""
+    said: frozenset[str] = frozenset()
+    """Names of what its summary says, but for the last values of metrics, and `lab evaluate`."""
     goals: dict[str, str] = field(default_factory=dict)
     """minimize or maximize, of the metrics of which W&B was told so (`define_metric`)."""
     conditions: dict[str, str] = field(default_factory=dict)
@@ -286,7 +288,10 @@ def read_columns(rows: Iterable[Mapping[str, Any]], wanted: Collection[str], axi
         if found.x.size:
             series[name] = found
         if asked and repeated:
-            notes.append(f"{repeated} values of {name} were logged again, after a resume; the later count")
+            notes.append(
+                f"steps of {name} begin again at {found.x[0]:,.12g}: "
+                f"{repeated} values logged before do not count"
+            )
     return Columns(series, notes)
 
 
@@ -305,7 +310,10 @@ def _placed(
 
 
 def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int]:
-    """Steps and values as numbers, rising, and how many values a later one replaced."""
+    """Steps and values as numbers, rising, and how many went if even the first was logged again.
+
+    A resumed run repeats the steps since its checkpoint, which is as it should be.
+    """
     try:
         x, y = np.array(steps, np.float64), np.array(values, np.float64)
     except (TypeError, ValueError):  # "NaN", or a metric that is no number
@@ -316,7 +324,8 @@ def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int]:
     if not usable.all():
         x, y = x[usable], y[usable]
     found = _without_overlap(x, y)
-    return found, x.size - found.x.size
+    begun_again = x.size > 0 and bool((x[1:] <= x[0]).any())
+    return found, (x.size - found.x.size) if begun_again else 0
 
 
 def _without_overlap(x: Array, y: Array) -> Series:
@@ -442,7 +451,8 @@ def _read_folder(folder: Path, wanted: Collection[str]) -> Record | str:
         **about,
         source=str(folder),
         series=_with_said(series, said, wanted),
-        metrics=metrics | _worth_naming(said, metrics),
+        metrics=metrics,
+        said=_worth_naming(said, metrics),
         notes=(*notes, *damaged),
         conditions=conditions,
         error=str(sessions[-1].get("error", "")),
@@ -489,10 +499,10 @@ def _with_said(
     return series
 
 
-def _worth_naming(said: Iterable[str], metrics: Collection[str]) -> set[str]:
+def _worth_naming(said: Iterable[str], metrics: Collection[str]) -> frozenset[str]:
     """The names of what was said but for the last values of metrics, which W&B repeats in its summary."""
     known = {*metrics, STEP}
-    return {name for name in said if name.removeprefix(SUMMARY).split(".")[0] not in known}
+    return frozenset(name for name in said if name.removeprefix(SUMMARY).split(".")[0] not in known)
 
 
 def _parents(value: Any) -> tuple[dict[str, str], ...]:
@@ -700,7 +710,8 @@ def _of_wandb(
         x_axis=str(config.get("x_axis") or (axis if axis != STEP else "")),
         parents=_parents(config.get("parents")),
         series=_with_said(series, said, wanted),
-        metrics=names | _worth_naming(said, names),
+        metrics=names,
+        said=_worth_naming(said, names),
         notes=(*notes, *(f"{fields['name']}: {note}" for note in found)),
         **fields,
     )

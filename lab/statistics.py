@@ -510,7 +510,7 @@ def _stretch(tasks: Sequence[Array], confidence: float) -> Array:
     Args:
         tasks: (seeds,) or (seeds, points) each.
     """
-    from scipy import stats
+    from scipy import special
 
     if min(len(task) for task in tasks) < 2:
         return np.ones(tasks[0].shape[1:])
@@ -521,7 +521,7 @@ def _stretch(tasks: Sequence[Array], confidence: float) -> Array:
         freedom = total**2 / np.sum([p**2 / (len(t) - 1) for p, t in zip(own, tasks, strict=True)], axis=0)
         wider = np.sqrt(total / np.sum(drawn, axis=0))
         tail = (1 + confidence) / 2
-        wider = wider * stats.t.ppf(tail, freedom) / NormalDist().inv_cdf(tail)
+        wider = wider * special.stdtrit(freedom, tail) / NormalDist().inv_cdf(tail)
     return np.where(total > 0, wider, 1.0)
 
 

@@ -18,6 +18,7 @@ that of all groups.
 `benchmarks/verdict_errors.py` measures what comes of it: false claims, power and coverage.
 """
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -100,35 +101,47 @@ class _Test:
 
     @property
     def p(self) -> float:
-        from scipy import stats
-
         if not self.point:
             return 1.0
         found = [self.exact] if self.without_spread else []
-        found += [2 * stats.t.sf(abs(self.point) / e.error, e.freedom) for e in self.estimates if e.error]
-        return float(max(found))
+        found += [2 * _tail(abs(self.point) / e.error, e.freedom) for e in self.estimates if e.error]
+        return max(found)
 
     def interval(self, level: float) -> tuple[float, float]:
         """The widest of the estimates'; NaN where there is no spread to make one from."""
-        from scipy import stats
-
         if self.without_spread and self.point and self.exact > level:
             return math.nan, math.nan
-        half = max(e.error * float(stats.t.ppf(1 - level / 2, e.freedom)) for e in self.estimates)
+        half = max(e.error * _quantile(1 - level / 2, e.freedom) for e in self.estimates)
         return self.point - half, self.point + half
 
     def runs_needed(self, level: float) -> int | None:
         """How many runs a group would show a difference of this size with `POWER`, at this level."""
-        from scipy import stats
-
         if not self.point or self.without_spread:
             return None
-        sizes = np.arange(LEAST_RUNS, MOST_RUNS + 1)
-        freedom = (1 if self.method != "welch" else 2) * (sizes - 1)
-        spread = max(estimate.error for estimate in self.estimates) ** 2 * self.runs
-        enough = (stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(POWER, freedom)) ** 2 * spread
-        fitting = sizes[sizes * self.point**2 >= enough]
-        return int(fitting[0]) if fitting.size else None
+        samples = 2 if self.method == "welch" else 1
+        spread = max(estimate.error for estimate in self.estimates) ** 2 * self.runs / self.point**2
+
+        def enough(runs: int) -> bool:
+            freedom = samples * (runs - 1)
+            return runs >= spread * (_quantile(1 - level / 2, freedom) + _quantile(POWER, freedom)) ** 2
+
+        if not enough(MOST_RUNS):
+            return None
+        return LEAST_RUNS + bisect.bisect_left(range(LEAST_RUNS, MOST_RUNS), True, key=enough)
+
+
+def _tail(t: float, freedom: float) -> float:
+    """How likely Student's t is larger."""
+    from scipy import special
+
+    return float(special.stdtr(freedom, -t))
+
+
+def _quantile(share: float, freedom: float) -> float:
+    """Of Student's t."""
+    from scipy import special
+
+    return float(special.stdtrit(freedom, share))
 
 
 Groups = Mapping[str, Mapping[str, Sample]]
@@ -201,9 +214,7 @@ def mean_interval(tasks: Sequence[Array], confidence: float = 0.95) -> tuple[flo
     )
     if not error:
         return point, point, point
-    from scipy import stats
-
-    half = error * float(stats.t.ppf((1 + confidence) / 2, freedom))
+    half = error * _quantile((1 + confidence) / 2, freedom)
     return point, point - half, point + half
 
 
