@@ -403,7 +403,7 @@ class _Scores:
         wanted = question.normalize == "range" or (
             question.normalize == "auto" and not same_unit(question.metric)
         )
-        self.normalized = several and wanted
+        self.normalized = comparable and several and wanted
         if self.normalized:
             self._say_normalized(everyone, say)
         elif comparable and several and not same_unit(question.metric):
