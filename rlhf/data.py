@@ -218,7 +218,7 @@ def hold_out(dataset: "Dataset", fraction: float, seed: int) -> tuple["Dataset",
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} is not between 0 and 1")
     column = next(name for name in ("prompt", "messages", "text") if name in dataset.column_names)
-    keys = [_key(value[:-1] if column == "messages" else value) for value in dataset[column][:]]
+    keys = [key_of(value[:-1] if column == "messages" else value) for value in dataset[column][:]]
     chances = {key: _uniform(f"{seed} {key}") for key in set(keys)}
     if len(chances) < 2:
         raise LabError("data: no two rows have different prompts, so none can be held out. Name more data.")
@@ -325,7 +325,7 @@ def _parsed(kind: str, source: str, parts: Sequence[sources.Part]) -> Any:
                 left_out.ties += 1
                 continue
             if kind == "prompts":
-                key = _key(row["prompt"])
+                key = key_of(row["prompt"])
                 if key in seen:
                     continue
                 seen.add(key)
@@ -500,7 +500,7 @@ def _code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _key(prompt: Text) -> str:
+def key_of(prompt: Text) -> str:
     """Equal for equal prompts."""
     if isinstance(prompt, list):
         prompt = [{key: value for key, value in turn.items() if value is not None} for turn in prompt]
