@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+MOST_THREADS = 1024
+PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes they started."""
 _MALLOC_KEEPS = {-1: 2**31 - 1, -2: 64 * 2**20, -3: 32 * 2**20}
 """glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (malloc.h), bytes; the last is 32 MiB at most."""
 SHORT_TOKENS = 128
@@ -38,14 +41,23 @@ class DeviceConfig:
     """CPU threads for torch; 0 takes the idle cores, at most 4. CPU results are exact per thread count."""
 
     def __post_init__(self) -> None:
-        base = self.device.partition(":")[0]
+        base, _, index = self.device.partition(":")
         require(base in DEVICES, "device.device", f"{self.device!r} is none of {', '.join(DEVICES)}")
+        require(
+            self.device == base or (base == "cuda" and index.isdecimal() and len(index) < 4),
+            "device.device",
+            f"{self.device!r} has no such number: several GPUs are cuda:0, cuda:1 and so on",
+        )
         require(
             self.precision in PRECISIONS,
             "device.precision",
             f"{self.precision!r} is none of {', '.join(PRECISIONS)}",
         )
-        require(self.threads >= 0, "device.threads", "must be 0 (choose for me) or more")
+        require(
+            0 <= self.threads <= MOST_THREADS,
+            "device.threads",
+            f"{self.threads} must be 0 (choose for me) to {MOST_THREADS:,}",
+        )
 
 
 @dataclass(frozen=True)
@@ -140,8 +152,30 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def refuse_several_processes() -> None:
+    """Raises where this process is one of several that are to train together.
+
+    Nothing here shares work between processes: each would train all of the run, in the same folder.
+
+    Raises:
+        LabError: it was started by torchrun, accelerate launch, mpirun or the like.
+    """
+    for name in PROCESS_COUNTS:
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise LabError(
+                f"{name} = {count}: a run trains in one process. Start it without torchrun, accelerate launch "
+                "or mpirun; `lab sweep --jobs N` trains several runs at once."
+            )
+
+
 def check_without_torch(config: DeviceConfig) -> None:
-    """Refuses a device that the installed torch cannot have, without the second it takes to import it."""
+    """Refuses what cannot work here, without the second it takes to import torch.
+
+    Raises:
+        LabError: a device that the installed torch cannot have, or one of several processes.
+    """
+    refuse_several_processes()
     if config.device.startswith("cuda") and importlib.metadata.version("torch").endswith("+cpu"):
         raise LabError(
             f"device.device = {config.device!r}: not available here (this torch is a CPU build). "
@@ -149,34 +183,48 @@ def check_without_torch(config: DeviceConfig) -> None:
         )
 
 
-def resolve(config: DeviceConfig, before: Mapping[str, Any] | None = None) -> Compute:
+def resolve(
+    config: DeviceConfig, before: Mapping[str, Any] | None = None, *, elsewhere: bool = False
+) -> Compute:
     """Chooses device, number format and thread count, and sets torch's thread count.
 
     Args:
         config: what is wanted.
         before: `Compute.describe()` of the run being continued: what was left to choose is chosen as then,
             so that it goes on bit for bit.
+        elsewhere: the config is that of a run that is only read (evaluated, filmed), perhaps on another
+            machine: where the device it names is missing, `auto` chooses, and `reason` says so.
 
     Raises:
-        LabError: a device was named that this machine or this torch does not have.
+        LabError: a device was named that this machine or this torch does not have, or this is one of several
+            processes.
     """
     import torch
 
+    refuse_several_processes()
     if before is not None:
         precision = before["precision"] if config.precision == "auto" else config.precision
         config = replace(config, precision=precision)
     wanted = config.device
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    base, _, index = wanted.partition(":")
+    missing_here = wanted != "auto" and (
+        not available[base] or (index != "" and int(index) >= torch.cuda.device_count())
+    )
+    instead = f"{wanted} of the run's config is not here; " if missing_here and elsewhere else ""
+    if instead:
+        wanted = "auto"
     if wanted == "auto":
         name = next(device for device, there in available.items() if there)
         missing = [device for device in ("cuda", "mps") if not available[device]]
-        reason = f"auto: {name}" + (
+        reason = f"{instead}auto: {name}" + (
             f", because there is no {' and no '.join(missing)}" if name == "cpu" else ""
         )
     else:
         name, reason = wanted, f"{wanted}: named in the config"
-        if not available[wanted.partition(":")[0]]:
+        if missing_here:
             build = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+            build += f", {torch.cuda.device_count()} GPUs" if available["cuda"] else ""
             raise LabError(
                 f"device.device = {wanted!r}: not available here (torch {torch.__version__} is {build}). "
                 "Use --device.device=auto."

@@ -13,6 +13,9 @@ from lab.tracking import TrackingConfig
 STAGES = ("sft", "collect", "reward", "ppo", "eval")
 SCHEDULES = ("constant", "linear", "cosine")
 REWARD_LOSSES = ("pairwise", "ranking")
+BAD_ROWS = ("error", "skip")
+TOO_LONG = ("error", "drop", "truncate_prompt")
+CHAT_TEMPLATES = ("chatml", "plain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,10 @@ class ModelConfig:
     """Arguments of LabGPT, e.g. {width: 128, n_layer: 4, n_head: 4}; for path labgpt."""
     tokenizer: str = ""
     """A folder or a name on the Hub; empty: the model's own, or with labgpt one made of the data's words."""
+    chat_template: str = ""
+    """For a tokenizer without one: chatml, plain (Human: and Assistant:), or a file; empty: its own."""
+    eos_token: str = ""
+    """The token that ends an answer; empty: what the chat template ends a turn with, or the tokenizer's."""
     lora_rank: int = 0
     """Rank of LoRA adapters in every stage; 0 trains all weights."""
     lora_alpha: int = 32
@@ -56,8 +63,15 @@ class DataConfig:
     """Tokens of prompt and answer together."""
     max_new_tokens: int = 64
     """Tokens of a sampled answer."""
+    bad_rows: str = "error"
+    """Rows that cannot be used: `error` names all of them before anything is trained; `skip` counts them."""
+    too_long: str = "error"
+    """Rows with more than max_length tokens: `error`, `drop`, or `truncate_prompt` (from its beginning)."""
 
     def __post_init__(self) -> None:
+        for key, known in (("bad_rows", BAD_ROWS), ("too_long", TOO_LONG)):
+            value = getattr(self, key)
+            require(value in known, f"data.{key}", f"{value!r} is none of {', '.join(known)}")
         require(
             1 <= self.max_new_tokens < self.max_length,
             "data.max_new_tokens",

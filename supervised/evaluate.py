@@ -61,7 +61,7 @@ def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[s
     Raises:
         LabError: there is no such part, or the data are gone.
     """
-    compute = resolve(run_config(run).device)
+    compute = resolve(run_config(run).device, elsewhere=True)
     objective = open_objective(run, saved, compute.device, part)
     with torch.inference_mode(), compute.autocast():
         numbers = objective.evaluate(objective.players, objective.batches("test", compute.device).epoch(0))

@@ -44,6 +44,7 @@ class SupervisedPipeline:
                 f"model.backbone = {name!r}: no such backbone.{did_you_mean(name, backbones.names())} "
                 "`lab list backbones` shows them all."
             )
+        check_without_torch(config_.device)
         folder = folder or Path("runs") / folder_name(config_.run_name)
         values = config.to_dict(config_)
         run, saved = None, None
@@ -54,7 +55,6 @@ class SupervisedPipeline:
             saved = checkpoint.load(latest) if latest is not None else None
         else:
             Run.check_new(folder)
-        check_without_torch(config_.device)
         mode, why = tracking.choose_mode(config_.tracking.wandb)
 
         quiet_threads()

@@ -89,7 +89,7 @@ def open_dream(run: Run, saved: Checkpoint, seed: int) -> tuple[Dream, list[str]
     settings = run_config(run)
     config, spec = settings.objective, saved.state["spec"]
     assert isinstance(config, WorldModelConfig)
-    compute = resolve(settings.device, run.info["compute"])
+    compute = resolve(settings.device, run.info["compute"], elsewhere=True)
     weights = part_of(judged_weights(saved), "model")
     names = list(spec["actions"])
     of_data = dreaming.network_shape(config.context, config.patch, len(names), spec["shape"])

@@ -1,11 +1,20 @@
 """Which device, number format and threads, and why."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from lab.device import DeviceConfig, autocast, keep_freed_memory, resolve
+from lab.config import ConfigError
+from lab.device import (
+    PROCESS_COUNTS,
+    DeviceConfig,
+    autocast,
+    check_without_torch,
+    keep_freed_memory,
+    resolve,
+)
 from lab.errors import LabError
 
 
@@ -30,6 +39,38 @@ def test_auto_says_what_it_took_and_why(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_missing_device_is_an_error_and_no_downgrade() -> None:
     with pytest.raises(LabError, match="'cuda': not available here"):
         resolve(DeviceConfig(device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_run_of_another_device_is_read_on_the_one_there_is(device: str) -> None:
+    compute = resolve(DeviceConfig(device=device), elsewhere=True)
+    assert compute.device.type in ("cpu", "mps")
+    assert compute.reason.startswith(f"{device} of the run's config is not here; auto: ")
+
+
+@pytest.mark.parametrize("name", ["cuda:", "cuda:x", "cuda:-1", "cpu:0", "gpu", "cuda:99999"])
+def test_a_device_that_has_no_such_number(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"device\.device"):
+        DeviceConfig(device=name)
+
+
+@pytest.mark.parametrize("threads", [-1, 10**9])
+def test_threads_have_bounds(threads: int) -> None:
+    with pytest.raises(ConfigError, match=r"device\.threads"):
+        DeviceConfig(threads=threads)
+
+
+@pytest.mark.parametrize("name", PROCESS_COUNTS)
+@pytest.mark.parametrize("check", [resolve, check_without_torch])
+def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, check: Any) -> None:
+    monkeypatch.setenv(name, "1")
+    check(DeviceConfig(device="cpu"))
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(
+        LabError, match=rf"{name} = 2: a run trains in one process. Start it without torchrun"
+    ):
+        check(DeviceConfig(device="cpu"))
 
 
 def test_named_values_win_over_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
