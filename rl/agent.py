@@ -2,9 +2,9 @@
 
 A learner is an iterator: `for agent_steps in agent.iterate(total)` acts and learns, and knows nothing of
 logging, checkpoints or evaluation. Between two items its state is consistent: `capture` takes all of it,
-`restore` goes on bit for bit. SB3's own `learn(total, callback)` drives the same iterator and calls callbacks
-when SB3 does; `save` and `load` write and read SB3's zip files. (Those hold pickles: `load` runs what is in the
-file, so load your own. The command `lab` neither writes nor reads them, but for `lab export`.)
+`restore` goes on bit for bit. SB3's own `learn(total, callback)` drives the same iterator and calls
+callbacks when SB3 does; `save` and `load` write and read SB3's zip files. (Those hold pickles: `load` runs
+what is in the file, so load your own. The command `lab` reads none, and writes them for `lab export` alone.)
 """
 
 import time
@@ -105,6 +105,11 @@ class QLearner(BaseAlgorithm):
 
     # ---- the loop ----
 
+    @property
+    def steps_per_iteration(self) -> int:
+        """Agent steps of one iteration, all environments together."""
+        return self.n_envs
+
     @abstractmethod
     def _iteration(self) -> None:
         """Acts and learns for the least number of steps that leaves a consistent state."""
@@ -191,7 +196,13 @@ class QLearner(BaseAlgorithm):
         self._episode_num += len(ended)
         if self._callback is not None:
             self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
-            seen |= {"self": self, "env": self.env, "callback": self._callback, "dones": dones, "infos": infos}
+            seen |= {
+                "self": self,
+                "env": self.env,
+                "callback": self._callback,
+                "dones": dones,
+                "infos": infos,
+            }
             self._callback.update_locals(seen)
             if not self._callback.on_step():
                 self._stopped = True
@@ -450,7 +461,7 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         actions = self.explore(greedy, n_envs, self.epsilons())
 
         self.env.step_async(actions)
-        if not warming_up:  # learn while the emulators work
+        if not warming_up and not self.replay.empty:  # learn while the emulators work
             self.train(crossings(self.num_timesteps, n_envs, self.config.train_freq), self.config.batch_size)
             if crossings(self.num_timesteps, n_envs, self.config.target_update_steps):
                 self.policy.q_net_target.load_state_dict(self.policy.q_net.state_dict())
@@ -458,7 +469,13 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         new_observations, rewards, dones, infos = self.env.step_wait()
 
         self._after_env_step(
-            dones, infos, actions=actions, buffer_actions=actions, new_obs=new_observations, rewards=rewards
+            dones,
+            infos,
+            actions=actions,
+            buffer_actions=actions,
+            new_obs=new_observations,
+            rewards=rewards,
+            replay_buffer=self.replay,
         )
         # What a callback that stops has seen is stored as well: a later `learn` goes on from here.
         self._store_transition(self.replay, actions, new_observations, rewards, dones, infos)  # type: ignore[arg-type]

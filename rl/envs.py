@@ -133,7 +133,7 @@ class AtariVecEnv(VecEnv):
         color: bool = False,
     ) -> None:
         self.game = games.check(game)
-        self._atari = emulators(
+        self._atari: Any = emulators(
             self.game,
             n_envs,
             image_size,

@@ -78,6 +78,10 @@ class PQN(QLearner):
         rollout = ["_observations", "_actions", "_rewards", "_shuffle"]
         return [*super()._excluded_save_params(), *rollout]
 
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.n_envs * self.config.rollout_steps
+
     def _log_clock(self) -> int:
         return self._rollouts
 
@@ -90,7 +94,7 @@ class PQN(QLearner):
             self.train(targets)
 
     def _rollout(self) -> Tensor | None:
-        """Plays and returns the lambda returns, float32 (rollout_steps, n_envs); None if a callback stopped it.
+        """Plays and returns the lambda returns, float32 (rollout_steps, n_envs); None if a callback stops.
 
         A life lost or a game over ends a return; a game cut off by the time limit does not, its last
         observation's value stands for the rest (Pardo et al. 2018, arXiv 1712.00378).
