@@ -78,13 +78,13 @@ def _save_film_frame(run: Run, path: Path) -> None:
     import imageio_ffmpeg
     from PIL import Image
 
-    from rl.evaluate import load_player
+    from rl.evaluate import load_player, run_config
     from rl.film import film
 
     player, _, _ = load_player(run, "best")
     with tempfile.TemporaryDirectory() as scratch:
         movie = Path(scratch) / "film.mp4"
-        film(player, movie, UNSEEN_SEED, 0.001, max_steps=400)
+        film(player, movie, unseen_seed(run_config(run).eval, 1), 0.001, max_steps=400)
         reader = imageio_ffmpeg.read_frames(str(movie))
         width, height = next(reader)["size"]  # type: ignore[index]
         frames = list(reader)

@@ -164,8 +164,8 @@ def refuse_several_processes() -> None:
         count = os.environ.get(name, "")
         if count.isdecimal() and int(count) > 1:
             raise LabError(
-                f"{name} = {count}: a run trains in one process. Start it without torchrun, accelerate launch "
-                "or mpirun; `lab sweep --jobs N` trains several runs at once."
+                f"{name} = {count}: a run trains in one process. Start it without torchrun, accelerate "
+                "launch or mpirun; `lab sweep --jobs N` trains several runs at once."
             )
 
 

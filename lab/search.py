@@ -253,9 +253,9 @@ def next_setting(
     if size is not None and len(tried) >= size:
         return None
     every = grid(parameters) or iter(())
-    if method == "grid":
-        return next(itertools.islice(every, len(tried), None))
     known = {_name(one.setting) for one in tried}
+    if method == "grid":
+        return next((setting for setting in every if _name(setting) not in known), None)
     draws = _bayes(parameters, goal, seed, tried) if method == "bayes" else _random(parameters, seed, tried)
     some = itertools.chain(itertools.islice(draws, ATTEMPTS), every)
     return next((setting for setting in some if _name(setting) not in known), None)

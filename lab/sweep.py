@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from lab import config
+from lab import config, trust
 from lab.arguments import count
 from lab.errors import LabError, first_line
 from lab.files import explain_write_errors
@@ -26,6 +26,7 @@ from lab.run import folder_name
 from lab.sweep_file import Sweep, read_sweep, short_names, word
 from lab.sweep_record import Candidate, Record
 from lab.sweep_runs import Runner, locked, threads_each, train_arguments
+from lab.sweep_trial import check_metric
 from lab.tracking import choose_mode
 
 WANDB_SECONDS = 60
@@ -39,10 +40,14 @@ SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lab sweep`."""
-    parser.usage = "lab sweep SWEEP [--out DIR] [--jobs N] [--count N] [--retry] [--local] [--KEY=VALUE ...]"
+    parser.usage = (
+        "lab sweep SWEEP [--out DIR] [--jobs N] [--count N] [--retry] [--skip-trial] [--local] "
+        "[--trust[=NAME]] [--KEY=VALUE ...]"
+    )
     parser.epilog = (
-        "The same command goes on where it stopped. Any key of the config can be overridden for all runs: "
-        "lab sweep configs/sweeps/pong_dqn.yaml --total_steps=200_000."
+        "The same command goes on where it stopped, also with more seeds, values or a larger count. Any key "
+        "of the config can be overridden for all runs: lab sweep configs/sweeps/pong_dqn.yaml "
+        "--total_steps=200_000."
     )
     parser.set_defaults(takes_overrides=True)
     add = parser.add_argument
@@ -51,7 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=count, default=1, metavar="N", help="runs at once (1)")
     add("--count", type=count, metavar="N", help="settings to try; default as in the file")
     add("--retry", action="store_true", help="do failed runs again")
+    add(
+        "--skip-trial",
+        action="store_true",
+        help="do not try the metric first, in a few steps",
+    )
     add("--local", action="store_true", help="make no sweep at W&B; its runs are tracked all the same")
+    trust.add_argument(parser)
 
 
 def do(options: argparse.Namespace) -> int:
@@ -60,11 +71,16 @@ def do(options: argparse.Namespace) -> int:
         raise LabError("command line: --resume is not needed: the same command goes on where it stopped.")
     sweep = read_sweep(options.sweep, config.split_overrides(options.overrides), options.count)
     folder: Path = options.out or Path("runs") / folder_name(sweep.name)
-    Record.open(folder, sweep)  # refuses before anything is written
+    record = Record.open(folder, sweep)  # refuses before anything is written
+    if not options.skip_trial and not any(trial.value is not None for trial in record.trials):
+        problem = check_metric(sweep)
+        if problem:
+            print(f"note    whether runs will have {sweep.metric!r} is not known: {problem}", file=sys.stderr)
     mode, why = choose_mode(str(sweep.tracking.get("wandb", "disabled")))
     with locked(folder):
         record = Record.open(folder, sweep)
-        record.revive(sweep.metric, options.retry)
+        for name in record.revive(sweep.metric, options.retry):
+            print(f"{name}: its folder is gone; it is run again", file=sys.stderr)
         record.save()
         unfinished = len(record.candidates) < sweep.count or any(one.pending for one in record.candidates)
         if mode == "online" and not options.local and record.wandb is None and unfinished:
@@ -99,7 +115,8 @@ def _command(options: argparse.Namespace) -> str:
     """The command line that goes on with the sweep."""
     words = ["lab", "sweep", str(options.sweep)]
     words += [f"--{name}={value}" for name in ("out", "count") if (value := getattr(options, name))]
-    words += ["--local"] if options.local else []
+    words += [f"--{name}" for name in ("local", "skip-trial") if getattr(options, name.replace("-", "_"))]
+    words += trust.arguments()
     return shlex.join([*words, *options.overrides])
 
 

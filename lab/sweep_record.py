@@ -6,8 +6,9 @@ runs/pong_lr/
   logs/learning_rate=0.0003__s0.log what that run said
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -17,7 +18,7 @@ from lab import config
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors, read_json, write_json
 from lab.run import Run, folder_name
-from lab.search import Setting, Tried
+from lab.search import Setting, Tried, same
 from lab.sweep_file import Sweep, short_names, word
 from lab.tracking import read_metrics
 
@@ -124,7 +125,7 @@ class Record:
         try:
             if raw["format"] != FORMAT:
                 raise LabError(f"{path}: has format {raw['format']}, this version of the lab reads {FORMAT}.")
-            changed = config.differences(raw["identity"], identity)
+            changed = config.differences(_ungrown(raw["identity"], identity), identity)
             candidates = [
                 Candidate(one["setting"], [Trial(**trial) for trial in one["trials"]])
                 for one in raw["candidates"]
@@ -136,26 +137,42 @@ class Record:
             key, (was, now) = next(iter(changed.items()))
             raise LabError(
                 f"{folder}: holds another sweep: {key} was {was!r} there, now it is {now!r}. Set it back, or "
-                "choose another folder with --out."
+                "choose another folder with --out. Seeds, values and ranges may be added to."
             )
+        record._add_seeds(sweep)
         return record
 
-    def revive(self, metric: str, retry: bool) -> None:
-        """Makes runs wait again that were stopped, and reads anew what came out of those that finished.
+    def _add_seeds(self, sweep: Sweep) -> None:
+        """Gives settings tried before a run for each seed that is new."""
+        default = sweep.resolved.get("seed", 0)
+        for candidate in self.candidates:
+            there = {default if trial.seed is None else trial.seed for trial in candidate.trials}
+            base = candidate.trials[0].name.rpartition("__s")[0]
+            candidate.trials += [Trial(f"{base}__s{seed}", seed) for seed in sweep.seeds if seed not in there]
+
+    def revive(self, metric: str, retry: bool) -> list[str]:
+        """Makes runs wait again that were stopped or deleted, and reads again what the finished ones gave.
 
         Args:
             metric: may be another than before.
             retry: failed runs wait again, too.
 
+        Returns:
+            Names of runs that had ended and whose folders are gone: they are made again.
+
         Raises:
             LabError: no finished run has the metric.
         """
         problem: LabError | None = None
+        gone: list[str] = []
         for trial in self.trials:
+            folder = self.folder / trial.name
+            if trial.state == "finished" and not any(runs_of(folder)):
+                gone.append(trial.name)
+                trial.state, trial.value = "waiting", None
             if trial.state in ("running", "interrupted") or (retry and trial.state == "failed"):
                 trial.state, trial.error = "waiting", ""
-            folder = self.folder / trial.name
-            if trial.state == "finished" and (folder.exists() or metric != self.metric):
+            if trial.state == "finished":
                 try:
                     trial.value = last_value(folder, metric)
                 except LabError as error:
@@ -163,6 +180,7 @@ class Record:
         if problem and not any(trial.value is not None for trial in self.trials):
             raise problem
         self.metric = metric
+        return gone
 
     def add(self, sweep: Sweep, setting: Setting) -> Candidate:
         """Adds a setting with its runs, still to be made."""
@@ -175,6 +193,25 @@ class Record:
         trials = [Trial(f"{base}__s{suffix}", seed) for seed, suffix in zip(seeds, suffixes, strict=True)]
         self.candidates.append(Candidate(setting, trials))
         return self.candidates[-1]
+
+
+def _ungrown(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity `old` with the seeds, values and ranges of `new` where these only add to it."""
+    grown = json.loads(json.dumps(old))
+    if set(old["seeds"] or [old["config"].get("seed", 0)]) <= set(new["seeds"]):
+        grown["seeds"] = new["seeds"]
+    for key in old["parameters"].keys() & new["parameters"].keys():
+        if _covers(new["parameters"][key], old["parameters"][key]):
+            grown["parameters"][key] = new["parameters"][key]
+    return grown
+
+
+def _covers(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether a parameter may still be all that it could be before."""
+    if old["values"]:
+        return all(any(same(value, other) for other in new["values"]) for value in old["values"])
+    alike = all(new[key] == old[key] for key in ("distribution", "q"))
+    return alike and new["low"] <= old["low"] and old["high"] <= new["high"]
 
 
 def setting_name(sweep: Sweep, setting: Setting) -> str:

@@ -1,7 +1,5 @@
 """What `lab train`, `evaluate`, `play` and `export` do for an Atari run."""
 
-import json
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,7 +10,6 @@ from lab import checkpoint, config, tracking
 from lab.config import ConfigError
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
 from rl import games, pretrained
@@ -49,6 +46,9 @@ EPSILON = 0.001
 
 class RLPipeline:
     """Deep Q-learning on Atari."""
+
+    late_metrics = ("rollout/ep_rew_mean", "rollout/ep_len_mean", "rollout/ep_clipped_rew_mean")
+    """Logged once games of training have ended, which a smoke test's do not."""
 
     def config_class(self, values: Mapping[str, Any], source_of: Callable[[str], str]) -> type:
         return run_config_class(values, source_of)
@@ -131,12 +131,7 @@ class RLPipeline:
         epsilon = e.epsilon if options.epsilon is None else options.epsilon
         seed = unseen_seed(e, episodes) if options.seed is None else options.seed
         result = evaluate_run(run, options.checkpoint, episodes, epsilon, seed)
-        path = folder / "evaluations.jsonl"
-        with (
-            explain_write_errors(str(path), "Free some space and try again."),
-            path.open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps({**result, "_time": time.time()}) + "\n")
+        run.keep_evaluation(result)
         return result
 
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:

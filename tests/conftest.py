@@ -7,12 +7,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
+import hypothesis.configuration
 import pytest
 
+# What a user has set, or has at home, changes no test. This happens before any library looks.
+_SETTINGS = ("WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "ACCELERATE_", "XDG_")
+for _name in [name for name in os.environ if name.startswith(_SETTINGS) or name.endswith("_API_KEY")]:
+    del os.environ[_name]
+for _name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    os.environ.pop(_name, None)
+_HOME = tempfile.TemporaryDirectory(prefix="deep-rl-lab-home-", ignore_cleanup_errors=True)
+# matplotlib's list of fonts takes seconds to make: one for all runs of the tests.
+_FONTS = f"{tempfile.gettempdir()}/deep-rl-lab-fonts-{os.getuid()}"
+os.environ |= {"HOME": _HOME.name, "NETRC": f"{_HOME.name}/.netrc", "MPLCONFIGDIR": _FONTS}
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is on the Hub
+
+hypothesis.configuration.set_hypothesis_home_dir(f"{_HOME.name}/hypothesis")
 # A busy machine is slow, which is no mistake in the code under test.
 hypothesis.settings.register_profile(
     "lab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -43,6 +58,25 @@ LONGEST = (
 LabCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _working_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty one: no test meets the runs of who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        here = tmp_path_factory.mktemp("cwd")
+        patch.chdir(here)
+        yield here
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_working_folder_empty(_working_folder: Path) -> Iterator[None]:
+    """Tests write to `tmp_path` alone."""
+    yield
+    left = list(_working_folder.iterdir())
+    for path in left:  # the tests that follow are not to blame
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not left, f"left in the working folder: {[path.name for path in left]}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts by file, the longest first; within a file nothing changes."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
@@ -58,11 +92,9 @@ def _ordinary_floats() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def lab_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment without W&B settings, and with an empty home: no key is found by accident."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    fonts = environment.get("MPLCONFIGDIR") or str(Path.home() / ".cache" / "matplotlib")  # slow to rebuild
+    """An environment with another empty home, for the commands that tests run."""
     home = str(tmp_path_factory.mktemp("home"))
-    return environment | {"HOME": home, "NETRC": f"{home}/.netrc", "MPLCONFIGDIR": fonts, "COLUMNS": "200"}
+    return {**os.environ, "HOME": home, "NETRC": f"{home}/.netrc", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="session")

@@ -167,7 +167,7 @@ def kept(
             places = [str(path) for path in (root / "runs").glob("*/wandb/offline-run-*/*.wandb")]
             again = max(path for path in places if "/pqn0/" in path)  # the sessions in order
             for part in ([path for path in places if path != again], [again]):
-                subprocess.run([*command, *part], check=True, capture_output=True)
+                subprocess.run([*command, *part], check=True, capture_output=True, cwd=root)
         # After five minutes without a word the real server does so.
         server.runs[Run.open(root / "runs" / "pqn1").info["id"]].state = "crashed"
         yield server, root / "runs"

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,9 @@ class Config:
 class Pipeline:
     def config_class(self, values, source_of):
         return Config
+
+    def smoke(self, values):
+        return {**values, "steps": 1, "pause": 0.0}
 
     def train(self, c, folder, resume):
         run = Run.resume(folder) if resume else None
@@ -385,7 +389,8 @@ def test_a_sweep_goes_on_with_more_settings_but_not_as_another(
     for changes, words in (
         ({"search_seed": 1}, "runs/sweep: holds another sweep: search_seed was 0 there, now it is 1."),
         ({"seeds": [7]}, "seeds was [] there, now it is [7]."),
-        ({"parameters": {"agent.x": {"min": 0.0, "max": 5.0}}}, "parameters.agent.x.high was 4.0 there"),
+        ({"parameters": {"agent.x": {"min": 0.0, "max": 3.0}}}, "parameters.agent.x.high was 4.0 there"),
+        ({"parameters": {"agent.x": {"values": [0, 4]}}}, "parameters.agent.x.distribution was 'uniform'"),
     ):
         write(**(drawn | changes), count=2)
         refuse(lab(), words)
@@ -422,12 +427,61 @@ def test_when_nothing_finished_that_is_an_error(write: Write, lab: Lab) -> None:
     )
 
 
-def test_a_misspelt_metric_ends_the_sweep_after_one_run_and_can_be_mended(
-    write: Write, lab: Lab, tmp_path: Path
-) -> None:
+def test_a_sweep_grows_by_seeds_values_and_a_wider_range(write: Write, lab: Lab, tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "sweep"
+    write(parameters={"agent.x": {"values": [3]}}, seeds=None)
+    assert lab().returncode == 0
+    assert sessions(root) == {"config__s0": 1}
+    write(parameters={"agent.x": {"values": [0, 3]}}, seeds=[1, 0])
+    result = lab()
+    assert result.returncode == 0, result.stderr
+    assert sessions(root) == {"config__s0": 1, "config__s1": 1, "x=0__s0": 1, "x=0__s1": 1}
+    assert "4 of 4 runs finished" in result.stdout
+    assert {Run.open(root / f"config__s{seed}").info["config"]["agent"]["x"] for seed in (0, 1)} == {3}
+    write(parameters={"agent.x": {"values": [0]}}, seeds=[0, 1])
+    refuse(lab(), "runs/sweep: holds another sweep: parameters.agent.x.", "may be added to")
+    shutil.rmtree(root)
+    narrow = {"method": "bayes", "seeds": None, "parameters": {"agent.x": {"min": 0.0, "max": 4.0}}}
+    write(**narrow, count=2)
+    assert lab().returncode == 0
+    first = sessions(root)
+    write(**(narrow | {"parameters": {"agent.x": {"min": -1.0, "max": 9.0}}}), count=4)
+    assert lab().returncode == 0
+    assert len(sessions(root)) == 4
+    assert first.items() <= sessions(root).items()
+
+
+def test_a_deleted_run_is_made_again(write: Write, lab: Lab, tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "sweep"
+    write()
+    before = lab()
+    assert before.returncode == 0
+    for name in ("x=3__s0", "x=0__s1"):
+        shutil.rmtree(root / name)
+    result = lab()
+    assert "x=3__s0: its folder is gone; it is run again" in result.stderr
+    assert "6 of 6 runs finished" in result.stdout
+    assert result.stdout == before.stdout
+    assert set(sessions(root).values()) == {1}
+    assert len(sessions(root)) == 6
+
+
+def test_a_misspelt_metric_is_found_before_the_first_run(write: Write, lab: Lab, tmp_path: Path) -> None:
+    write(metric={"name": "eval/scroe", "goal": "maximize"})
+    refuse(
+        lab("--steps=100", "--pause=60"),
+        "sweep.yaml: metric.name = 'eval/scroe': a few steps of the first setting logged no such metric. Did "
+        "you mean 'eval/score'? They logged eval/score, global_step, threads.",
+    )
+    assert not (tmp_path / "runs").exists()
+    write()
+    assert lab().returncode == 0
+
+
+def test_a_metric_that_comes_late_may_be_waited_for(write: Write, lab: Lab, tmp_path: Path) -> None:
     write(metric={"name": "eval/scroe", "goal": "maximize"})
     for _ in range(2):
-        result = lab()
+        result = lab("--skip-trial")
         assert result.returncode == 2
         assert result.stderr.splitlines()[-1] == (
             "lab: runs/sweep/x=0__s0: has no metric 'eval/scroe', which metric.name asks for. Did you mean "
@@ -437,6 +491,14 @@ def test_a_misspelt_metric_ends_the_sweep_after_one_run_and_can_be_mended(
     write()
     assert lab().returncode == 0
     assert set(sessions(tmp_path / "runs" / "sweep").values()) == {1}
+
+
+def test_a_trial_that_cannot_be_made_is_said_and_hinders_nothing(write: Write, lab: Lab) -> None:
+    write(parameters={"agent.kind": {"values": ["broken", "good"]}}, seeds=None)
+    result = lab()
+    assert result.returncode == 0
+    assert "note    whether runs will have 'eval/score' is not known: " in result.stderr
+    assert "the toy is broken" in result.stderr
 
 
 def test_bayesian_search_runs_side_by_side(write: Write, lab: Lab, tmp_path: Path) -> None:
