@@ -70,9 +70,9 @@ def _whole(agent: "QLearner", run: Run, saved: Checkpoint) -> dict[str, str]:
     there, here = ({name: tuple(t.shape) for name, t in x.items()} for x in (weights, net.state_dict()))
     other = next((name for name in {**here, **there} if here.get(name) != there.get(name)), None)
     if other is not None:
-        theirs = run.info["config"]["agent"]
+        theirs = run.info["config"].get("agent") or {}
         keys = ("backbone", "backbone_spec", "dueling")
-        other_keys = [f"agent.{key}" for key in keys if theirs[key] != getattr(agent.config, key)]
+        other_keys = [f"agent.{key}" for key in keys if theirs.get(key) != getattr(agent.config, key)]
         differ = ", ".join(other_keys) or "env.image_size or the number of actions"
         raise LabError(
             f"{where}: its network has {other} as {there.get(other, 'no part')}, this agent's as "
