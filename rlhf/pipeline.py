@@ -19,7 +19,7 @@ from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import data, labelers, sharing, sources, splits
+from rlhf import labelers, sharing, sources, splits
 from rlhf.config import STAGES, RLHFRun
 from rlhf.sharing import RESULTS, fingerprint
 from rlhf.stage_keys import relevant
@@ -249,17 +249,16 @@ def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
         sources.has_eval(d.comparisons)
     _check_labelers(settings, stages)
     # A stage that cannot use its data would say so only when those before it have been trained.
-    unsaid = data.Dropped()
     if {"sft", "reward", "ppo"} & set(stages):
-        rows = data.demonstrations(d.demonstrations, dropped=unsaid)
+        rows = splits.load(settings, "demonstrations", d.demonstrations).rows
         if "ppo" in stages and settings.ppo.ptx_coef and "completion" not in rows.column_names:
             raise LabError("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
     if {"collect", "ppo"} & set(stages):
-        data.prompts(d.prompts or d.demonstrations, dropped=unsaid)
+        splits.load(settings, "prompts", d.prompts or d.demonstrations)
     if "eval" in stages:
         splits.unseen_prompts(settings)
     if "reward" in stages and d.comparisons != "collect":
-        data.comparisons(d.comparisons, dropped=unsaid)
+        splits.load(settings, "comparisons", d.comparisons)
 
 
 def _check_labelers(settings: RLHFRun, stages: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
 from lab.tracking import Tracker
-from rlhf import data, labelers, sources, splits
+from rlhf import labelers, sources, splits
 from rlhf.config import RLHFRun
 from rlhf.pipeline import JOB_TYPES, Recipe, code_of, evaluator, read_settings, recipe_folder
 from rlhf.sharing import RESULTS, fingerprint
@@ -145,8 +145,11 @@ def watcher(settings: RLHFRun) -> labelers.Scorer | None:
 def _sft(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf.sft import train_sft
 
-    rows, held_out = splits.demonstrations(recipe.settings)
-    return _keep(recipe.of("sft"), train_sft(recipe.settings, stage, compute, rows, held_out))
+    settings = recipe.settings
+    rows, held_out = splits.demonstrations(settings)
+    converses = splits.converses(settings)
+    trained = train_sft(settings, stage, compute, rows, held_out, converses)
+    return _keep(recipe.of("sft"), trained)
 
 
 def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
@@ -215,10 +218,11 @@ def _reward(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     settings = recipe.settings
     collected = settings.data.comparisons == "collect"
     source = str(recipe.result("collect")) if collected else settings.data.comparisons
-    comparisons = data.comparisons(source)
+    compared = splits.load(settings, "comparisons", source).rows
     rows, _ = splits.demonstrations(settings)
     policy = recipe.result("sft")
-    return _keep(recipe.of("reward"), train_reward(settings, stage, compute, comparisons, rows, policy))
+    both = splits.training_comparisons(settings, compared)
+    return _keep(recipe.of("reward"), train_reward(settings, stage, compute, *both, rows, policy))
 
 
 def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:

@@ -265,11 +265,11 @@ def test_a_finished_stage_keeps_its_model_and_no_checkpoints(a: Path) -> None:
 def test_a_finished_recipe_says_so_without_reading_its_data(
     lab: Lab, a: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf import sources
+    from rlhf import data
 
-    read: list[Path] = []
-    parse = sources._read_file
-    monkeypatch.setattr(sources, "_read_file", lambda path: read.append(path) or parse(path))
+    read: list[Any] = []
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *all_, **named: read.append(all_) or load(*all_, **named))
     code, said, _ = lab("--out", "runs/a")
     assert (code, said.count("finished before")) == (0, 5)
     assert read == []
