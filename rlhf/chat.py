@@ -5,6 +5,7 @@ A model whose tokenizer has a chat template keeps the dialogue; any other contin
 
 import argparse
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -185,8 +186,8 @@ def chat(folder: Path, options: argparse.Namespace) -> None:
         LabError: no language model there, or an option that cannot be.
         KeyboardInterrupt: while `options.prompt` was being answered.
     """
-    if options.temperature < 0:
-        raise LabError(f"--temperature {options.temperature:g}: must not be negative.")
+    if not 0 <= options.temperature < math.inf:
+        raise LabError(f"--temperature {options.temperature:g}: must be a number that is not negative.")
     if options.max_new_tokens < 1:
         raise LabError(f"--max_new_tokens {options.max_new_tokens}: must be at least 1.")
     folders = [folder, options.against] if options.against else [folder]
@@ -279,7 +280,7 @@ def _obey(line: str, speakers: Sequence[Speaker]) -> str:
             elif command == "/seed":
                 speaker.seed(int(value))
             elif command == "/temperature":
-                if not float(value) >= 0:
+                if not 0 <= float(value) < math.inf:
                     raise ValueError
                 speaker.temperature = float(value)
     except ValueError:

@@ -1,6 +1,7 @@
 """The commands of the RLHF pipeline: rlhf, collect, chat, fetch. Imports nothing heavy."""
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "rlhf",
         _rlhf,
         "Run the ChatGPT recipe: demonstrations, comparisons, reward model, PPO, evaluation.",
-        usage="lab rlhf CONFIG [--out DIR] [--stage STAGE] [--from STAGE] [--print_config] [--trust[=NAME]] "
-        "[--KEY=VALUE ...]",
+        usage="lab rlhf CONFIG [--out DIR] [--stage STAGE] [--from STAGE] [--smoke] [--print_config] "
+        "[--trust[=NAME]] [--KEY=VALUE ...]",
         epilog="Finished stages are skipped and an interrupted one is resumed: the same command goes on.",
     )
     _config_arguments(recipe)
@@ -27,7 +28,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--from",
         dest="restart_from",
         metavar="STAGE",
-        help="do this stage and all after it anew; the old ones are put aside",
+        help="do this stage and all after it again; the old ones are put aside",
     )
 
     collecting = command(
@@ -54,18 +55,25 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the recipe's folder; default runs/<name>")
     parser.add_argument("--print_config", action="store_true", help="show the resolved config and stop")
+    parser.add_argument(
+        "--smoke", action="store_true", help="run all stages in seconds, on tiny data; nothing is kept"
+    )
     trust.add_argument(parser)
 
 
 def _settings(options: argparse.Namespace) -> RLHFRun:
     values = config.read_yaml(options.config)
     overrides = config.split_overrides(options.overrides)
-    _, settings = pipeline.configured(values, overrides, str(options.config))
+    chosen, settings = pipeline.configured(values, overrides, str(options.config))
     if not isinstance(settings, RLHFRun):
         raise LabError(
             f"{options.config}: is a config of pipeline {settings.pipeline!r}, not of rlhf. "
             f"Train it with: lab train {options.config}"
         )
+    if options.smoke:
+        if options.stage or options.restart_from:
+            raise LabError(f"command line: --smoke runs all stages: lab rlhf {options.config} --smoke.")
+        _, settings = pipeline.configured(chosen.smoke(values), overrides, str(options.config))
     return settings
 
 
@@ -76,7 +84,12 @@ def _rlhf(options: argparse.Namespace) -> int:
         return 0
     if options.stage and options.restart_from:
         raise LabError("command line: --stage and --from contradict each other. Keep one.")
-    run_stages(settings, options.out, options.stage, options.restart_from)
+    if options.smoke and options.out is None:
+        with tempfile.TemporaryDirectory(prefix="lab_smoke_") as passing:
+            run_stages(settings, Path(passing) / "run")
+        print(f"{options.config}: works.")
+    else:
+        run_stages(settings, options.out, options.stage, options.restart_from)
     return 0
 
 

@@ -153,6 +153,11 @@ class RLHFPipeline:
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
         refuse_options(options, ("episodes", "epsilon"), "is for games; this run is of a language model")
+        if options.checkpoint != "best":  # the command's default
+            raise LabError(
+                "command line: --checkpoint is for runs that choose among checkpoints; a recipe is evaluated "
+                "with the models its stages left. Leave it out."
+            )
         refuse_options(options, ("part",), "is for models that learned from a data set; this run has prompts")
         quiet_threads()
         from rlhf.work import evaluate_run

@@ -209,9 +209,14 @@ def train_sft(
     stage.run.summarize(demonstrations={name: asdict(fit) for name, fit in trainer.fits.items()})
     for line in [*trainer.notes, *describe_fits(trainer.fits, settings.data.max_length)]:
         stage.progress.say(f"         {line}")
-    done = train(trainer, stage, lambda row: f"loss {row['train/loss']:.3f}" if "train/loss" in row else "")
-    if not done:
-        return None
+    if settings.sft.epochs:
+        done = train(
+            trainer, stage, lambda row: f"loss {row['train/loss']:.3f}" if "train/loss" in row else ""
+        )
+        if not done:
+            return None
+    else:
+        stage.progress.say("         sft.epochs is 0: the model is taken as it is")
     metrics = trainer.evaluate()
     stage.run.summarize(**{"eval/loss": metrics["eval_loss"]})
     return trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class

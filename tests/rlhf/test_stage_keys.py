@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from lab import config
 from lab.cli import main
@@ -273,6 +275,27 @@ def test_a_finished_recipe_says_so_without_reading_its_data(
     code, said, _ = lab("--out", "runs/a")
     assert (code, said.count("finished before")) == (0, 5)
     assert read == []
+
+
+def test_a_model_that_is_fine_tuned_already_is_taken_as_it_is(lab: Lab, a: Path, here: Path) -> None:
+    model = {"model": {"path": "runs/a/sft/model", "labgpt": {}}, "sft": {"epochs": 0}}
+    assert lab("--out", "runs/b", "--stage", "sft", **model)[0] == 0
+    one, other = (load_file(here / "runs" / name / "sft" / "model" / "model.safetensors") for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+    assert "eval/loss" in Run.open(here / "runs" / "b" / "sft").info["summary"]
+
+
+def test_options_that_mean_nothing_here_are_refused(lab: Lab, a: Path, capsys: Any) -> None:
+    for arguments, word in (
+        (["evaluate", "runs/a", "--checkpoint", "latest"], "--checkpoint"),
+        (["evaluate", "runs/a", "--epsilon", "0.1"], "--epsilon"),
+        (["rlhf", "config.yaml", "--smoke", "--stage", "sft"], "--smoke runs all stages"),
+        (["collect", "config.yaml", "--smoke"], "--smoke runs all stages"),
+    ):
+        (a.parent.parent / "config.yaml").write_text(yaml.safe_dump(changed()))
+        assert main(arguments) == 2
+        assert word in capsys.readouterr().err
 
 
 # ---- shared stages ----
