@@ -730,7 +730,7 @@ def test_pictures_of_all_modes_are_read_and_upright(tmp_path: Path) -> None:
     turned.save(tmp_path / "a" / "turned.jpg", exif=exif)
     assert read(tmp_path).train.tensors["inputs"].shape[1:] == (3, 3, 4)
     Image.new("LAB", (4, 3)).save(tmp_path / "a" / "x.tif")
-    assert "x.tif: has colours in LAB. Save it in RGB or grey." in error(tmp_path)
+    assert "x.tif: has colours in LAB. Save it in RGB or grey." in error(tmp_path, grayscale=True)
 
 
 # ---- which part chooses, and classes that nobody evaluates ----
