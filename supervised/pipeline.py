@@ -15,7 +15,12 @@ from supervised.config import SupervisedRun, run_config_class
 
 # What may change between the sessions of one run: none of it alters what was computed so far. With another
 # number of updates a learning rate that falls goes on as the schedule of that many has it.
-MAY_CHANGE = ("epochs", "max_steps", "eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name")
+# Where it is computed, how often it is logged, evaluated and saved, and where the data lie (which are known
+# by their hash) are no part of what is learned.
+MAY_CHANGE = (
+    *("epochs", "max_steps", "eval.", "tracking.", "checkpoint.", "device.", "log_every_steps", "name"),
+    *("data.source", "model.start_from"),
+)
 HOW_IT_SAMPLES = {
     "denoising": ("objective.sampling_steps", "objective.eta", "objective.guidance", "objective.solver"),
     "flow": ("objective.temperature",),
@@ -60,8 +65,12 @@ class SupervisedPipeline:
         train(config_, folder, run, saved, mode, why)
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
-        only_elsewhere = ("prompts", "samples", "episodes", "epsilon")
-        refuse_options(options, only_elsewhere, "is for agents and chats; this run learned from a data set")
+        only_elsewhere = ("prompts", "samples", "episodes", "epsilon", "seed")
+        refuse_options(
+            options,
+            only_elsewhere,
+            "is for agents and chats, and means nothing here: this run learned from a data set",
+        )
         run = Run.open(folder)
         saved = checkpoint.load(run.find_checkpoint(options.checkpoint))
         quiet_threads()
