@@ -48,11 +48,10 @@ class SupervisedPipeline:
             )
         check_without_torch(config_.device)
         folder = folder or Path("runs") / folder_name(config_.run_name)
-        values = config.to_dict(config_)
         run, saved = None, None
         if resume:
             run = Run.resume(folder)
-            run.refuse_other_config(values, MAY_CHANGE + HOW_IT_SAMPLES.get(config_.objective.name, ()))
+            run.refuse_other_config(config_, MAY_CHANGE + HOW_IT_SAMPLES.get(config_.objective.name, ()))
             latest = checkpoint.find(run.checkpoints)
             saved = checkpoint.load(latest) if latest is not None else None
         else:

@@ -354,6 +354,7 @@ class _Session:
 
     def _finished(self, progress: Progress) -> None:
         with self.trainer.judged() as players, explain_write_errors(str(self.run.media), ROOM):
+            self.run.media.mkdir(exist_ok=True)
             drawn = self.objective.draw(players, self.held_out.epoch(0), self.run.media)
             for name, path in itertools.chain(self._curve(), drawn):
                 if path.suffix == ".png":
