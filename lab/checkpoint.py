@@ -15,12 +15,12 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.errors import LabError
+from lab.errors import LabError, first_line
 from lab.files import explain_write_errors, read_json, safetensors_errors, sha256_file, sync_folder
 
 if TYPE_CHECKING:
@@ -41,6 +41,33 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         return load_file(self.path / f"{name}.safetensors")
+
+    @contextlib.contextmanager
+    def restoring(self, captured: Callable[[], Mapping[str, Mapping[str, "torch.Tensor"]]]) -> Iterator[None]:
+        """Within, a run goes back to this checkpoint; what does not fit it is refused, and so is what it
+        would not write itself: every file whole and of the right hash may still be another run's.
+
+        Args:
+            captured: what would now be written, by file and name; called when the block has ended.
+
+        Raises:
+            LabError: something is missing, too much, or of another kind or size.
+        """
+        try:
+            yield
+            for stem, tensors in captured().items():
+                there = {key: (value.shape, value.dtype) for key, value in self.tensors(stem).items()}
+                here = {key: (value.shape, value.dtype) for key, value in tensors.items()}
+                for key in {**there, **here}:
+                    if there.get(key) != here.get(key):
+                        raise ValueError(f"{key} in {stem}.safetensors")
+        except LabError:
+            raise
+        except Exception as error:  # whatever torch, numpy and the parts of a run make of it
+            raise LabError(
+                f"{self.path}: does not fit this run ({type(error).__name__}: {first_line(error)[:160]}). "
+                "Restore it from a copy, or delete it to go back to an earlier one."
+            ) from error
 
 
 def step_name(step: int) -> str:
@@ -136,7 +163,11 @@ def steps(root: Path) -> list[Path]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Removes all but the `keep` newest step checkpoints, and shared files none of the rest needs."""
+    """Removes all but the `keep` newest step checkpoints, and shared files none of the rest needs.
+
+    A run that was killed leaves shared files that no checkpoint ever named; so all that lie in shared/ itself
+    may go, but no link is followed, and no folder in it is the lab's.
+    """
     for old in steps(root)[:-keep]:
         doomed = root / f".deleting-{old.name}"
         old.rename(doomed)
@@ -144,11 +175,12 @@ def prune(root: Path, keep: int) -> None:
     needed: set[Path] = set()
     try:
         for path in steps(root):
-            needed |= {(path / file).resolve() for file in _manifest(path)["files"]}
+            needed |= {Path(os.path.normpath(path / file)) for file in _manifest(path)["files"]}
     except LabError:
         return  # a damaged manifest may need any shared file: leave them all, and let training go on
-    for file in (root / "shared").rglob("*") if (root / "shared").exists() else ():
-        if file.is_file() and file.resolve() not in needed:
+    shared = root / "shared"
+    for file in shared.iterdir() if shared.is_dir() and not shared.is_symlink() else ():
+        if file not in needed and file.is_file() and not file.is_symlink():
             file.unlink(missing_ok=True)
 
 
@@ -168,7 +200,7 @@ def find(root: Path, which: str = "latest") -> Path | None:
     if which == "latest":
         return next(iter(reversed(steps(root))), None)
     path = root / which
-    return path if path.exists() else None
+    return path if path.parent == root and which != ".." and path.exists() else None
 
 
 def load(path: Path) -> Checkpoint:

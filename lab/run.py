@@ -10,6 +10,7 @@ runs/pong/
 import contextlib
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -24,7 +26,7 @@ from typing import IO, Any, NoReturn
 from lab import checkpoint, locks
 from lab.config import differences
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors, read_json, write_json
+from lab.files import check_contained, explain_write_errors, open_own, read_json, write_json
 from lab.tracking import Tracker, rewind, scrub, scrub_argv
 
 PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "ale-py", "wandb", "safetensors")
@@ -53,6 +55,7 @@ class Run:
             )
         if folder.exists() and not folder.is_dir():
             raise LabError(f"{folder}: is a file. Choose another folder with --out.")
+        check_contained(folder)
         # Empty folders are what a run leaves that was killed in its first moment.
         if folder.is_dir() and any(path.is_file() and path.name != ".lock" for path in folder.rglob("*")):
             raise LabError(f"{folder}: is not empty and no run. Choose another folder with --out.")
@@ -258,7 +261,7 @@ class Run:
         self.update(state="running")
 
     def _take_lock(self) -> None:
-        self._lock = (self.folder / ".lock").open("w")
+        self._lock = open_own(self.folder / ".lock", "a")
         if not locks.lock(self._lock):
             self._release_lock()
             pid = (self.info["sessions"] or [{}])[-1].get("pid", "?")
@@ -272,12 +275,31 @@ class Run:
             self._lock = None
 
 
+def keep_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
+    """Adds a result of `lab evaluate` to the run's evaluations.jsonl; says so where that cannot be written,
+    as in a colleague's run: hours of games are not thrown away for it.
+    """
+    path = folder / "evaluations.jsonl"
+    try:
+        with open_own(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**result, "_time": time.time()}) + "\n")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        print(f"lab: {path}: the result is shown, but cannot be kept: {reason}.", file=sys.stderr)
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name from a file is one, and no path that leads elsewhere."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
+
+
 def folder_name(name: str) -> str:
     """A run name as a folder name."""
     return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "run"
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
+    check_contained(folder)
     info = read_json(folder / "run.json", "the record of the run")
     missing = [key for key in _NEEDED if not isinstance(info, dict) or key not in info]
     if missing:

@@ -13,7 +13,7 @@ from typing import IO
 
 from lab import locks, trust
 from lab.errors import LabError
-from lab.files import explain_write_errors
+from lab.files import explain_write_errors, open_own
 from lab.interrupt import StopRequest
 from lab.progress import duration
 from lab.search import Setting
@@ -111,7 +111,7 @@ class Runner:
         log = self.log(trial)
         with explain_write_errors(str(log), "Free some space; the same command goes on then."):
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as out:
+            with open_own(log, "ab") as out:
                 out.write(f"$ lab {shlex.join(arguments)}\n".encode())
                 out.flush()
                 process = subprocess.Popen(
@@ -253,7 +253,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from running the sweep in this folder meanwhile."""
     with explain_write_errors(str(folder), "Choose a folder you may write to with --out."):
         folder.mkdir(parents=True, exist_ok=True)
-        lock: IO[str] = (folder / ".lock").open("w")
+        lock: IO[str] = open_own(folder / ".lock", "a")
     with lock:
         if not locks.lock(lock):
             raise LabError(f"{folder}: another process runs this sweep. Wait for it, or stop it first.")

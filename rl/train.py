@@ -259,12 +259,13 @@ class _Session:
     def restore(self, saved: Checkpoint) -> None:
         """Goes back to a checkpoint."""
         state, agent = saved.state, self.agent
-        if isinstance(agent, DQN):
-            agent.replay.restore(self.run.checkpoints / "shared", state["agent"]["replay"]["segments"])
-        files = _TENSOR_FILES[self.settings.agent.algorithm]
-        agent.restore({name: saved.tensors(name) for name in files}, state["agent"])
-        self.best = state["best"]
-        self.seconds_before = state["elapsed_seconds"]
+        with saved.restoring(lambda: agent.capture()[0]):
+            if isinstance(agent, DQN):
+                agent.replay.restore(self.run.checkpoints / "shared", state["agent"]["replay"]["segments"])
+            files = _TENSOR_FILES[self.settings.agent.algorithm]
+            agent.restore({name: saved.tensors(name) for name in files}, state["agent"])
+            self.best = state["best"]
+            self.seconds_before = state["elapsed_seconds"]
 
     # ---- ends ----
 

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from lab import locks
 from lab.errors import LabError
-from lab.files import explain_write_errors, sync_folder, written_aside
+from lab.files import explain_write_errors, open_own, sync_folder, written_aside
 from lab.progress import Progress
 from rlhf.data import pairs_of
 from rlhf.forms import Row
@@ -286,7 +286,7 @@ class _RankingsFile:
         with explain_write_errors(str(path), "Choose a folder you may write to."):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a buffer would try again, on closing, what did not fit the disk.
-            file = path.open("ab", buffering=0)
+            file = open_own(path, "ab", buffering=0)
             sync_folder(path.parent)
         with file:
             _lock(file, path)

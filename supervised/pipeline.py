@@ -1,7 +1,5 @@
 """What `lab train`, `evaluate` and the rest do for a supervised run."""
 
-import json
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +8,8 @@ from typing import Any
 from lab import checkpoint, config, terminal, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
-from lab.run import Run, folder_name
+from lab.run import Run, folder_name, keep_evaluation
 from supervised import backbones, smoke
 from supervised.config import SupervisedRun, run_config_class
 
@@ -71,12 +68,7 @@ class SupervisedPipeline:
         from supervised.evaluate import evaluate_run
 
         result = evaluate_run(run, saved, options.part)
-        path = folder / "evaluations.jsonl"
-        with (
-            explain_write_errors(str(path), "Free some space and try again."),
-            path.open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps({**result, "_time": time.time()}) + "\n")
+        keep_evaluation(folder, result)
         return result
 
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:

@@ -262,10 +262,11 @@ class _Session:
     def restore(self, saved: Checkpoint) -> None:
         """Goes back to a checkpoint."""
         files = [path.stem for path in saved.path.glob("*.safetensors")]
-        self.trainer.restore({name: saved.tensors(name) for name in files}, saved.state["trainer"])
-        self.best, self.without_better = saved.state["best"], saved.state["without_better"]
-        self.evaluated_at = saved.state.get("evaluated_at", self.trainer.step)
-        self.seconds_before = saved.state["elapsed_seconds"]
+        with saved.restoring(lambda: self.trainer.capture()[0]):
+            self.trainer.restore({name: saved.tensors(name) for name in files}, saved.state["trainer"])
+            self.best, self.without_better = saved.state["best"], saved.state["without_better"]
+            self.evaluated_at = saved.state.get("evaluated_at", self.trainer.step)
+            self.seconds_before = saved.state["elapsed_seconds"]
 
     # ---- ends ----
 
