@@ -25,7 +25,7 @@ from lab.errors import LabError, brief, did_you_mean
 T = TypeVar("T")
 
 
-MOST_BYTES, MOST_VALUES, DEEPEST = 2**20, 100_000, 50
+MOST_CHARACTERS, MOST_VALUES, DEEPEST = 100_000, 20_000, 50
 """Of one YAML text: its length, its values with every alias written out, and how deep they are nested."""
 
 
@@ -79,8 +79,10 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str, source: str) -> Any:
     """Parses one YAML text; `source` names it in the error."""
-    if len(text) > MOST_BYTES:
-        raise LabError(f"{source}: not valid YAML: longer than {MOST_BYTES:,} characters. Shorten it.")
+    if len(text) > MOST_CHARACTERS:
+        raise LabError(
+            f"{source}: longer than {MOST_CHARACTERS:,} characters, which no config is. Shorten it."
+        )
     loader = _Loader("")
     try:
         loader = _Loader(text)
@@ -116,7 +118,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise LabError(f"{path}: no such config file.{hint} `lab list` shows the configs.")
     if not path.is_file():
         raise LabError(f"{path}: is no ordinary file. Name a YAML file.")
-    if path.stat().st_size > 4 * MOST_BYTES:
+    if path.stat().st_size > 4 * MOST_CHARACTERS:
         raise LabError(f"{path}: too large for a config. Name a YAML file.")
     try:
         text = path.read_text(encoding="utf-8")
@@ -322,7 +324,8 @@ def _check_keys(cls: type, values: Any, source: str, path: tuple[str, ...]) -> N
     if not isinstance(values, Mapping):
         example = next(iter(_hints(cls)))
         raise LabError(
-            f"{source}: {here} = {brief(values)} is not valid. Expected a group of keys such as {here}.{example}."
+            f"{source}: {here} = {brief(values)} is not valid. Expected a group of keys such as "
+            f"{here}.{example}."
         )
     hints = _hints(cls)
     for key, value in values.items():

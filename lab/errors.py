@@ -30,7 +30,7 @@ def brief(value: Any) -> str:
 
 
 def cut(text: str, length: int) -> str:
-    """A text of at most this length: of a longer one beginning and end, which say what it is and what to do."""
+    """A text of at most this length: of a longer one beginning and end, which say what it is and what helps."""
     if len(text) <= length:
         return text
     end = length // 3

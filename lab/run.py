@@ -214,6 +214,16 @@ class Run:
         self.update(wandb={"mode": tracker.mode, "why": why, "project": project, "entity": entity})
         return tracker
 
+    def keep_evaluation(self, result: Mapping[str, Any]) -> None:
+        """Adds a result to evaluations.jsonl, or says why it cannot: the run may be somebody else's."""
+        path = self.folder / "evaluations.jsonl"
+        line = json.dumps({**result, "_time": time.time()}) + "\n"
+        try:
+            with open_own(path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            print(f"note: {path}: not kept there: {error.strerror or error}.", file=sys.stderr)
+
     def update(self, **fields: Any) -> None:
         """Changes fields of run.json, atomically."""
         self.info |= fields
@@ -273,19 +283,6 @@ class Run:
         if self._lock is not None:
             self._lock.close()  # closing releases it; a killed process releases it too
             self._lock = None
-
-
-def keep_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
-    """Adds a result of `lab evaluate` to the run's evaluations.jsonl; says so where that cannot be written,
-    as in a colleague's run: hours of games are not thrown away for it.
-    """
-    path = folder / "evaluations.jsonl"
-    try:
-        with open_own(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**result, "_time": time.time()}) + "\n")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        print(f"lab: {path}: the result is shown, but cannot be kept: {reason}.", file=sys.stderr)
 
 
 def is_plain_name(name: Any) -> bool:

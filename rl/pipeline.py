@@ -10,7 +10,7 @@ from lab import checkpoint, config, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.pipeline import refuse_options
-from lab.run import Run, folder_name, keep_evaluation
+from lab.run import Run, folder_name
 from rl import games, pretrained
 from rl.config import DRQNConfig, RunConfig, run_config_class
 from supervised import backbones
@@ -102,7 +102,7 @@ class RLPipeline:
             if getattr(options, key) is not None
         }
         result = evaluate_run(run, options.checkpoint, replace(run_config(run).eval, **chosen))
-        keep_evaluation(folder, result)
+        run.keep_evaluation(result)
         return result
 
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:

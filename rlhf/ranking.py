@@ -26,6 +26,7 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from lab.errors import LabError, did_you_mean
+from rlhf.checkpoints import PlainCheckpoints
 from rlhf.data import ordered_pairs
 from rlhf.scoring import (
     RewardScorer,
@@ -79,7 +80,7 @@ def ranking_loss(rewards: Tensor, weights: Tensor) -> Tensor:
     return -(weights * F.logsigmoid(margins)).sum()
 
 
-class RankingTrainer(RewardTrainer):
+class RankingTrainer(PlainCheckpoints, RewardTrainer):
     """Trains a reward model on ranked answers; otherwise TRL's `RewardTrainer`.
 
     What it does differently, whatever the loss: end tokens only where answers are finished, scores read at

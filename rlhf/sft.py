@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from lab.device import Compute
 from lab.errors import LabError
 from rlhf import models
+from rlhf.checkpoints import PlainCheckpoints
 from rlhf.config import ModelConfig, RLHFRun
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 
@@ -28,7 +29,7 @@ class Fit:
     """No token of an answer was within the length, so nothing is learned of them."""
 
 
-class _Trainer(StageTrainer, SFTTrainer):
+class _Trainer(StageTrainer, PlainCheckpoints, SFTTrainer):
     """SFTTrainer with the lab's checkpoints, and an eye on what is cut off."""
 
     args: SFTConfig

@@ -9,7 +9,7 @@ from lab import checkpoint, config, terminal, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.pipeline import refuse_options
-from lab.run import Run, folder_name, keep_evaluation
+from lab.run import Run, folder_name
 from supervised import backbones, smoke
 from supervised.config import SupervisedRun, run_config_class
 
@@ -68,14 +68,14 @@ class SupervisedPipeline:
         from supervised.evaluate import evaluate_run
 
         result = evaluate_run(run, saved, options.part)
-        keep_evaluation(folder, result)
+        run.keep_evaluation(result)
         return result
 
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:
         width = max(map(len, result["eval"]))
         return "\n".join(
             [
-                f"{result['data']}, {result['part'] or 'held-out part'}: checkpoint {result['checkpoint']}",
+                f"{result['data']}, {result['part']}: checkpoint {result['checkpoint']}",
                 *(f"  {name:<{width}}  {value:>10.4g}" for name, value in result["eval"].items()),
                 *result["notes"],
             ]

@@ -1,6 +1,5 @@
 """Run folders come from strangers, by tar and git, which carry links: what is elsewhere stays as it is."""
 
-import json
 import os
 import shutil
 import socket
@@ -13,7 +12,7 @@ from lab import checkpoint
 from lab.cli import main
 from lab.errors import LabError
 from lab.files import open_own
-from lab.run import Run, keep_evaluation
+from lab.run import Run
 from tests.lab.runs import make_run
 
 TEXT = "not the lab's\n" * 50
@@ -186,16 +185,3 @@ def test_pruning_follows_no_link(tmp_path: Path, elsewhere: Path) -> None:
 def test_a_checkpoint_is_a_name_and_no_path(tmp_path: Path, elsewhere: Path, name: str) -> None:
     (tmp_path / "runs" / "checkpoints" / "shared" / "x").mkdir(parents=True)
     assert checkpoint.find(tmp_path / "runs" / "checkpoints", name) is None
-
-
-def test_an_evaluation_that_cannot_be_kept_is_shown_and_said(
-    run: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    keep_evaluation(run, {"score": 1})
-    assert json.loads((run / "evaluations.jsonl").read_text())["score"] == 1
-    (run / "evaluations.jsonl").unlink()
-    (run / "evaluations.jsonl").symlink_to(elsewhere / "file")
-    keep_evaluation(run, {"score": 2})
-    line = capsys.readouterr().err
-    assert "evaluations.jsonl: the result is shown, but cannot be kept: is a symbolic link." in line
-    assert untouched(elsewhere)
