@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import LabError, first_line
-from lab.files import explain_write_errors, read_json, safetensors_errors, sha256_file, sync_folder
+from lab.files import (
+    MOST_JSON_BYTES,
+    explain_write_errors,
+    open_own,
+    read_json,
+    safetensors_errors,
+    sha256_file,
+    sync_folder,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -230,7 +238,11 @@ def load(path: Path) -> Checkpoint:
             raise LabError(f"{target}: truncated: {size} of {expected['bytes']} bytes. {remedy}")
         if sha256_file(target) != expected["sha256"]:
             raise LabError(f"{target}: altered: its SHA-256 is not the one in manifest.json. {remedy}")
-    return Checkpoint(path, read_json(path / "state.json", "a checkpoint's state"))
+    state = read_json(path / "state.json", "a checkpoint's state")
+    length = state.get("metrics_bytes", 0) if isinstance(state, dict) else None
+    if not isinstance(length, int) or not 0 <= length < 2**63:
+        raise LabError(f"{path / 'state.json'}: damaged: not what the lab writes. {remedy}")
+    return Checkpoint(path, state)
 
 
 def weights_hash(path: Path) -> str:
@@ -240,7 +252,8 @@ def weights_hash(path: Path) -> str:
 
 def _manifest(path: Path, remedy: str = "Restore it from a copy.") -> dict[str, Any]:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        with open_own(path / "manifest.json", "rb") as file:
+            manifest = json.loads(file.read(MOST_JSON_BYTES))
         if manifest["format"] != FORMAT:
             raise LabError(
                 f"{path}: written in checkpoint format {manifest['format']}, this version reads {FORMAT}. "
@@ -249,10 +262,12 @@ def _manifest(path: Path, remedy: str = "Restore it from a copy.") -> dict[str, 
         files = manifest["files"]
         if "state.json" not in files or any({"bytes", "sha256"} - file.keys() for file in files.values()):
             raise KeyError
+        if not all(isinstance(file["bytes"], int) and "\0" not in name for name, file in files.items()):
+            raise ValueError
         return manifest
     except FileNotFoundError:
         raise LabError(f"{path}: no checkpoint: it has no manifest.json. {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LabError(f"{path / 'manifest.json'}: damaged. {remedy}") from None
 
 

@@ -30,20 +30,13 @@ def brief(value: Any) -> str:
 
 
 def cut(text: str, length: int) -> str:
-    """A text of at most this length: of a longer one beginning and end, which say what it is and what helps."""
+    """A text of at most this length: a longer one loses its middle, as its ends say what is wrong and what to
+    do.
+    """
     if len(text) <= length:
         return text
     end = length // 3
     return f"{text[: length - end - 5]} ... {text[-end:]}"
-
-
-def harmless(text: str) -> str:
-    """A text for a terminal: what it would obey and not show (escape sequences, other directions of writing)
-    is spelled out. Newlines and tabs stay.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lab.errors import LabError
+from lab.errors import LONGEST_VALUE, LabError, cut
 
 
 @contextlib.contextmanager
@@ -125,14 +125,40 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+MOST_JSON_BYTES = 2**28
+"""Of a record or a state; the largest ever seen has a thousandth."""
+
+
 def read_json(path: Path, what: str) -> Any:
-    """Reads JSON; `what` says in the error what the file is."""
+    """Reads JSON; `what` says in the error what the file is.
+
+    Raises:
+        LabError: it is missing, no file, or not JSON: so it is, too, if a text in it is none, or if it is too
+            long or nested too deeply to be a record of the lab.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if not stat.S_ISREG(
+            path.stat().st_mode
+        ):  # a link is one of transformers' cache, or was refused before
+            raise OSError(errno.EINVAL, "is no ordinary file")
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON_BYTES + 1)
+        if len(data) > MOST_JSON_BYTES:
+            raise ValueError(f"longer than {MOST_JSON_BYTES:,} bytes")
+        text = data.decode()
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a pair is no character, and cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except FileNotFoundError:
         raise LabError(f"{path}: missing; it is {what}. Name a run folder that has it.") from None
+    except RecursionError:
+        raise LabError(
+            f"{path}: damaged (nested too deeply); it is {what}. Restore it from a copy."
+        ) from None
     except (OSError, ValueError) as error:
-        raise LabError(f"{path}: damaged ({error}); it is {what}. Restore it from a copy.") from None
+        why = cut(str(error), LONGEST_VALUE)
+        raise LabError(f"{path}: damaged ({why}); it is {what}. Restore it from a copy.") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.compare import Comparison, Group
+from lab.escape import cell
 from lab.files import explain_write_errors, write_atomic, written_aside
 from lab.statistics import Interval, ThresholdSteps
 
@@ -201,7 +202,7 @@ def groups_csv(comparisons: Sequence[Comparison]) -> str:
         for group in comparison.groups:
             steps, seconds = group.threshold_steps, group.threshold_seconds
             rows.writerow(
-                [comparison.question.metric, group.label, group.n, group.seeds]
+                [cell(comparison.question.metric), cell(group.label), group.n, group.seeds]
                 + [sum(group.unfinished.values()), group.without, group.mean, group.std, group.median]
                 + [value for name in estimates for value in group.estimates.get(name, nothing)]
                 + [*(group.better_than_baseline or nothing), group.auc, *(group.win_rate or nothing)]
@@ -224,7 +225,7 @@ def runs_csv(comparisons: Sequence[Comparison]) -> str:
             for record in group.records:
                 score = score_of(record.over(q.metric, "step"), q.score, q.lower_is_better)
                 about = [record.id, record.name, record.seed, record.state, record.source]
-                rows.writerow([q.metric, group.label, *about, score])
+                rows.writerow(map(cell, [q.metric, group.label, *about, score]))
     return out.getvalue()
 
 
@@ -237,7 +238,8 @@ def curves_csv(comparisons: Sequence[Comparison]) -> str:
         for group in comparison.groups:
             if group.curve is not None:
                 for values in zip(group.curve_x, *group.curve, strict=True):
-                    rows.writerow([comparison.question.metric, group.label, comparison.x_label, *values])
+                    names = (comparison.question.metric, group.label, comparison.x_label)
+                    rows.writerow([*map(cell, names), *values])
     return out.getvalue()
 
 

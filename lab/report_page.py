@@ -1,7 +1,6 @@
 """A comparison as one HTML file: plots to hover, zoom and filter; nothing is loaded from anywhere."""
 
 import html
-import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lab.compare import Comparison, Group
+from lab.escape import script_data
 from lab.records import Series
 from lab.report import SEEDS_DRAWN, colors, headline, number, table
 
@@ -64,7 +64,7 @@ def page(comparisons: Sequence[Comparison], title: str, command: str) -> str:
     """
     plots: list[dict[str, Any]] = []
     sections = [_section(index, comparison, plots) for index, comparison in enumerate(comparisons)]
-    data = json.dumps(plots, allow_nan=False).replace("</", "<\\/")
+    data = script_data(plots)
     library = (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     # Whatever stands in a label: the browser is told to load nothing.
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

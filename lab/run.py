@@ -25,17 +25,18 @@ from typing import IO, Any, NoReturn
 
 from lab import checkpoint, locks
 from lab.config import differences
-from lab.errors import LabError, did_you_mean
+from lab.errors import LabError, brief, did_you_mean
 from lab.files import check_contained, explain_write_errors, open_own, read_json, write_json
 from lab.tracking import Tracker, rewind, scrub, scrub_argv
 
 PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "ale-py", "wandb", "safetensors")
 STATES = ("running", "finished", "failed", "interrupted")
 # What the rest of the lab reads of a run.json; without any of it the file is damaged.
-_NEEDED = (
-    *("id", "name", "group", "pipeline", "job_type", "x_axis", "state"),
-    *("config", "compute", "parents", "sessions", "summary"),
-)
+_NEEDED = {
+    **dict.fromkeys(("id", "name", "group", "pipeline", "job_type", "x_axis", "state"), str),
+    **dict.fromkeys(("config", "compute", "summary"), dict),
+    **dict.fromkeys(("parents", "sessions"), list),
+}
 
 
 class Run:
@@ -301,6 +302,14 @@ def _read_info(folder: Path) -> dict[str, Any]:
     missing = [key for key in _NEEDED if not isinstance(info, dict) or key not in info]
     if missing:
         raise LabError(f"{folder / 'run.json'}: damaged: it lacks {missing[0]!r}. Restore it from a copy.")
+    for key, kind in _NEEDED.items():
+        if not isinstance(info[key], kind):
+            raise LabError(
+                f"{folder / 'run.json'}: damaged: {key} = {brief(info[key])} is not what the lab writes. "
+                "Restore it from a copy."
+            )
+    if not all(isinstance(one, dict) for key in ("parents", "sessions") for one in info[key]):
+        raise LabError(f"{folder / 'run.json'}: damaged: its sessions or parents are no records.")
     return info
 
 

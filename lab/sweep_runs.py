@@ -14,7 +14,7 @@ from typing import IO
 from lab import locks, trust
 from lab.errors import LabError
 from lab.files import explain_write_errors, open_own
-from lab.interrupt import StopRequest
+from lab.interrupt import SIGNALS, StopRequest
 from lab.progress import duration
 from lab.search import Setting
 from lab.sweep_file import Sweep, check_setting, word
@@ -22,7 +22,8 @@ from lab.sweep_record import Candidate, MissingMetric, Record, Trial, last_value
 from lab.tracking import SWEEP_VARIABLE
 
 POLL_SECONDS = 0.1
-_STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # exit codes of who was stopped before it could save
+# Exit codes of who was stopped before it could save.
+_STOPPED = tuple(code for number in SIGNALS for code in (-number, 128 + number))
 
 
 class Runner:
@@ -46,7 +47,7 @@ class Runner:
             LabError: the metric is not there.
             KeyboardInterrupt: asked to stop a second time; the runs are killed then.
         """
-        with StopRequest() as stop, _hangup_as_termination():
+        with StopRequest() as stop:
             try:
                 while True:
                     self._collect()
@@ -233,19 +234,6 @@ def threads_each(jobs: int) -> int:
     from lab.device import usable_cores
 
     return max(1, min(usable_cores() // jobs, 4))
-
-
-@contextlib.contextmanager
-def _hangup_as_termination() -> Iterator[None]:
-    """A terminal that is closed asks for an end like SIGTERM; under nohup it does not."""
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
-        yield
-        return
-    before = signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.contextmanager

@@ -387,8 +387,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     with contextlib.suppress(FileNotFoundError), open_own(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row, dict) else []
     return rows
 
 

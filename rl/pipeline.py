@@ -91,8 +91,8 @@ class RLPipeline:
         refuse_options(
             options, ("prompts", "samples", "part"), "is for models of data and text; this run plays games"
         )
-        run = Run.open(folder)
-        checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
+        run, which = Run.open(folder), options.checkpoint or "best"
+        checkpoint.load(run.find_checkpoint(which))  # damage is found before torch is loaded
         quiet_threads()
         from rl.evaluate import evaluate_run, run_config
 
@@ -101,7 +101,7 @@ class RLPipeline:
             for key in ("episodes", "epsilon", "seed")
             if getattr(options, key) is not None
         }
-        result = evaluate_run(run, options.checkpoint, replace(run_config(run).eval, **chosen))
+        result = evaluate_run(run, which, replace(run_config(run).eval, **chosen))
         run.keep_evaluation(result)
         return result
 

@@ -60,10 +60,10 @@ class SupervisedPipeline:
         train(config_, folder, run, saved, mode, why)
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
-        only_elsewhere = ("prompts", "samples", "episodes", "epsilon")
+        only_elsewhere = ("prompts", "samples", "episodes", "epsilon", "seed")
         refuse_options(options, only_elsewhere, "is for agents and chats; this run learned from a data set")
         run = Run.open(folder)
-        saved = checkpoint.load(run.find_checkpoint(options.checkpoint))
+        saved = checkpoint.load(run.find_checkpoint(options.checkpoint or "best"))
         quiet_threads()
         from supervised.evaluate import evaluate_run
 

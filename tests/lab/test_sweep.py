@@ -602,7 +602,7 @@ def test_interrupted_it_saves_its_runs_and_goes_on_where_it_stopped(
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
-    asked = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+    asked = number.name
     assert f"[0/6] {asked}: 2 runs will save and end; once more ends them at once" in output
     assert "0 of 6 runs finished. Continue with: lab sweep sweep.yaml --pause=0.02" in output
     assert states(root) == ["interrupted", "interrupted"]
