@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +70,19 @@ class Checkpoint:
                 for key in {**there, **here}:
                     if there.get(key) != here.get(key):
                         raise ValueError(f"{key} in {stem}.safetensors")
-        except LabError:
-            raise
-        except Exception as error:  # whatever torch, numpy and the parts of a run make of it
+        except _misfits() as error:
             raise LabError(
                 f"{self.path}: does not fit this run ({type(error).__name__}: {first_line(error)[:160]}). "
                 "Restore it from a copy, or delete it to go back to an earlier one."
             ) from error
+
+
+def _misfits() -> tuple[type[Exception], ...]:
+    """What torch, numpy and the parts of a run make of values and tensors that are not theirs."""
+    from safetensors import SafetensorError
+
+    of_values = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError)
+    return (*of_values, RuntimeError, MemoryError, OSError, zlib.error, SafetensorError)
 
 
 def step_name(step: int) -> str:

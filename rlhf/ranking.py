@@ -30,12 +30,11 @@ from rlhf.checkpoints import PlainCheckpoints
 from rlhf.data import ordered_pairs
 from rlhf.scoring import (
     RewardScorer,
-    TooLong,
     last_token_scores,
     pad_right,
     sequence_classifier,
-    tokenize,
 )
+from rlhf.tokenization import TooLong, tokenize
 
 Loss = Literal["pairwise", "ranking"]
 OnTooLong = Literal["error", "drop", "truncate_prompt"]

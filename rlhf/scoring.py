@@ -2,12 +2,13 @@
 
 Reward models are spoiled between training and use: an end token there and none here, padding taken for the
 end of an answer, a score read one token early. So training (`rlhf.ranking`) and all that scores later share
-`tokenize` and `last_token_scores`. Nothing in here imports TRL, which takes seconds.
+`tokenize` (`rlhf.tokenization`) and `last_token_scores`. Nothing in here imports TRL, which takes seconds.
 """
 
-import contextlib
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,100 +17,16 @@ from torch import Tensor, nn
 
 from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
+from rlhf.agreement import evaluating, first_that_agrees, make_probe, name_of, tolerance
 from rlhf.data import ordered_pairs
 from rlhf.forms import Text
 from rlhf.prefix import hidden_states
+from rlhf.tokenization import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BLUE, _GREY = "#2a6fbb", "#666666"
-
-
-class TooLong(LabError):
-    """A prompt and an answer to it have more tokens than allowed."""
-
-
-def tokenize(
-    prompt: Text,
-    completion: Text,
-    finished: bool,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int | None = None,
-    truncate_prompt: bool = False,
-) -> list[int]:
-    """Token ids of a prompt and an answer to it, without padding.
-
-    The prompt is tokenised by itself, so that its ids are those a policy answers to. A finished answer ends
-    with exactly one end token, `tokenizer.eos_token_id`; one that was cut off has none. Nothing follows the
-    end token, even if the chat template would add a line break, because nothing does where a policy wrote it.
-
-    Args:
-        prompt: text, or messages for the tokenizer's chat template.
-        completion: the answer, in the same form.
-        finished: whether the answer came to its end, rather than to a limit of length.
-        max_length: tokens allowed in all; None: any number.
-        truncate_prompt: cut off the prompt's beginning where there are more.
-
-    Raises:
-        TooLong: more than `max_length` tokens, even so.
-        LabError: text and messages mixed, no end token, or a chat template that cannot render this.
-    """
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise LabError("of prompt and completion one is text and the other messages. Make them the same.")
-    eos: Any = tokenizer.eos_token_id
-    if finished and eos is None:
-        raise LabError("the tokenizer has no eos_token, with which a finished answer ends. Set it.")
-
-    prompt_ids = tokenize_prompt(prompt, tokenizer)
-    text = completion if isinstance(completion, str) else _rendered_answer(prompt, completion, tokenizer)
-    completion_ids = _ids(tokenizer, text, add_special_tokens=False)
-    while completion_ids and completion_ids[-1] == eos:  # spelled out in the text
-        completion_ids.pop()
-    if finished:
-        completion_ids.append(eos)
-
-    excess = 0 if max_length is None else max(0, len(prompt_ids) + len(completion_ids) - max_length)
-    if excess > (len(prompt_ids) if truncate_prompt else 0):
-        raise TooLong(
-            f"a prompt of {len(prompt_ids)} tokens and an answer of {len(completion_ids)} are more than "
-            f"max_length = {max_length}. Raise it, leave such answers out, or truncate the prompts."
-        )
-    return prompt_ids[excess:] + completion_ids
-
-
-def tokenize_prompt(prompt: Text, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token ids that an answer to the prompt is generated from, as TRL's online trainers make them."""
-    if isinstance(prompt, str):
-        return _ids(tokenizer, prompt)
-    return _ids(tokenizer, _rendered_prompt(prompt, tokenizer), add_special_tokens=False)
-
-
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> list[int]:
-    return list(tokenizer(text, **options)["input_ids"])  # type: ignore[arg-type]
-
-
-def _rendered_prompt(prompt: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
-    return _render(tokenizer, prompt, add_generation_prompt=True)
-
-
-def _rendered_answer(prompt: Text, completion: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What the chat template puts between the prompt and the end token of the last message."""
-    before = _rendered_prompt(prompt, tokenizer)
-    whole = _render(tokenizer, [*prompt, *completion], continue_final_message=True)
-    if not whole.startswith(before):
-        raise LabError(
-            "the chat template renders the prompt in another way once there is an answer, so no policy could "
-            "have written it. Use a template that does not."
-        )
-    return whole[len(before) :]
-
-
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Any, **options: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)  # type: ignore[return-value]
-    except Exception as error:  # whatever a template raises
-        raise LabError(f"the chat template cannot render this conversation: {error}") from error
 
 
 def pad_right(rows: Sequence[Sequence[int]], multiple_of: int = 1) -> Tensor:
@@ -154,9 +71,104 @@ def last_token_scores(classifier: Any, input_ids: Tensor, lengths: Sequence[int]
     Returns:
         (rows, num_labels)
     """
-    only_the_last = [1] * len(lengths)
+    return scores_of_last(classifier, input_ids, lengths, [1] * len(lengths))
+
+
+@dataclass(frozen=True)
+class ScoreReading:
+    """How the rows that a classifier scores are read; see `rlhf.agreement`."""
+
+    shares: bool = True
+    """A beginning that all rows have is read once."""
+    together: bool = True
+    """Rows of several lengths are read together, padded on the right; else one by one."""
+
+
+_READINGS: weakref.WeakKeyDictionary[Any, dict[bool, ScoreReading]] = weakref.WeakKeyDictionary()
+
+
+def scores_of_last(
+    classifier: Any, input_ids: Tensor, lengths: Sequence[int], wanted: Sequence[int], shared: int = 0
+) -> Tensor:
+    """What the `score` layer says of rows' last tokens, (sum of wanted, num_labels); see `hidden_states`.
+
+    Raises:
+        LabError: that is not what the classifier's own forward says.
+    """
+    way = score_reading_of(classifier)
+    return _scores(classifier, input_ids, lengths, wanted, shared if way.shares else 0, way.together)
+
+
+def _scores(
+    classifier: Any,
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    wanted: Sequence[int],
+    shared: int,
+    together: bool,
+) -> Tensor:
     base, config = classifier.base_model, classifier.config
-    return classifier.score(hidden_states(base, config, input_ids, lengths, only_the_last))
+    return classifier.score(hidden_states(base, config, input_ids, lengths, wanted, shared, together))
+
+
+def score_reading_of(classifier: Any) -> ScoreReading:
+    """How a classifier is read, found once: the quickest way that gives what its own forward gives.
+
+    Its own forward scores the last token of a row without padding. What its `score` layer says of the tokens
+    before must be what that forward says of the row cut off there.
+
+    Raises:
+        LabError: no way does: something else than a linear layer stands between body and score.
+    """
+    weight = classifier.score.weight
+    own = getattr(type(classifier), "forward", nn.Module.forward)
+    if weight.device.type == "meta" or own is getattr(nn.Module, "forward", None):
+        return ScoreReading()
+    known = _READINGS.setdefault(classifier, {})
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    if autocast not in known:
+        with torch.autocast(weight.device.type, enabled=False):
+            if False not in known:
+                known[False] = _find_score_reading(classifier, own)
+        if autocast:
+            known[True] = _find_score_reading(classifier, own)
+    return known[autocast]
+
+
+def _find_score_reading(classifier: Any, own: Any) -> ScoreReading:
+    config, device = classifier.config.get_text_config(), classifier.score.weight.device
+    vocab_size = classifier.base_model.get_input_embeddings().weight.shape[0]
+    probe = make_probe(vocab_size, special=[token for token in [config.pad_token_id] if token is not None])
+    lengths = [len(row) - 1 for row in probe.rows]
+    ids, wanted = pad_right([row[:-1] for row in probe.rows]).to(device), [len(a) for a in probe.answers]
+
+    def compute(way: ScoreReading) -> list[Tensor]:
+        shared = probe.shared if way.shares else 0
+        return list(
+            _scores(classifier, ids, lengths, wanted, shared, way.together)[:, 0].float().split(wanted)
+        )
+
+    with evaluating(classifier), torch.no_grad():
+        truth = [
+            torch.stack(
+                [
+                    own(classifier, input_ids=torch.tensor([row[:end]], device=device)).logits[0, 0].float()
+                    for end in range(len(row) - n, len(row))
+                ]
+            )
+            for row, n in zip(probe.rows, wanted, strict=True)
+        ]
+        ways = [ScoreReading(), ScoreReading(shares=False), ScoreReading(shares=False, together=False)]
+        spread = float(torch.cat(truth).std())
+        way, refused = first_that_agrees(
+            ways, compute, truth, max(spread, 1e-3) * tolerance(classifier, truth)
+        )
+    if way is None:
+        raise LabError(
+            f"{name_of(classifier)}: its scores are not what its own forward gives ({refused[-1][1]}), so it "
+            "can be neither reward model nor critic. Name another model."
+        )
+    return way
 
 
 class RewardScorer:
@@ -234,22 +246,12 @@ class RewardScorer:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         device = self._classifier.score.weight.device
         scores = torch.empty(len(rows), device=device)
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
                 chosen = [rows[i] for i in batch]
                 input_ids, lengths = pad_right(chosen).to(device), [len(row) for row in chosen]
                 scores[batch] = last_token_scores(self._classifier, input_ids, lengths)[:, 0].float()
         return (scores.cpu() - self.shift) * self.scale
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def held_out_report(
