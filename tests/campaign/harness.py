@@ -84,8 +84,8 @@ def forked(do: Callable[[], int], cwd: Path, scratch: Path) -> Result:
     _, status = os.waitpid(child, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # helpers that it left behind
-    text = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
-    return Result(os.waitstatus_to_exitcode(status), *text, time.monotonic() - began)
+    said, refused = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
+    return Result(os.waitstatus_to_exitcode(status), said, refused, time.monotonic() - began)
 
 
 def lab(*arguments: str) -> Callable[[], int]:

@@ -152,10 +152,11 @@ def override(draw: random.Random, resolved: dict[str, Any]) -> str:
     return f"--{key}={flow}"
 
 
-def spoil(draw: random.Random, tree: dict[str, Any]) -> dict[str, Any]:
+def spoil(draw: random.Random, tree: Any) -> dict[str, Any]:
     """A nested mapping with one thing in it changed, gone, or added."""
     where = draw.choice(list(paths(tree)))
-    copied = tree = yaml.safe_load(yaml.safe_dump(tree))
+    copied: Any = yaml.safe_load(yaml.safe_dump(tree))
+    tree = copied
     for key in where[:-1]:
         tree = tree[key]
     match draw.randrange(4):
