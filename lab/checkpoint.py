@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,9 @@ def written(root: Path, name: str, shared: Sequence[Path] = ()) -> Iterator[Path
             files |= {os.path.relpath(file, root / name): _fingerprint(file) for file in shared}
             manifest = aside / "manifest.json"
             manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
+            mode = stat.S_IMODE(manifest.stat().st_mode)
             for path in (*inside, manifest):
+                path.chmod(mode)  # safetensors gives its files to their owner alone
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
             for folder in {path.parent for path in (*inside, manifest)}:

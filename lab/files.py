@@ -93,7 +93,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
     try:
+        aside.touch()
+        mode = stat.S_IMODE(aside.stat().st_mode)
         yield aside
+        aside.chmod(mode)  # safetensors gives its files to their owner alone
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)

@@ -7,6 +7,7 @@ import resource
 import signal
 import stat
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -49,8 +50,21 @@ class Result:
         return ""
 
 
-def forked(do: Callable[[], int], cwd: Path, scratch: Path) -> Result:
+def forked(
+    do: Callable[[], int],
+    cwd: Path,
+    scratch: Path,
+    kill_after: float | None = None,
+    file_bytes: int = resource.RLIM_INFINITY,
+) -> Result:
     """Runs `do` in a fork of this process, with limits of time and memory, and in a folder of its own.
+
+    Args:
+        do: returns the exit code.
+        cwd: where it runs.
+        scratch: where its output goes.
+        kill_after: seconds after which it is killed, like by a power cut.
+        file_bytes: no file can be written longer, as if the disk were full.
 
     Torch is loaded once, in this process, and must not have computed anything in several threads before.
     """
@@ -72,6 +86,7 @@ def forked(do: Callable[[], int], cwd: Path, scratch: Path) -> Result:
             os.setpgid(0, 0)
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
             resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
             signal.alarm(4 * SECONDS)
             code = do()
         except BaseException:
@@ -81,11 +96,21 @@ def forked(do: Callable[[], int], cwd: Path, scratch: Path) -> Result:
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
+    if kill_after is not None:
+        timer = threading.Timer(kill_after, _kill, (child,))
+        timer.start()
     _, status = os.waitpid(child, 0)
+    if kill_after is not None:
+        timer.cancel()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # helpers that it left behind
     said, refused = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
     return Result(os.waitstatus_to_exitcode(status), said, refused, time.monotonic() - began)
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def lab(*arguments: str) -> Callable[[], int]:
