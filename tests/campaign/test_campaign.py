@@ -356,7 +356,7 @@ def test_killed_at_any_moment_the_weights_are_the_same(
 def test_a_disk_that_is_full_loses_nothing(
     place: Path, sizes: int, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No file can grow beyond a size: one line; and with room again the run ends as one that always had it."""
+    """No file can grow beyond a size: one line; with room again the run ends as one that always had it."""
     draw, tally = random.Random(seed), Tally()
     scratch, pipelines = place.parent / "scratch", _pipelines(place)
     names = list(pipelines) if sizes > 3 else ["supervised"]
