@@ -96,12 +96,10 @@ def forked(
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
-    if kill_after is not None:
-        timer = threading.Timer(kill_after, _kill, (child,))
-        timer.start()
+    timer = threading.Timer(8 * SECONDS if kill_after is None else kill_after, _kill, (child,))
+    timer.start()
     _, status = os.waitpid(child, 0)
-    if kill_after is not None:
-        timer.cancel()
+    timer.cancel()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # helpers that it left behind
     said, refused = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
