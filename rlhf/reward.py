@@ -45,7 +45,7 @@ def train_reward(
         The model and its tokenizer; None if training was interrupted.
     """
     config = settings.reward
-    model, tokenizer = models.open_reward(policy)
+    model, tokenizer = models.open_reward(policy, models.keeps_frozen_format(settings.model, compute))
     init_head(model, settings.seed)
     trainer = _Trainer(
         model=model,
