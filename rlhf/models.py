@@ -29,18 +29,12 @@ def start(config: ModelConfig, demonstrations: Any, source: str, seed: int) -> t
         LabError: neither a folder nor on the Hub, or the Hub cannot be reached.
     """
     if config.path != "labgpt":
-        tokenizer = _open_tokenizer(config.tokenizer or config.path)
+        tokenizer = start_tokenizer(config, demonstrations, source)
         # LabGPT computes no padding, and is a tenth faster. Adapters, though, are for the model they name.
         if not config.lora_rank and labgpt.computes(Path(config.path)):
             return _fitted(labgpt.load(config.path).float(), tokenizer, config.path), tokenizer
         return _open_causal_lm(config.path, tokenizer), tokenizer
-    tokenizer = (
-        _open_tokenizer(config.tokenizer)
-        if config.tokenizer
-        else reviews.tokenizer()
-        if source == "reviews"
-        else tokenizer_of(_texts(demonstrations))
-    )
+    tokenizer = start_tokenizer(config, demonstrations, source)
     known = [*labgpt.LabGPTConfig().options(), *labgpt.LabGPTConfig.attribute_map]
     for key in config.labgpt:
         if key not in known:  # transformers would keep it, and do nothing about it
@@ -56,9 +50,16 @@ def start(config: ModelConfig, demonstrations: Any, source: str, seed: int) -> t
         raise LabError(f"model.labgpt = {config.labgpt}: {error}") from None
 
 
+def start_tokenizer(config: ModelConfig, demonstrations: Any, source: str) -> Any:
+    """The tokenizer of `start`."""
+    if config.path != "labgpt" or config.tokenizer:
+        return open_tokenizer(config.tokenizer or config.path)
+    return reviews.tokenizer() if source == "reviews" else tokenizer_of(_texts(demonstrations))
+
+
 def open_policy(folder: Path) -> tuple[Any, Any]:
     """A language model that a stage left (or any transformers folder) and its tokenizer."""
-    tokenizer = _open_tokenizer(str(folder))
+    tokenizer = open_tokenizer(str(folder))
     return _open_causal_lm(str(folder), tokenizer), tokenizer
 
 
@@ -70,7 +71,7 @@ def open_reward(folder: Path) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForSequenceClassification
 
-    tokenizer = _open_tokenizer(str(folder))
+    tokenizer = open_tokenizer(str(folder))
     if _is_labgpt(folder):
         return _fitted(labgpt.load(folder, head="reward").float(), tokenizer, str(folder)), tokenizer
     try:
@@ -133,7 +134,12 @@ def check_chat_template(tokenizer: Any, dataset: Any, source: str) -> None:
         )
 
 
-def _open_tokenizer(name: str) -> Any:
+def open_tokenizer(name: str) -> Any:
+    """A folder's or the Hub's tokenizer, whose padding is not its end token.
+
+    Raises:
+        LabError: there is none, or it has no end token.
+    """
     from transformers import AutoTokenizer
 
     try:
