@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,8 +99,7 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
         demonstrations = found.get(Needed("demonstrations", settings.data.demonstrations))
         if demonstrations and "completion" not in demonstrations.rows.column_names:
             problems.append("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
-    config = attempt(lambda: _model_config(settings, policy))
-    positions = getattr(config, "max_position_embeddings", None) if config is not None else None
+    positions, size = attempt(lambda: _facts(settings, policy)) or (None, 0)
     if positions is not None and settings.data.max_length > positions:
         problems.append(
             f"data.max_length: {settings.data.max_length} is more than the model's {positions} positions. "
@@ -112,8 +111,7 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
             if tokenizer is not None:
                 lengths = _kept_lengths(settings, one, loaded, tokenizer)
                 _judge(settings, one, lengths, problems, notes)
-    if config is not None:
-        _look_at_room(settings, stages, folder, config, problems, notes)
+    _look_at_room(settings, stages, folder, size, problems, notes)
     if len(problems) == 1:
         raise LabError(problems[0])
     if problems:
@@ -159,37 +157,22 @@ def _load(settings: RLHFRun, one: Needed, problems: list[str]) -> data.Loaded:
 # ---- the model ----
 
 
-def _model_config(settings: RLHFRun, policy: Path | None) -> Any:
-    """The configuration of the model, which must be a causal language model."""
-    from rlhf import labgpt
+def _facts(settings: RLHFRun, policy: Path | None) -> tuple[int | None, int]:
+    """Positions of the model (None: any number) and its weights, of which none is read."""
+    from rlhf import labgpt, models
 
-    config = settings.model
-    if policy is None and config.path == "labgpt":
-        with suppress(TypeError, ValueError):  # the first stage says better what is wrong with these
-            return labgpt.LabGPTConfig(vocab_size=8, **config.labgpt)
-        return None
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+    found = models.examine(replace(settings.model, path=str(policy)) if policy else settings.model)
+    if found is not None:
+        return found.positions, found.parameters
+    import torch
 
-    from lab.hub import from_pretrained
-
-    name = str(policy or config.path)
     try:
-        found = from_pretrained(AutoConfig, name)
-    except LabError:
-        raise
-    except Exception:  # no folder, or an adapter's: opening the model says what it is
-        return None
-    kind = found.model_type
-    if getattr(found, "is_encoder_decoder", False):
-        raise LabError(f"{name}: {kind} is an encoder and a decoder; the stages need a decoder alone.")
-    if kind in CAUSAL and kind in MASKED and not getattr(found, "is_decoder", False):
-        raise LabError(
-            f"{name}: {kind} reads a text in both directions, so it sees the answer that it is to learn. "
-            "Name a causal language model."
-        )
-    return found.get_text_config()
+        config = labgpt.LabGPTConfig(vocab_size=models.BPE_SIZE, **settings.model.labgpt)
+        with torch.device("meta"):
+            model = labgpt.LabGPTForCausalLM(config)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"model.labgpt = {settings.model.labgpt}: {error}") from None
+    return config.max_position_embeddings, sum(parameter.numel() for parameter in model.parameters())
 
 
 def _tokenizer(settings: RLHFRun, policy: Path | None, notes: list[str]) -> Any:
@@ -209,13 +192,12 @@ def _look_at_room(
     settings: RLHFRun,
     stages: Sequence[str],
     folder: Path,
-    config: Any,
+    size: int,
     problems: list[str],
     notes: list[str],
 ) -> None:
     """Compares what weights and optimisers need with the disk, in fp32, as they are trained and written."""
     trained = [stage for stage in stages if stage in TRAINED]
-    size = _parameters(config)
     if not trained or not size:
         return
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
@@ -231,19 +213,6 @@ def _look_at_room(
         problems.append(f"{told}. Free some, or name another folder with --out.")
     elif usual > free:
         notes.append(f"{told}; keep_checkpoints {settings.keep_checkpoints} may be too many")
-
-
-def _parameters(config: Any) -> int:
-    """Weights of a causal model of this configuration, none of which is made; 0 if it cannot be told."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception:  # code of its own, or no class for it: who opens the model says so
-        return 0
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # ---- lengths ----

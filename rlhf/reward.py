@@ -46,7 +46,7 @@ def train_reward(
         The model and its tokenizer; None if training was interrupted.
     """
     config = settings.reward
-    model, tokenizer = models.open_reward(policy)
+    model, tokenizer = models.open_reward(policy, models.keeps_frozen_format(settings.model, compute))
     init_head(model, settings.seed)
     trainer = _Trainer(
         model=model,
@@ -74,8 +74,8 @@ def train_reward(
     fitting = fitting_answers(held_out.to_list(), tokenizer, settings.data.max_length)
     if not fitting:
         raise LabError(
-            f"data.max_length: no held-out comparison has two answers within {settings.data.max_length} tokens. "
-            "Raise it."
+            f"data.max_length: no held-out comparison has two answers within {settings.data.max_length} "
+            "tokens. Raise it."
         )
     _scale(trained, tokenizer, fitting)
     report = held_out_report(RewardScorer(trained, tokenizer), fitting)

