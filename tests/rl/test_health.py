@@ -1,4 +1,4 @@
-"""A run that came to nothing says so, in its state or in warnings; and what was asked for is not less than done."""
+"""A run that came to nothing says so, in its state or in warnings."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,12 @@ def test_a_run_that_diverges_failed_and_keeps_no_weights_that_are_none(
 
 
 def test_what_makes_a_finished_run_worth_little_is_said(tmp_path: Path, capsys: Any) -> None:
-    changes = {"total_steps": 23, "agent.learning_starts": 22, "agent.train_freq": 100, "eval.stop_at": 500.0}
+    changes: dict[str, Any] = {
+        "total_steps": 23,
+        "agent.learning_starts": 22,
+        "agent.train_freq": 100,
+        "eval.stop_at": 500.0,
+    }
     RLPipeline().train(settings_of("dqn", **changes), tmp_path / "run", resume=False)
     record = record_of(tmp_path / "run")
     assert record["state"] == "finished"
