@@ -11,7 +11,7 @@ import numpy as np
 
 from lab.compare import Comparison, Group
 from lab.records import Series
-from lab.report import SEEDS_DRAWN, colors, headline, number, table
+from lab.report import SEEDS_DRAWN, colors, headline, number, question, table, task_table
 
 POINTS_DRAWN = 1000
 """Of a single run's curve at most; the numbers are of all."""
@@ -91,7 +91,11 @@ def _section(index: int, comparison: Comparison, plots: list[dict[str, Any]]) ->
     q = comparison.question
     heads, rows = table(comparison)
     parts = [f"<h2>{_e(q.metric)}</h2><p class=answer>{_e(headline(comparison))}</p>"]
+    parts.append(f"<p>{_e(question(comparison))}</p>")
     parts.append(_table(heads, rows, [group.label for group in comparison.groups], colors(comparison)))
+    task_heads, task_rows = task_table(comparison)
+    if task_rows:
+        parts.append("<h3>Mean of each task</h3>" + _table(task_heads, task_rows))
     found = [("curves", _curves(comparison)), ("scores", _scores(comparison))]
     if len(comparison.tasks) > 1 or max(group.n for group in comparison.groups) > 4:
         found.append(("profile", _profile(comparison)))
@@ -129,13 +133,10 @@ def _table(
 
 
 def _runs(comparison: Comparison) -> str:
-    from lab.compare import score_of
-
-    q = comparison.question
     rows, marks = [], []
     for group in comparison.groups:
         for record in group.records:
-            score = score_of(record.over(q.metric, "step"), q.score, q.lower_is_better)
+            score = group.by_run[record.id]
             rows.append(
                 [record.name, group.label, str(record.seed), record.state, number(score), record.source]
             )
@@ -217,21 +218,20 @@ def _thinned(series: Series) -> Series:
 
 def _scores(comparison: Comparison) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     q, traces = comparison.question, list[dict[str, Any]]()
-    from lab.compare import score_of
-
     for row, (color, group) in enumerate(_colored(comparison)):
         meta = {"filter": group.label, "single": False}
-        points = [score_of(r.over(q.metric, "step"), q.score, q.lower_is_better) for r in group.records]
+        scored = [record for record in group.records if record.id in group.compared]
+        points = [group.compared[record.id] for record in scored]
         traces.append(
             {
                 **{"x": _numbers(points), "y": [-row] * len(points), "mode": "markers"},
                 **{"marker": {"color": color, "opacity": 0.4, "size": 8}, "meta": {**meta, "single": True}},
-                **{"text": [_e(record.name) for record in group.records]},
+                **{"text": [_e(record.name) for record in scored]},
                 "hovertemplate": "%{text}: %{x}<extra></extra>",
             }
         )
-        estimate = group.estimates.get("iqm")
-        if estimate is not None:
+        estimate = group.interval
+        if group.n:
             error = {"type": "data", "symmetric": False, "color": color, "thickness": 3, "width": 7}
             if not math.isnan(estimate.low):
                 error |= {
@@ -250,14 +250,14 @@ def _scores(comparison: Comparison) -> tuple[list[dict[str, Any]], dict[str, Any
                         }
                     },
                     "meta": meta,
-                    "hovertemplate": f"{_e(group.label)}: IQM %{{x}}<extra></extra>",
+                    "hovertemplate": f"{_e(group.label)}: mean %{{x}}<extra></extra>",
                 }
             )
     labels = [_e(group.label) for group in comparison.groups]
     rows = [-row for row in range(len(labels))]
     yaxis = {"tickvals": rows, "ticktext": labels, "range": [rows[-1] - 0.6, 0.6], "zeroline": False}
     yaxis |= {"automargin": True, "showgrid": False}
-    title = {"text": f"runs, IQM, {q.confidence:.0%} interval"}
+    title = {"text": f"runs, mean, {q.confidence:.0%} interval"}
     return traces, {"xaxis": {"title": title}, "yaxis": yaxis}
 
 

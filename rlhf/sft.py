@@ -14,8 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from lab.device import Compute
 from lab.errors import LabError
-from rlhf import models
-from rlhf.checkpoints import PlainCheckpoints
+from rlhf import heads, models
 from rlhf.config import ModelConfig, RLHFRun
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 from rlhf.tokenization import (
@@ -45,7 +44,7 @@ COMPARED = 16
 """Rows that are tokenised by TRL as well."""
 
 
-class _Trainer(StageTrainer, PlainCheckpoints, SFTTrainer):
+class _Trainer(StageTrainer, SFTTrainer):
     """SFTTrainer with the lab's checkpoints, and rows tokenised as in every other stage."""
 
     args: SFTConfig
@@ -235,7 +234,8 @@ def make_trainer(
         LabError: nothing can be learned from the data, or by the model.
     """
     config, source = settings.sft, settings.data.demonstrations
-    model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed)
+    frozen = models.keeps_frozen_format(settings.model, compute)
+    model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed, frozen)
     notes = prepare(tokenizer, settings.model, converses or holds_conversations(demonstrations), source)
     models.declare_end(model, tokenizer)
     _check_positions(model, settings.data.max_length)
@@ -270,7 +270,7 @@ def holds_conversations(dataset: Any) -> bool:
 
 
 def _check_positions(model: Any, max_length: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = heads.positions(model.config)
     if positions is not None and max_length > positions:
         raise LabError(
             f"data.max_length: {max_length} is more than the model's {positions} positions. Lower it."
