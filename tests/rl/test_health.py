@@ -87,7 +87,7 @@ def test_no_better_than_random_play_is_said(tmp_path: Path, monkeypatch: pytest.
 
 def test_keys_that_change_nothing_that_is_learned_may_change_on_resuming(tmp_path: Path) -> None:
     RLPipeline().train(settings_of(), tmp_path / "run", resume=False)
-    changed = {
+    changed: dict[str, Any] = {
         **{"total_steps": 128, "log_every_steps": 32, "eval.every_steps": 64, "checkpoint.every_steps": 64},
         **{"checkpoint.keep": 1, "film.every_steps": 10, "env.num_threads": 2, "device.threads": 2},
     }
