@@ -1,9 +1,9 @@
 """Keeps the result of finished runs: `python -m benchmarks.record_supervised lenet5_fashion runs/lenet5`.
 
-Judges the weights each run ended with (none is chosen by the data that judges it) on the held-out part of
-the data, or on --part, and writes benchmarks/results/NAME.json (numbers, config, curve, machine) and the
-first run's figures to benchmarks/results/NAME/. NAME is that of the config; further runs differ in seed, or
-in what is set on the command line.
+Judges the weights each run ended with (none is chosen by the data that judges it) on the test part of the
+data, else on what was held out, or on --part. Writes benchmarks/results/NAME.json (numbers, config, curve,
+machine) and the first run's figures to benchmarks/results/NAME/. NAME is that of the config; further runs
+differ in seed, or in what is set on the command line.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def _one(folder: Path, file_values: dict[str, Any], part: str | None) -> dict[st
             for key, (_, now) in changed.items()
             if not key.startswith(UNIMPORTANT)
         },
-        "evaluation": {"part": found["part"] or "held-out", "step": found["step"], **found["eval"]},
+        "evaluation": {"part": found["part"], "step": found["step"], **found["eval"]},
         **({"notes": found["notes"]} if found["notes"] else {}),
         "data_sha256": found["data_sha256"],
         "numbers_in_checkpoint": sum(value.numel() for value in weights.values()),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lab import comparing, sweep, sync
+from lab import comparing, sweep, sync, trust
 from lab.arguments import count, probability
 from lab.errors import LabError
 
@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 for anything the user can mend."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = trust.spelled_out(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
     except LabError as error:
@@ -62,7 +62,14 @@ def _run(arguments: list[str]) -> int:
             f"command line: unknown argument {overrides[0]!r}. See `lab {options.command} --help`."
         )
     options.overrides = overrides
-    return options.do(options)
+    with trust.given(getattr(options, "trust", None) or (), _record(options)):
+        return options.do(options)
+
+
+def _record(options: argparse.Namespace) -> Path | None:
+    """The run folder that a command opens, if it is not given a config."""
+    place: Path | None = getattr(options, "run", None) or getattr(options, "config", None)
+    return place if place is not None and place.is_dir() else None
 
 
 def _build_parser() -> _Parser:
@@ -83,12 +90,14 @@ def _build_parser() -> _Parser:
         sub.add_argument(
             "--checkpoint", default="best", help="best (default), latest, or a folder in checkpoints/"
         )
+        trust.add_argument(sub)
 
     train = command(
         "train",
         _train,
         "Train what a config describes.",
-        usage="lab train CONFIG [--out DIR] [--resume] [--smoke] [--print_config] [--KEY=VALUE ...]",
+        usage="lab train CONFIG [--out DIR] [--resume] [--smoke] [--print_config] [--trust[=NAME]] "
+        "[--KEY=VALUE ...]",
         epilog="Any key of the config can be overridden: lab train configs/rl/pong.yaml --agent.n_step=3 "
         "--seed=1. `lab train CONFIG --print_config` shows them all.",
     )
@@ -97,6 +106,7 @@ def _build_parser() -> _Parser:
     train.add_argument("--out", type=Path, metavar="DIR", help="the run folder; default runs/<name>")
     train.add_argument("--resume", action="store_true", help="continue the run in the run folder")
     train.add_argument("--print_config", action="store_true", help="show the resolved config and stop")
+    trust.add_argument(train)
     train.add_argument(
         "--smoke",
         action="store_true",

@@ -1,5 +1,7 @@
-"""Hugging Face's Hub where there is no network."""
+"""Hugging Face's folders and Hub: without its questions, and where there is no network."""
 
+import re
+import shlex
 import socket
 import sys
 from collections.abc import Iterator
@@ -9,8 +11,59 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from lab import trust
+from lab.errors import LabError
+
 PATIENCE_SECONDS = 3.0
 PORTS = {"https": 443, "http": 80}
+
+
+def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained(name)`, which runs no code of the folder's but by `--trust`, and asks nobody.
+
+    Args:
+        kind: a class of transformers, e.g. AutoTokenizer.
+        name: a folder, or a name on the Hub.
+        options: as `kind.from_pretrained` takes them.
+
+    Raises:
+        LabError: it cannot be opened without running code of its own.
+        Exception: whatever the library raises for anything else.
+    """
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # a library that opens it again would ask on standard input
+    files = sorted(Path(name).rglob("*.py"))
+    trusted = bool(files) and trust.allows(str(name))
+    if trusted:
+        if elsewhere := _code_elsewhere(Path(name)):
+            raise LabError(
+                f"{name}: its code is not in it, but {elsewhere}. Put it there and name it in auto_map."
+            )
+        trust.require(str(name), "runs the Python code in it", str(name), files)
+    try:
+        with hub_or_cache(str(name)):
+            return kind.from_pretrained(name, trust_remote_code=trusted, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        if files:
+            runs = f"runs code of its own ({', '.join(file.name for file in files)})"
+            remedy = f"If you trust it, add --trust={shlex.quote(str(name))}"
+        else:
+            runs, remedy = (
+                "runs code that is not in it",
+                "Put the code into a folder with the model and name that.",
+            )
+        raise LabError(f"{name}: {runs}. {remedy}") from None
+
+
+def _code_elsewhere(folder: Path) -> str:
+    """The first class of a folder's `auto_map` that the Hub has: nobody could see its hash before it runs."""
+    for file in folder.glob("*config.json"):
+        for value in re.findall(r'"([^"]+--[^"]+)"', file.read_text(encoding="utf-8", errors="replace")):
+            return value
+    return ""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from lab import config
+from lab import config, trust
 from lab.arguments import count
 from lab.errors import LabError, first_line
 from lab.files import explain_write_errors
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lab sweep`."""
     parser.usage = (
         "lab sweep SWEEP [--out DIR] [--jobs N] [--count N] [--retry] [--skip-trial] [--local] "
-        "[--KEY=VALUE ...]"
+        "[--trust[=NAME]] [--KEY=VALUE ...]"
     )
     parser.epilog = (
         "The same command goes on where it stopped, also with more seeds, values or a larger count. Any key "
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not try the metric first, in a few steps",
     )
     add("--local", action="store_true", help="make no sweep at W&B; its runs are tracked all the same")
+    trust.add_argument(parser)
 
 
 def do(options: argparse.Namespace) -> int:
@@ -115,6 +116,7 @@ def _command(options: argparse.Namespace) -> str:
     words = ["lab", "sweep", str(options.sweep)]
     words += [f"--{name}={value}" for name in ("out", "count") if (value := getattr(options, name))]
     words += [f"--{name}" for name in ("local", "skip-trial") if getattr(options, name.replace("-", "_"))]
+    words += trust.arguments()
     return shlex.join([*words, *options.overrides])
 
 

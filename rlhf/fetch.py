@@ -187,7 +187,8 @@ def _from_hub(model: Known, made: Path, downloads: Path) -> dict[str, Any]:
     # AutoTokenizer would take the class in tokenizer_config.json, GPT-2's, which splits text in a way of its
     # own and not as tokenizer.json says. A folder saved by this one is opened as it should be.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(downloads)
-    config, generation = (kind.from_pretrained(downloads) for kind in (AutoConfig, GenerationConfig))
+    config = AutoConfig.from_pretrained(downloads, trust_remote_code=False)
+    generation = GenerationConfig.from_pretrained(downloads)
     _save_settings(model, made, tokenizer, config, generation)
     (downloads / "model.safetensors").rename(made / "model.safetensors")
     return {"origin": model.hub, "revision": model.revision, "sha256": dict(model.hub_sha256)}
@@ -242,13 +243,14 @@ def _convert(model: Known, gguf: Path, made: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
     if model.single_digits:
         # Else a number takes the last newline or space before it for itself, as it did not in training.
         digits = Digits(individual_digits=True)
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, ByteLevel(add_prefix_space=False)])
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(gguf.parent, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, **options, dtype=torch.float32)
     # transformers does not save a model it read from GGUF, but one that only has its weights.
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -46,6 +46,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from lab.errors import LabError
 from lab.files import explain_write_errors, read_json, sync_folder
+from lab.hub import from_pretrained
 from supervised.backbones.ragged import Ragged, Tails
 from supervised.backbones.transformer import (
     INIT_STD,
@@ -544,7 +545,9 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise LabError(f"{folder}: holds no model: it has no config.json. {remedy}")
     read_json(folder / "config.json", "a model's configuration")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return from_pretrained(AutoConfig, folder, local_files_only=True)
+    except LabError:
+        raise
     except Exception as error:  # transformers raises whatever the file's mistake leads to
         raise LabError(f"{folder / 'config.json'}: describes no model ({_line(error)}). {remedy}") from error
 
@@ -553,7 +556,8 @@ def _read_weights(folder: Path, head: Head) -> PreTrainedModel:
     """The stock model in the folder, with exactly the weights that its config.json asks for."""
     remedy = "Restore the folder from a copy."
     try:
-        model, report = _AUTO[head].from_pretrained(
+        model, report = from_pretrained(
+            _AUTO[head],
             folder,
             local_files_only=True,
             use_safetensors=True,

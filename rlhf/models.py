@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from lab.errors import LabError, did_you_mean, first_line
-from lab.hub import hub_or_cache
+from lab.hub import from_pretrained
 from rlhf import labgpt, reviews
 from rlhf.config import ModelConfig
+from rlhf.tokenization import separate_padding
 
 # Vocabulary of a tokenizer made of the data.
 BPE_SIZE = 2048
@@ -73,7 +74,9 @@ def open_reward(folder: Path) -> tuple[Any, Any]:
     if _is_labgpt(folder):
         return _fitted(labgpt.load(folder, head="reward").float(), tokenizer, str(folder)), tokenizer
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        model = from_pretrained(AutoModelForSequenceClassification, folder, num_labels=1, dtype=torch.float32)
+    except LabError:
+        raise
     except Exception as error:  # whatever transformers or safetensors raise
         raise LabError(f"{folder}: no model that can be opened: {first_line(error)}") from None
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -111,6 +114,15 @@ def tokenizer_of(texts: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
 
+def declare_end(model: Any, tokenizer: Any) -> None:
+    """Writes the tokenizer's end token into the model's config, so that stock `generate` stops there too."""
+    end, declared = tokenizer.eos_token_id, model.generation_config.eos_token_id
+    more = [declared] if isinstance(declared, int) else (declared or [])
+    if end not in more:
+        model.config.get_text_config().eos_token_id = end
+        model.generation_config.eos_token_id = [end, *more]
+
+
 def check_chat_template(tokenizer: Any, dataset: Any, source: str) -> None:
     """Raises a `LabError` if the data are conversations and the tokenizer cannot render one."""
     first = next(iter(dataset[0].values()))
@@ -125,8 +137,9 @@ def _open_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with hub_or_cache(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        tokenizer = from_pretrained(AutoTokenizer, name, padding_side="left")
+    except LabError:
+        raise
     except Exception as error:  # whatever the Hub's client, json or tokenizers raise
         raise LabError(
             f"{name}: no tokenizer found: {first_line(error)} Name a transformers folder, or a model of the "
@@ -134,13 +147,7 @@ def _open_tokenizer(name: str) -> Any:
         ) from None
     if tokenizer.eos_token_id is None:
         raise LabError(f"{name}: its tokenizer has no eos_token, so no answer could end. Set one.")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # Padding must differ from the end token: stock reward models find an answer's end by it.
-        spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
-        if spare:
-            tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token in spare else spare[0]
-        else:  # GPT-2's first, last and unknown token are one; `_fitted` makes room for another
-            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    separate_padding(tokenizer)
     return tokenizer
 
 
@@ -163,8 +170,9 @@ def _open_causal_lm(name: str, tokenizer: Any) -> Any:
     if _is_labgpt(Path(name)):
         return _fitted(labgpt.load(name).float(), tokenizer, name)
     try:
-        with hub_or_cache(name):
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32)
+    except LabError:
+        raise
     except Exception as error:
         raise LabError(f"{name}: no language model that can be opened: {first_line(error)}") from None
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -17,7 +17,7 @@ from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import data, sources
+from rlhf import data, labelers, sources
 from rlhf.config import STAGES, RLHFRun
 
 # What each stage depends on in the config, and which stages' results it starts from.
@@ -218,8 +218,6 @@ def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
     if d.comparisons != "collect":
         sources.has_eval(d.comparisons)
     if {"collect", "eval"} & set(stages):
-        from rlhf import labelers
-
         labelers.make(settings.collect.labeler, "collect.labeler")
     # A stage that cannot use its data would say so only when those before it have been trained.
     unsaid = data.Dropped()
@@ -254,6 +252,12 @@ def _check_config(recipe: Recipe) -> None:
                 raise LabError(
                     f"{recipe.of(stage)}: was begun with other rows in {parent['data']} than there are now. "
                     f"Restore them, or do this stage again with --from {stage}."
+                )
+            code = labelers.code_of(recipe.settings.collect.labeler) if "code" in parent else None
+            if code and code["sha256"] != parent["sha256"]:
+                raise LabError(
+                    f"{recipe.of(stage)}: was begun with other code in {parent['path']} than there is now. "
+                    f"Restore it, or do this stage again with --from {stage}."
                 )
             name = parent.get("stage")
             if name and recipe.state(name) == "finished":

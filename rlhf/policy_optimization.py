@@ -17,9 +17,10 @@ from rlhf.config import RLHFRun
 from rlhf.labelers import Answer, Scorer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.roles import AdapterClassifier
-from rlhf.scoring import RewardScorer, tokenize, tokenize_prompt
-from rlhf.sft import lora
+from rlhf.scoring import RewardScorer
+from rlhf.sft import lora, tokenized
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
+from rlhf.tokenization import fitting_prompts, room_for_prompts, tokenize_prompt, tokenize_prompts
 
 # Tables of samples: so many answers, about so many tables a run.
 SAMPLES, TABLES = 8, 20
@@ -45,6 +46,12 @@ class _Trainer(StageTrainer, PPOTrainer):
     """PPOTrainer with the lab's checkpoints, tables of samples, and the labeler's opinion beside."""
 
     gold: Scorer | None = None
+    max_prompt: int | None = None
+    """Tokens of a prompt that the policy reads, its last ones."""
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """As in every other stage; TRL's own may end a prompt with an end token."""
+        return tokenize_prompts(prompts, self._tokenizer, self.max_prompt), None, {}
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -98,7 +105,9 @@ def train_policy(
     config = settings.ppo
     model, tokenizer = models.open_policy(policy)
     models.check_chat_template(tokenizer, prompts, settings.data.prompts or settings.data.demonstrations)
-    _check_room(prompts, tokenizer, settings)
+    source = settings.data.prompts or settings.data.demonstrations
+    prompts, too_long = fitting_prompts(prompts, tokenizer, settings.data, source)
+    stage.run.summarize(prompts={"rows": len(prompts), "too_long": too_long})
     reward_model, reward_tokenizer = models.open_reward(reward)
     if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise LabError(
@@ -135,6 +144,7 @@ def train_policy(
         ptx_dataset=_ptx(demonstrations, tokenizer, settings) if config.ptx_coef else None,
     )
     trainer.gold = gold
+    trainer.max_prompt = room_for_prompts(settings.data)
     done = train(
         trainer,
         stage,
@@ -185,17 +195,6 @@ def ppo_arguments(settings: RLHFRun, compute: Compute, folder: Path) -> PPOConfi
     )
 
 
-def _check_room(prompts: Any, tokenizer: Any, settings: RLHFRun) -> None:
-    """Raises if a prompt and an answer to it may have more tokens than the context."""
-    d = settings.data
-    longest = max(len(tokenize_prompt(prompt, tokenizer)) for prompt in prompts["prompt"])
-    if longest + d.max_new_tokens > d.max_length:
-        raise LabError(
-            f"{d.prompts or d.demonstrations}: a prompt of {longest} tokens and data.max_new_tokens "
-            f"{d.max_new_tokens} are more than data.max_length {d.max_length}. Leave it out, or change these."
-        )
-
-
 def _check_end_token(scorer: RewardScorer, prompts: Any, tokenizer: Any) -> None:
     """A reward model that ignores the end token cannot teach the policy to stop."""
     prompt = tokenize_prompt(prompts[0]["prompt"], tokenizer)
@@ -210,10 +209,5 @@ def _check_end_token(scorer: RewardScorer, prompts: Any, tokenizer: Any) -> None
 
 def _ptx(demonstrations: Any, tokenizer: Any, settings: RLHFRun) -> list[dict[str, Any]]:
     """Demonstrations as token ids for the language-model loss beside PPO's."""
-    rows = []
-    for row in demonstrations:
-        whole = tokenize(row["prompt"], row["completion"], True, tokenizer)[: settings.data.max_length]
-        prompt = len(tokenize_prompt(row["prompt"], tokenizer))
-        if prompt < len(whole):
-            rows.append({"input_ids": whole, "completion_mask": [0] * prompt + [1] * (len(whole) - prompt)})
-    return rows
+    rows, _ = tokenized(demonstrations, tokenizer, settings.data.max_length, settings.data.too_long)
+    return rows.to_list()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl.trainer.grpo_config import GRPOConfig
@@ -28,6 +28,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from lab.device import attention_to_learn
 from lab.errors import LabError
+from lab.hub import from_pretrained
+from rlhf import checkpoints
 from rlhf.decode import DrawnLogprobs, sample
 from rlhf.logprobs import add_logprob_head, answer_states
 from rlhf.roles import AdapterClassifier, keeping_what_is_trained, own_parameters
@@ -169,7 +171,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horiz
     return kl_coef * (1 + error * episodes / horizon)
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
     """PPO on TRL's `GRPOTrainer`.
 
     Args:
@@ -220,8 +222,8 @@ class PPOTrainer(GRPOTrainer):
         if isinstance(critic, str | Path):
             from transformers import AutoModelForSequenceClassification
 
-            made = AutoModelForSequenceClassification.from_pretrained(
-                critic, num_labels=1, dtype=self.model.dtype
+            made = from_pretrained(
+                AutoModelForSequenceClassification, critic, num_labels=1, dtype=self.model.dtype
             )
         else:
             made = critic if isinstance(critic, nn.Module) else critic(self.model)
@@ -608,6 +610,10 @@ class PPOTrainer(GRPOTrainer):
         policy = [parameter for parameter in model.parameters() if id(parameter) not in known]
         return self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)
 
+    def named_parameters_of_optimizer(self) -> dict[str, Tensor]:
+        critic = {f"critic.{name}": p for name, p in own_parameters(self.critic_model).items()}
+        return critic | super().named_parameters_of_optimizer()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
@@ -620,11 +626,17 @@ class PPOTrainer(GRPOTrainer):
         with keeping_what_is_trained(self.model):  # PEFT's loading switches adapters, too
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        weights = load_file(folder / "critic.safetensors")
+        weights, own = (
+            checkpoints.read_tensors(folder / "critic.safetensors"),
+            own_parameters(self.critic_model),
+        )
+        checkpoints.compare(folder / "critic.safetensors", weights, own)
         with torch.no_grad():
-            for name, parameter in own_parameters(self.critic_model).items():
+            for name, parameter in own.items():
                 parameter.copy_(weights[name])
-        self.kl_coef = json.loads((folder / "ppo_state.json").read_text())["kl_coef"]
+        state = checkpoints.read(folder / "ppo_state.json")
+        with checkpoints.damage(folder / "ppo_state.json"):
+            self.kl_coef = float(state["kl_coef"])
         self._updated = True
 
     # ---- numbers ----

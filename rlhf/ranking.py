@@ -26,15 +26,15 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from lab.errors import LabError, did_you_mean
+from rlhf.checkpoints import PlainCheckpoints
 from rlhf.data import ordered_pairs
 from rlhf.scoring import (
     RewardScorer,
-    TooLong,
     last_token_scores,
     pad_right,
     sequence_classifier,
-    tokenize,
 )
+from rlhf.tokenization import TooLong, tokenize
 
 Loss = Literal["pairwise", "ranking"]
 OnTooLong = Literal["error", "drop", "truncate_prompt"]
@@ -79,7 +79,7 @@ def ranking_loss(rewards: Tensor, weights: Tensor) -> Tensor:
     return -(weights * F.logsigmoid(margins)).sum()
 
 
-class RankingTrainer(RewardTrainer):
+class RankingTrainer(PlainCheckpoints, RewardTrainer):
     """Trains a reward model on ranked answers; otherwise TRL's `RewardTrainer`.
 
     What it does differently, whatever the loss: end tokens only where answers are finished, scores read at

@@ -57,6 +57,7 @@ def train_reward(
         train_dataset=training,
         eval_dataset=held_out,
         loss=config.loss,  # type: ignore[arg-type]
+        on_too_long=settings.data.too_long,  # type: ignore[arg-type]
         processing_class=tokenizer,
         peft_config=lora(settings.model, "SEQ_CLS", model),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.errors import LabError
+from lab.hub import from_pretrained
 
 
 class AdapterClassifier(nn.Module):
@@ -60,7 +61,7 @@ class AdapterClassifier(nn.Module):
             ) from None
         from transformers import AutoConfig
 
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = from_pretrained(AutoConfig, folder)
         self.score = nn.Linear(weights[head[0]].shape[1], 1, bias=False)
         with torch.no_grad():
             self.score.weight.copy_(weights[head[0]])

@@ -2,7 +2,7 @@
 
 Reward models are spoiled between training and use: an end token there and none here, padding taken for the
 end of an answer, a score read one token early. So training (`rlhf.ranking`) and all that scores later share
-`tokenize` and `last_token_scores`. Nothing in here imports TRL, which takes seconds.
+`tokenize` (`rlhf.tokenization`) and `last_token_scores`. Nothing in here imports TRL, which takes seconds.
 """
 
 import contextlib
@@ -19,97 +19,12 @@ from lab.files import explain_write_errors, written_aside
 from rlhf.data import ordered_pairs
 from rlhf.forms import Text
 from rlhf.prefix import hidden_states
+from rlhf.tokenization import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BLUE, _GREY = "#2a6fbb", "#666666"
-
-
-class TooLong(LabError):
-    """A prompt and an answer to it have more tokens than allowed."""
-
-
-def tokenize(
-    prompt: Text,
-    completion: Text,
-    finished: bool,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int | None = None,
-    truncate_prompt: bool = False,
-) -> list[int]:
-    """Token ids of a prompt and an answer to it, without padding.
-
-    The prompt is tokenised by itself, so that its ids are those a policy answers to. A finished answer ends
-    with exactly one end token, `tokenizer.eos_token_id`; one that was cut off has none. Nothing follows the
-    end token, even if the chat template would add a line break, because nothing does where a policy wrote it.
-
-    Args:
-        prompt: text, or messages for the tokenizer's chat template.
-        completion: the answer, in the same form.
-        finished: whether the answer came to its end, rather than to a limit of length.
-        max_length: tokens allowed in all; None: any number.
-        truncate_prompt: cut off the prompt's beginning where there are more.
-
-    Raises:
-        TooLong: more than `max_length` tokens, even so.
-        LabError: text and messages mixed, no end token, or a chat template that cannot render this.
-    """
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise LabError("of prompt and completion one is text and the other messages. Make them the same.")
-    eos: Any = tokenizer.eos_token_id
-    if finished and eos is None:
-        raise LabError("the tokenizer has no eos_token, with which a finished answer ends. Set it.")
-
-    prompt_ids = tokenize_prompt(prompt, tokenizer)
-    text = completion if isinstance(completion, str) else _rendered_answer(prompt, completion, tokenizer)
-    completion_ids = _ids(tokenizer, text, add_special_tokens=False)
-    while completion_ids and completion_ids[-1] == eos:  # spelled out in the text
-        completion_ids.pop()
-    if finished:
-        completion_ids.append(eos)
-
-    excess = 0 if max_length is None else max(0, len(prompt_ids) + len(completion_ids) - max_length)
-    if excess > (len(prompt_ids) if truncate_prompt else 0):
-        raise TooLong(
-            f"a prompt of {len(prompt_ids)} tokens and an answer of {len(completion_ids)} are more than "
-            f"max_length = {max_length}. Raise it, leave such answers out, or truncate the prompts."
-        )
-    return prompt_ids[excess:] + completion_ids
-
-
-def tokenize_prompt(prompt: Text, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token ids that an answer to the prompt is generated from, as TRL's online trainers make them."""
-    if isinstance(prompt, str):
-        return _ids(tokenizer, prompt)
-    return _ids(tokenizer, _rendered_prompt(prompt, tokenizer), add_special_tokens=False)
-
-
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> list[int]:
-    return list(tokenizer(text, **options)["input_ids"])  # type: ignore[arg-type]
-
-
-def _rendered_prompt(prompt: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
-    return _render(tokenizer, prompt, add_generation_prompt=True)
-
-
-def _rendered_answer(prompt: Text, completion: Text, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What the chat template puts between the prompt and the end token of the last message."""
-    before = _rendered_prompt(prompt, tokenizer)
-    whole = _render(tokenizer, [*prompt, *completion], continue_final_message=True)
-    if not whole.startswith(before):
-        raise LabError(
-            "the chat template renders the prompt in another way once there is an answer, so no policy could "
-            "have written it. Use a template that does not."
-        )
-    return whole[len(before) :]
-
-
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Any, **options: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)  # type: ignore[return-value]
-    except Exception as error:  # whatever a template raises
-        raise LabError(f"the chat template cannot render this conversation: {error}") from error
 
 
 def pad_right(rows: Sequence[Sequence[int]], multiple_of: int = 1) -> Tensor:

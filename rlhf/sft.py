@@ -1,8 +1,10 @@
 """Stage 1: supervised fine-tuning on demonstrations, by TRL's SFTTrainer."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,49 @@ from trl.trainer.sft_trainer import SFTTrainer
 from lab.device import Compute
 from lab.errors import LabError
 from rlhf import models
+from rlhf.checkpoints import PlainCheckpoints
 from rlhf.config import ModelConfig, RLHFRun
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
+from rlhf.tokenization import (
+    cut_left,
+    prepare,
+    tokenize_conversation,
+    tokenize_rows,
+    tokenize_text,
+)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How many demonstrations are longer than `data.max_length`, which TRL makes fit without a word."""
+    """How many demonstrations have more tokens than `data.max_length`, and what was done about it."""
 
     rows: int
-    cut_off: int
-    """Without their end, and so without the end token; what is left of the answer is learned."""
-    left_out: int
-    """No token of an answer was within the length, so nothing is learned of them."""
+    too_long: int = 0
+    cut: int = 0
+    """Of these, those whose prompt was cut off at its beginning; the others were left out."""
+    last_turn_only: int = 0
+    """Conversations of which the last answer alone is learned; see `tokenize_conversation`."""
+    unlike_trl: int = 0
+    """Of the first `COMPARED` rows, those that TRL's own trainer would tokenise in another way."""
 
 
-class _Trainer(StageTrainer, SFTTrainer):
-    """SFTTrainer with the lab's checkpoints, and an eye on what is cut off."""
+COMPARED = 16
+"""Rows that are tokenised by TRL as well."""
+
+
+class _Trainer(StageTrainer, PlainCheckpoints, SFTTrainer):
+    """SFTTrainer with the lab's checkpoints, and rows tokenised as in every other stage."""
 
     args: SFTConfig
     model: Any
+    on_too_long: str = "error"
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, on_too_long: str, **kwargs: Any) -> None:
+        self.on_too_long = on_too_long
         self.fits: dict[str, Fit] = {}
         """Of the data sets `train` and `eval`."""
+        self.notes: list[str] = []
+        """What was decided about the tokenizer."""
         super().__init__(**kwargs)
 
     def _prepare_dataset(
@@ -48,55 +69,147 @@ class _Trainer(StageTrainer, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        """TRL's in two steps, its own second one being to cut and pack; between them lengths can be seen."""
+        """TRL's of rows that are tokenised already: it makes the labels, and packs."""
+        max_length = args.max_length or sys.maxsize
+        ours, fit = tokenized(dataset, processing_class, max_length, self.on_too_long, dataset_name)
+        if dataset_name == "train":
+            some = dataset.select(range(min(COMPARED, len(dataset))))
+            fit = replace(fit, unlike_trl=self._unlike_trl(some, processing_class, args))
+        self.fits[dataset_name] = fit
+        return super()._prepare_dataset(ours, processing_class, args, packing, None, dataset_name)
+
+    def _unlike_trl(self, dataset: Any, tokenizer: Any, args: SFTConfig) -> int:
+        """How many rows TRL would tokenise in another way, up to the end token."""
         whole = copy.copy(args)
-        whole.max_length = None
-        tokenized = super()._prepare_dataset(
-            dataset, processing_class, whole, False, formatting_func, dataset_name
+        whole.max_length, whole.assistant_only_loss = None, False
+        try:
+            theirs = super()._prepare_dataset(dataset, tokenizer, whole, False, None, "compared")
+        except Exception:  # a row that its way fails on is one it does not tokenise as ours
+            return len(dataset)
+        ours = rows_of_ids(dataset.to_list(), tokenizer)
+        return sum(
+            their["input_ids"][: len(our)] != our for their, (our, *_) in zip(theirs, ours, strict=True)
         )
-        if args.max_length is not None:
-            self.fits[dataset_name] = _fit(tokenized, args.max_length)
-        return super()._prepare_dataset(
-            tokenized, processing_class, args, packing, formatting_func, dataset_name
-        )
 
 
-def _fit(tokenized: Any, max_length: int) -> Fit:
-    cut_off = left_out = 0
-    for row in tokenized.select_columns(["input_ids", "labels"]):
-        if len(row["input_ids"]) > max_length:
-            learned = any(label != -100 for label in row["labels"][:max_length])
-            cut_off, left_out = cut_off + learned, left_out + (not learned)
-    return Fit(len(tokenized), cut_off, left_out)
+BATCH = 1_000
+"""Rows that are tokenised together."""
 
 
-def describe_fits(fits: Mapping[str, Fit], max_length: int) -> str:
-    """One line about what is cut off and left out, "" where all fits."""
-    names = {"train": "demonstrations", "eval": "held-out demonstrations"}
-    told = [
-        f"of {fit.rows:,} {names[name]} {fit.cut_off:,} {'is' if fit.cut_off == 1 else 'are'} cut off "
-        f"and {fit.left_out:,} left out"
-        for name, fit in fits.items()
-        if fit.cut_off or fit.left_out
+def rows_of_ids(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[tuple[list[int], list[int], bool]]:
+    """Of each demonstration its ids, a mask of what is learned of them, and whether all its answers are."""
+    if "messages" in rows[0]:
+        return [tokenize_conversation(row["messages"], tokenizer) for row in rows]
+    if "text" in rows[0]:
+        texts = [tokenize_text(row["text"], tokenizer) for row in rows]
+        return [(ids, [1] * len(ids), True) for ids in texts]
+    asked = [(row["prompt"], row["completion"], True) for row in rows]
+    return [
+        (prompt + answer, [0] * len(prompt) + [1] * len(answer), True)
+        for prompt, answer in tokenize_rows(asked, tokenizer)
     ]
-    return f"data.max_length {max_length:,}: {'; '.join(told)}" if told else ""
+
+
+def tokenized(
+    dataset: Any, tokenizer: Any, max_length: int, on_too_long: str, name: str = "train"
+) -> tuple[Any, Fit]:
+    """Demonstrations as TRL takes them when they are tokenised: `input_ids` and `completion_mask`.
+
+    Args:
+        on_too_long: what becomes of rows of more than `max_length` tokens; see `DataConfig.too_long`.
+        name: train or eval.
+
+    Raises:
+        LabError: such a row where it is an error, or none that can be learned from.
+    """
+    ids: list[list[int]] = []
+    masks: list[list[int]] = []
+    too_long = cut = last_only = 0
+    batches = (rows_of_ids(batch.to_list(), tokenizer) for batch in _batches(dataset))
+    for number, (own, mask, every_turn) in enumerate(itertools.chain.from_iterable(batches), 1):
+        last_only += not every_turn
+        if len(own) > max_length:
+            too_long += 1
+            if on_too_long == "error":
+                raise LabError(
+                    f"data.max_length: {NAMES[name]} {number} has {len(own)} tokens, more than {max_length}. "
+                    "Raise it, or set data.too_long to drop or truncate_prompt."
+                )
+            prompt = mask.index(1) if 1 in mask else len(mask)
+            room = max_length - (len(own) - prompt)
+            if on_too_long == "drop" or prompt == 0 or room < 1:
+                continue
+            own = cut_left(own[:prompt], room, tokenizer) + own[prompt:]
+            mask, cut = [0] * room + mask[prompt:], cut + 1
+        if 1 in mask:
+            ids.append(own)
+            masks.append(mask)
+    if not ids:
+        raise LabError(
+            f"data.max_length: no token of any {NAMES[name]} is an answer's within {max_length} tokens. "
+            "Raise it, or shorten the prompts."
+        )
+    from datasets import Dataset
+
+    fit = Fit(len(dataset), too_long, cut, last_only)
+    return Dataset.from_dict({"input_ids": ids, "completion_mask": masks}), fit
+
+
+def _batches(dataset: Any) -> Iterator[Any]:
+    for begin in range(0, len(dataset), BATCH):
+        yield dataset.select(range(begin, min(begin + BATCH, len(dataset))))
+
+
+NAMES = {"train": "demonstration", "eval": "held-out demonstration"}
+
+
+def describe_fits(fits: Mapping[str, Fit], max_length: int) -> list[str]:
+    """What is to be said about rows that are not learned as they are; a line each, none where all are."""
+    lines = []
+    told = [
+        f"{fit.too_long:,} of {fit.rows:,} {NAMES[name]}s ({fit.cut:,} with their prompt cut, "
+        f"{fit.too_long - fit.cut:,} left out)"
+        for name, fit in fits.items()
+        if fit.too_long
+    ]
+    if told:
+        lines.append(f"more than data.max_length {max_length:,} tokens: {', '.join(told)}")
+    if only := fits["train"].last_turn_only:
+        lines.append(
+            f"the chat template renders {only:,} conversations in another way as they grow: of these the "
+            "last answer alone is learned"
+        )
+    if unlike := fits["train"].unlike_trl:
+        lines.append(
+            f"TRL by itself would tokenise {unlike} of the first {min(COMPARED, fits['train'].rows)} "
+            "demonstrations in another way; what is learned here is what later stages sample and score"
+        )
+    return lines
 
 
 def train_sft(
-    settings: RLHFRun, stage: Stage, compute: Compute, demonstrations: Any, held_out: Any
+    settings: RLHFRun,
+    stage: Stage,
+    compute: Compute,
+    demonstrations: Any,
+    held_out: Any,
+    converses: bool = False,
 ) -> tuple[Any, Any] | None:
     """Trains the policy to imitate demonstrations; the loss is on the answers only.
 
+    Of a conversation all turns of the assistant are answers.
+
     Args:
         demonstrations, held_out: data sets in TRL's formats.
+        converses: whether other data of the recipe are conversations, even if these are not.
 
     Returns:
         The model and its tokenizer; None if training was interrupted.
     """
-    trainer = make_trainer(settings, compute, stage.run.folder, demonstrations, held_out)
+    trainer = make_trainer(settings, compute, stage.run.folder, demonstrations, held_out, converses)
     stage.run.summarize(demonstrations={name: asdict(fit) for name, fit in trainer.fits.items()})
-    if too_long := describe_fits(trainer.fits, settings.data.max_length):
-        stage.progress.say(f"         {too_long}")
+    for line in [*trainer.notes, *describe_fits(trainer.fits, settings.data.max_length)]:
+        stage.progress.say(f"         {line}")
     done = train(trainer, stage, lambda row: f"loss {row['train/loss']:.3f}" if "train/loss" in row else "")
     if not done:
         return None
@@ -106,16 +219,25 @@ def train_sft(
 
 
 def make_trainer(
-    settings: RLHFRun, compute: Compute, folder: Path, demonstrations: Any, held_out: Any
+    settings: RLHFRun,
+    compute: Compute,
+    folder: Path,
+    demonstrations: Any,
+    held_out: Any,
+    converses: bool = False,
 ) -> _Trainer:
     """TRL's trainer with model and data, of which the first batch has been looked at.
+
+    Args:
+        converses: whether other data of the recipe are conversations, even if these are not.
 
     Raises:
         LabError: nothing can be learned from the data, or by the model.
     """
     config, source = settings.sft, settings.data.demonstrations
     model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed)
-    models.check_chat_template(tokenizer, demonstrations, source)
+    notes = prepare(tokenizer, settings.model, converses or holds_conversations(demonstrations), source)
+    models.declare_end(model, tokenizer)
     _check_positions(model, settings.data.max_length)
     try:
         trainer = _Trainer(
@@ -124,10 +246,9 @@ def make_trainer(
                 **training_arguments(config, compute, folder, settings.seed),
                 max_length=settings.data.max_length,
                 packing=config.packing,
-                # Prompts and answers as such have a mask of their own; of whole conversations, assistants'
-                # turns are marked by the template, if it can.
-                assistant_only_loss="messages" in demonstrations.column_names,
+                completion_only_loss=True,  # of the rows' own mask
             ),
+            on_too_long=settings.data.too_long,
             train_dataset=demonstrations,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -138,8 +259,14 @@ def make_trainer(
             f"model.lora_targets: the model has no module {settings.model.lora_targets}. Name some it has, "
             "or all-linear."
         ) from None
+    trainer.notes = notes
     _check_first_batch(trainer, tokenizer, source)
     return trainer
+
+
+def holds_conversations(dataset: Any) -> bool:
+    """Whether the rows are conversations rather than texts."""
+    return not isinstance(next(iter(dataset[0].values())), str)
 
 
 def _check_positions(model: Any, max_length: int) -> None:
@@ -170,28 +297,13 @@ def lora(config: ModelConfig, task: str, model: Any) -> Any:
 
 
 def _check_first_batch(trainer: _Trainer, tokenizer: Any, source: str) -> None:
-    """Stops a doomed run before its first step: nothing to train, to learn from, or no end to learn."""
+    """Stops a doomed run before its first step: nothing to train, or no end to learn."""
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise LabError("sft: no parameter is trainable. Check model.lora_targets.")
-    prepared: dict[str, Any] = {
-        "demonstration": trainer.train_dataset,
-        "held-out demonstration": trainer.eval_dataset,
-    }
-    for what, rows in prepared.items():
-        if not len(rows):  # TRL leaves out those of which only the prompt fits
-            raise LabError(
-                f"{source}: no token of any {what} is an answer's within data.max_length "
-                f"{trainer.args.max_length}. Raise it, or shorten the prompts."
-            )
     example = next(iter(trainer.get_train_dataloader()))
     learned = example["labels"] != -100
-    if not learned.any():
-        raise LabError(
-            f"{source}: no token of the first batch is an answer's within data.max_length "
-            f"{trainer.args.max_length}. Raise it, or shorten the prompts."
-        )
     if not (example["labels"][learned] == tokenizer.eos_token_id).any():
         raise LabError(
-            f"{source}: no answer of the first batch ends with {tokenizer.eos_token!r} within "
-            f"data.max_length {trainer.args.max_length}, so the policy would never learn to stop. Raise it."
+            f"{source}: no answer of the first batch ends with {tokenizer.eos_token!r}, so the policy would "
+            "never learn to stop. Name the token that ends an answer in model.eos_token."
         )

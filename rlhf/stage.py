@@ -24,6 +24,7 @@ from lab.interrupt import StopRequest
 from lab.progress import Progress
 from lab.run import Run
 from lab.tracking import Tracker
+from rlhf import checkpoints
 from rlhf.config import TrainingConfig
 
 # Nobody is told what is trained here, and no tokenizer starts threads of its own.
@@ -183,7 +184,10 @@ def train(trainer: Any, stage: Stage, note: Callable[[Mapping[str, float]], str]
     trainer.add_callback(KeepToTheStage(stage, note))
     latest = checkpoint.find(stage.run.checkpoints)
     if latest:
-        trainer._total_train_tokens = checkpoint.load(latest).state["train_tokens"]
+        state = checkpoint.load(latest).state
+        checkpoints.check_format(latest)
+        checkpoints.check_step(latest, state["step"])
+        trainer._total_train_tokens = state["train_tokens"]
     trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     return trainer.state.global_step >= trainer.state.max_steps
 

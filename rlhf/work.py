@@ -100,7 +100,8 @@ def _parents(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         if source != "collect":
             mark = sources.fingerprint(source)
             parents.append({"data": source, "path": source, "sha256": mark["sha256"]})
-    return parents
+    code = labelers.code_of(recipe.settings.collect.labeler) if stage in ("collect", "eval") else None
+    return [*parents, *([code] if code else [])]
 
 
 def _record(run: Run, tracker: Tracker, result: Path) -> None:
@@ -160,16 +161,21 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf import models
     from rlhf.collect import collect
     from rlhf.evaluate import draw_samples
+    from rlhf.tokenization import fitting_prompts, room_for_prompts
 
     settings, c = recipe.settings, recipe.settings.collect
     model, tokenizer = models.open_policy(recipe.result("sft"))
     model.to(compute.device).eval()
-    asked = prompts(settings)[0]["prompt"]
+    found, too_long = fitting_prompts(
+        prompts(settings)[0], tokenizer, settings.data, settings.data.prompts or settings.data.demonstrations
+    )
+    asked = found["prompt"]
     asked = [prompt for prompt in asked[: c.max_prompts] for _ in range(c.rounds)]
 
     def sample(batch: list[Any], k: int, seeds: list[int]) -> list[list[labelers.Answer]]:
         drawn = draw_samples(
-            model, tokenizer, batch, k, settings.data.max_new_tokens, seeds[0], c.temperature
+            *(model, tokenizer, batch, k, settings.data.max_new_tokens, seeds[0], c.temperature),
+            max_prompt=room_for_prompts(settings.data),
         )
         return [drawn.answers[i : i + k] for i in range(0, len(drawn.answers), k)]
 
@@ -183,7 +189,7 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
         batch_size=16,
         progress=stage.progress,
     )
-    stage.run.summarize(prompts=summary.prompts, pairs=summary.pairs, ties=summary.ties)
+    stage.run.summarize(too_long=too_long, prompts=summary.prompts, pairs=summary.pairs, ties=summary.ties)
     stage.tracker.log(summary.prompts, {"collect/prompts": summary.prompts, "collect/pairs": summary.pairs})
     stage.progress.say(
         f"         {summary.pairs} pairs from {summary.prompts} prompts, {summary.ties} ties, "
@@ -272,11 +278,14 @@ def evaluate_recipe(
     from rlhf import models
     from rlhf.evaluate import compare, write_rows
     from rlhf.scoring import RewardScorer
+    from rlhf.tokenization import fitting_prompts, room_for_prompts
 
     settings = recipe.settings
     e = replace(settings.eval, **chosen)
     _, unseen = prompts(settings)
     policy, tokenizer = models.open_policy(recipe.result("ppo"))
+    d = settings.data
+    unseen, too_long = fitting_prompts(unseen, tokenizer, d, d.eval_prompts or d.prompts or d.demonstrations)
     baseline, _ = models.open_policy(recipe.result("sft"))
     reward_model, _ = models.open_reward(recipe.result("reward"))
     for model in (policy, baseline, reward_model):
@@ -292,7 +301,10 @@ def evaluate_recipe(
         best_of=e.best_of,
         max_new_tokens=settings.data.max_new_tokens,
         seed=settings.seed if seed is None else seed,
+        max_prompt=room_for_prompts(settings.data),
     )
+    if too_long:
+        result["prompts_too_long"] = too_long
     if samples is not None:
         write_rows(samples, rows)
     return result

@@ -14,7 +14,6 @@ from lab.run import Run
 from supervised import objectives
 from supervised.backbones import blocked
 from supervised.config import SupervisedRun, run_config_class
-from supervised.data import load
 from supervised.objectives.base import Objective
 from supervised.trainer import part_of
 
@@ -28,13 +27,12 @@ def run_config(run: Run) -> SupervisedRun:
 def open_objective(run: Run, saved: Checkpoint, device: torch.device, part: str | None = None) -> Objective:
     """The objective of a run with a checkpoint's weights: averaged, where there is an average.
 
-    `part` of the data is to be the one to judge by; None: as in the run's config.
+    `part` of the data is to be the one to judge by, as `supervised.data.load` takes it; None: the one that
+    chose the weights.
     """
     settings = run_config(run)
     settings = replace(settings, model=replace(settings.model, start_from=None))  # a checkpoint has it all
-    if part is not None:
-        settings = replace(settings, data=replace(settings.data, evaluate_on=part))
-    objective = objectives.make(settings, load(settings.data, run.folder))
+    objective = objectives.make(settings, objectives.read(settings, run.folder, part))
     weights = judged_weights(saved)
     for name, module in objective.players.items():
         try:
@@ -56,23 +54,38 @@ def judged_weights(saved: Checkpoint) -> dict[str, Tensor]:
 
 
 def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[str, Any]:
-    """Evaluates a checkpoint on a part of the run's data, else on its held-out one; returns one JSON object.
+    """Evaluates a checkpoint on a part of the run's data; returns one JSON object.
+
+    Args:
+        run: the run.
+        saved: its checkpoint, verified.
+        part: one of the source, train, or held_out; None: the source's test part, where it has one, else the
+            part that chose the weights.
 
     Raises:
         LabError: there is no such part, or the data are gone.
     """
     compute = resolve(run_config(run).device, elsewhere=True)
-    objective = open_objective(run, saved, compute.device, part)
+    objective = open_objective(run, saved, compute.device, part or "")
     with torch.inference_mode(), compute.autocast():
         numbers = objective.evaluate(objective.players, objective.batches("test", compute.device).epoch(0))
     examined, notes = objective.examine(objective.players, compute)
-    if part is None and saved.state.get("data_sha256", objective.data.sha256) != objective.data.sha256:
-        notes = [*notes, f"{objective.data.name} is not what it was when the run learned from it"]
+    data = objective.data
+    notes = [*notes, *data.coverage, *objective.warnings(numbers)]
+    known = {"data_sha256": data.sha256} if data.part == data.chosen_by else {}
+    for key, now in {"train_sha256": data.train_sha256, **known}.items():
+        if saved.state.get(key, now) != now:
+            notes.append(f"{data.name} is not what it was when the run learned from it")
+            break
+    if data.part == data.chosen_by and saved.path.name == "best":
+        notes.append(
+            f"{data.part} also chose this checkpoint among the run's: on other data it may do a little worse"
+        )
     return {
         "run": str(run.folder),
-        "data": objective.data.name,
-        "part": part or objective.settings.data.evaluate_on,
-        "data_sha256": objective.data.sha256,
+        "data": data.name,
+        "part": data.part,
+        "data_sha256": data.sha256,
         "checkpoint": saved.path.name,
         "step": saved.state.get("step", saved.state.get("trainer", {}).get("step")),
         "eval": {**numbers, **examined},

@@ -1,7 +1,5 @@
 """What `lab train`, `evaluate` and the rest do for a supervised run."""
 
-import json
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +8,6 @@ from typing import Any
 from lab import checkpoint, config, terminal, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
 from supervised import backbones, smoke
@@ -71,19 +68,14 @@ class SupervisedPipeline:
         from supervised.evaluate import evaluate_run
 
         result = evaluate_run(run, saved, options.part)
-        path = folder / "evaluations.jsonl"
-        with (
-            explain_write_errors(str(path), "Free some space and try again."),
-            path.open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps({**result, "_time": time.time()}) + "\n")
+        run.keep_evaluation(result)
         return result
 
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:
         width = max(map(len, result["eval"]))
         return "\n".join(
             [
-                f"{result['data']}, {result['part'] or 'held-out part'}: checkpoint {result['checkpoint']}",
+                f"{result['data']}, {result['part']}: checkpoint {result['checkpoint']}",
                 *(f"  {name:<{width}}  {value:>10.4g}" for name, value in result["eval"].items()),
                 *result["notes"],
             ]

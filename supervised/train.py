@@ -20,7 +20,7 @@ from lab.seeding import seed_everything
 from lab.tracking import Tracker, read_metrics, scrub
 from supervised import figures, objectives
 from supervised.config import SupervisedRun
-from supervised.data import Batches, DataSet, load
+from supervised.data import Batches, DataSet
 from supervised.trainer import Trainer
 
 ROOM = "Free some space, then continue with --resume."
@@ -42,7 +42,7 @@ def train(
         LabError: anything the user can mend; the run is then marked `failed` and can be resumed.
     """
     compute = resolve(settings.device, run.info["compute"] if run is not None else None)
-    data = load(settings.data, folder)  # a resumed run has its tokenizer there
+    data = objectives.read(settings, folder)  # a resumed run has its tokenizer there
     seed_everything(settings.seed)
     # A checkpoint has all weights: those the run once began with may be gone.
     model = settings.model if saved is None else replace(settings.model, start_from=None)
@@ -177,7 +177,9 @@ class _Session:
         return (
             f"{self.data.name} with {s.model.backbone} ({n_parameters:,} parameters): {verb} step {t.step:,} "
             f"of {t.total_steps:,}, {t.steps_per_epoch:,} an epoch\n"
-            + "".join(f"note    {note}\n" for note in self.data.notes)
+            + "".join(
+                f"note    {note}\n" for note in (*self.data.notes, *self.data.choice, *self.data.coverage)
+            )
             + f"run     {self.run.folder}\n"
             f"device  {c.device}, {c.precision}, {c.threads} threads ({c.reason})\n"
             f"W&B     {self.tracker.mode} ({self.run.info['wandb']['why']})"
@@ -215,6 +217,7 @@ class _Session:
                 **numbers,
                 "spec": objective.spec(),
                 "data_sha256": self.data.sha256,
+                "train_sha256": self.data.train_sha256,
             }
             path = checkpoint.save(self.run.checkpoints, "best", {"model": weights}, state)
             self.tracker.log_checkpoint(path, "best")
@@ -250,6 +253,7 @@ class _Session:
             "without_better": self.without_better,
             "evaluated_at": self.evaluated_at,
             "data_sha256": self.data.sha256,
+            "train_sha256": self.data.train_sha256,
             "elapsed_seconds": self._elapsed(),
             "spec": self.objective.spec(),
         }

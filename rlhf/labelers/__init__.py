@@ -39,6 +39,7 @@ __all__ = [
     "Scorer",
     "Skip",
     "Undo",
+    "code_of",
     "completion",
     "make",
     "names",
@@ -63,8 +64,21 @@ def make(spec: str | Mapping[str, Any], source: str = "labeler") -> Labeler:
         source: where the spec stands, for errors.
 
     Raises:
-        LabError: no such labeler or option, or it cannot be loaded.
+        LabError: no such labeler or option, it cannot be loaded, or it runs what the command line does not
+            trust (see `lab.trust`).
     """
+    labeler = _configured(spec, source)
+    labeler.require_consent(source)
+    labeler.prepare()
+    return labeler
+
+
+def code_of(spec: str | Mapping[str, Any], source: str = "labeler") -> dict[str, str] | None:
+    """The user's code that a labeler runs, as the record of a run has it; nothing is loaded."""
+    return _configured(spec, source).code()
+
+
+def _configured(spec: str | Mapping[str, Any], source: str) -> Configured:
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     kind, colon, target = str(options.pop("name", "")).partition(":")
     if kind not in KINDS:
@@ -76,6 +90,4 @@ def make(spec: str | Mapping[str, Any], source: str = "labeler") -> Labeler:
         raise LabError(f"{source}: {kind} takes nothing behind a colon. Give options by their names.")
     if colon:
         options[made.target] = target
-    labeler = config.build(made, options, {}, source)
-    labeler.prepare()
-    return labeler
+    return config.build(made, options, {}, source)

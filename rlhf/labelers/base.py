@@ -96,6 +96,17 @@ class Configured(ABC):
         head = f"{self.kind}:{getattr(self, self.target)}" if self.target else self.kind
         return f"{head}({', '.join(told)})" if told else head
 
+    def require_consent(self, source: str) -> None:  # noqa: B027 (most run nothing of a stranger's)
+        """Raises a `LabError` unless the command line trusts the code it runs, or whom it asks.
+
+        Args:
+            source: where its spec stands, for the error.
+        """
+
+    def code(self) -> dict[str, str] | None:
+        """The user's own code that it runs, for the record of a run: `code`, its `path` and its `sha256`."""
+        return None
+
     def prepare(self) -> None:  # noqa: B027 (nothing to load is the ordinary case)
         """Loads what it needs, so that a mistake shows before the first answer is sampled.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import ipaddress
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lab import trust
 from lab.config import require
 from lab.errors import LabError
 from rlhf.labelers.base import (
@@ -87,6 +89,20 @@ class Judge(Configured):
         require(self.timeout_seconds > 0, "timeout_seconds", f"{self.timeout_seconds} must be positive")
         require(self.retries >= 0, "retries", f"{self.retries} must not be negative")
         require(self.backoff_seconds >= 0, "backoff_seconds", f"{self.backoff_seconds} must not be negative")
+
+    def require_consent(self, source: str) -> None:
+        name, host = f"{self.kind}:{self.url}", _split_url(self.url)
+        if self._key:
+            assert host is not None
+            if host.scheme != "https" and not _is_loopback(host.hostname or ""):
+                raise LabError(
+                    f"{source}: the key in {self.api_key_env} would go unencrypted to {self.url}. Use https, "
+                    f"or unset {self.api_key_env}."
+                )
+            what = f"sends the key in {self.api_key_env}, and prompts and answers, to {self.url}"
+            trust.require(f"{name}#{self.api_key_env}", what, source)
+        elif trust.from_record():
+            trust.require(name, f"sends prompts and answers to {self.url}", source)
 
     def prepare(self) -> None:
         if not re.fullmatch(r"[!-~]*", self._key):  # http.client would print it in its complaint
@@ -231,6 +247,16 @@ def _split_url(url: str) -> urllib.parse.SplitResult | None:
     except ValueError:  # a port or an IPv6 address that cannot be
         return None
     return parts if whole and re.fullmatch(r"[!-~]+", url) else None
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _seconds(header: str | None) -> float:

@@ -1,6 +1,7 @@
 """Labelers that compute a score: sentiment, a function of the user's, another reward model."""
 
 import importlib
+import importlib.machinery
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,8 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lab import trust
 from lab.config import require
 from lab.errors import LabError, did_you_mean
+from lab.files import sha256_file
+from lab.hub import from_pretrained
 from rlhf.labelers.base import Answer, Prompt, Scorer, completion
 
 
@@ -73,6 +77,21 @@ class Function(Scorer):
     batch: bool = False
     """The function takes a list of prompts and one of answers, of equal length, and returns a list."""
 
+    def require_consent(self, source: str) -> None:
+        file = self._file()
+        what = f"runs the Python code of {file or self.function.rpartition(':')[0]}"
+        trust.require(f"{self.kind}:{self.function}", what, source, [file] if file else [])
+
+    def code(self) -> dict[str, str] | None:
+        file = self._file()
+        name = f"{self.kind}:{self.function}"
+        return {"code": name, "path": str(file), "sha256": sha256_file(file)} if file else None
+
+    def _file(self) -> Path | None:
+        """Where its code is, found without running any; None if there is no such file."""
+        where = self.function.rpartition(":")[0]
+        return (Path(where) if Path(where).is_file() else None) if where.endswith(".py") else _file_of(where)
+
     @cached_property
     def _instrument(self) -> Callable[..., Any]:
         where, _, attribute = self.function.rpartition(":")
@@ -116,11 +135,28 @@ class Function(Scorer):
             raise LabError(f"labeler {self.name!r}: failed: {_told(error)}. Correct the function.") from error
 
 
-def _load_module(name: str) -> ModuleType:
-    # The command `lab` has its own folder first on the path, not the one it is called from.
+def _see_this_folder() -> None:
+    """The command `lab` has its own folder first on the path, not the one it is called from."""
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))
+
+
+def _load_module(name: str) -> ModuleType:
+    _see_this_folder()
     return importlib.import_module(name)
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module that may not be imported yet; importlib.util would import its packages."""
+    _see_this_folder()
+    places, name, found = None, "", None
+    for part in module.split("."):
+        name = f"{name}.{part}" if name else part
+        found = importlib.machinery.PathFinder.find_spec(name, places)
+        if found is None:
+            return None
+        places = found.submodule_search_locations
+    return Path(found.origin) if found and found.origin and Path(found.origin).is_file() else None
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -164,11 +200,17 @@ class RewardModel(Scorer):
         from rlhf.scoring import RewardScorer
 
         try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            model, report = from_pretrained(
+                AutoModelForSequenceClassification,
+                self.folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = from_pretrained(AutoTokenizer, self.folder, local_files_only=True)
             model = model.to(self.device).eval()
+        except LabError:
+            raise
         except Exception as error:  # transformers, tokenizers, safetensors and torch raise what they like
             raise LabError(f"{self.folder}: cannot be loaded as a reward model: {_told(error)}.") from error
         # transformers would fill what is missing with random numbers, and they would rank.

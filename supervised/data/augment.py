@@ -11,7 +11,7 @@ from supervised.data.config import AugmentConfig
 
 
 class Normalize:
-    """Subtracts the mean and divides by the standard deviation, of each channel or column.
+    """Subtracts the mean and divides by the standard deviation, of each channel, column or feature.
 
     Backbones never do this: whoever feeds them does.
     """
@@ -22,7 +22,9 @@ class Normalize:
 
     @classmethod
     def of(cls, data: Tensor) -> "Normalize":
-        """By the data themselves: (n, channels, ...) or (n, columns). A constant becomes 0."""
+        """By the data themselves: images (n, channels, height, width), tables (n, columns) or sequences (n,
+        time, features). A constant becomes 0."""
+        data = data.transpose(1, 2) if data.dim() == 3 else data
         n = data.numel() / data.shape[1]
         chunks = data.transpose(0, 1).flatten(1).split(2**20, dim=1)  # one at a time becomes float64
         zero = torch.zeros(data.shape[1], dtype=torch.float64)
@@ -48,7 +50,7 @@ class Normalize:
         """Mean and 1 / std, on the data's device and in their shape."""
         key = (data.device, data.dim())
         if key not in self._there:
-            shape = (-1, *[1] * (data.dim() - 2))
+            shape = (-1,) if data.dim() == 3 else (-1, *[1] * (data.dim() - 2))
             mean, std = torch.tensor(self.mean).view(shape), torch.tensor(self.std).view(shape)
             self._there[key] = (mean.to(data.device), (1 / std).to(data.device))
         return self._there[key]

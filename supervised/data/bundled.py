@@ -13,9 +13,10 @@ from lab.errors import LabError
 from supervised.data import made
 from supervised.data.catch import catch
 from supervised.data.config import DataConfig
+from supervised.data.files import read_text
 from supervised.data.images import check_memory, find_idx, open_picture, read_idx_folder
 from supervised.data.library import library_files
-from supervised.data.raw import Columns, Raw, read_text
+from supervised.data.raw import Columns, Raw
 
 FASHION = (
     "T-shirt",
@@ -131,7 +132,7 @@ def fashion_mnist(config: DataConfig) -> Raw:
     places = [Path(os.environ["LAB_DATA"]) / "fashion_mnist"] if os.environ.get("LAB_DATA") else []
     for folder in (*places, DEBIAN):
         if folder.is_dir() and find_idx(folder):
-            return read_idx_folder(folder, config, FASHION)
+            return read_idx_folder(folder, config, classes=FASHION)
     from supervised.data.hub import read_hub
 
     try:

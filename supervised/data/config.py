@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from lab.config import require
 
 FORMATS = ("auto", "idx", "image_folder", "npz", "text", "aligned", "rows")
+BAD_ROWS = ("error", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,20 @@ class DataConfig:
     source: str
     """One of `lab list datasets`, a file, a folder, or hub:OWNER/NAME[#CONFIG]."""
     format: str = "auto"
-    """Of a file or folder: idx, image_folder, npz, text, aligned (a language a file), rows (JSONL or TSV)."""
+    """Of a file or folder: idx, image_folder, npz (also .npy), text, aligned (a language a file), rows
+    (JSONL, JSON, CSV, TSV or Parquet: texts, pairs, tasks or tables)."""
+    label: str | int | None = None
+    """Of a table, the column that is learned: its name, or its number (0: the first, -1: the last); of an
+    .npz the array. null: the one called label, target, class or y."""
+    header: bool | None = None
+    """Whether the first line of CSV names the columns; null: as it looks."""
+    drop: list[str] = field(default_factory=list)
+    """Columns of a table that are left out."""
+    bad_rows: str = "error"
+    """What becomes of a table's rows that lack a value: error, or skip to leave them out."""
     evaluate_on: str = ""
-    """The part that is evaluated on, e.g. validation; empty: test, else validation, else `held_out`."""
+    """The part that is evaluated on in training and chooses the best weights, e.g. validation, or held_out
+    for a share of the training part; empty: validation where there is one, else test, else held_out."""
     held_out: float = 0.2
     """Share kept for evaluation where the source has no such part: of each class, of documents, of a text's
     end, of the last stretches of play."""
@@ -71,6 +83,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(bool(self.source), "data.source", "must name a data set")
         require(self.format in FORMATS, "data.format", f"{self.format!r} is none of {', '.join(FORMATS)}")
+        require(
+            self.bad_rows in BAD_ROWS, "data.bad_rows", f"{self.bad_rows!r} is none of {', '.join(BAD_ROWS)}"
+        )
         require(0 < self.held_out < 1, "data.held_out", f"{self.held_out} must lie between 0 and 1")
         require(0 <= self.split_seed < 2**31, "data.split_seed", "must be between 0 and 2^31 - 1")
         require(self.limit is None or self.limit >= 2, "data.limit", "must be at least 2, or null")

@@ -1,7 +1,7 @@
 """From what a config names to a data set: parts chosen or held out, texts as tokens, all as tensors."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,12 +12,30 @@ import torch
 
 from lab.errors import LabError
 from supervised.data import frames, sources, tokenizers
+from supervised.data.arrays import as_images
 from supervised.data.config import DataConfig
-from supervised.data.raw import EVALUATION, Columns, Raw, is_evaluation, is_part, n_rows, take
+from supervised.data.files import require_memory
+from supervised.data.raw import (
+    Columns,
+    Raw,
+    Reading,
+    is_evaluation,
+    is_part,
+    n_rows,
+    part_kind,
+    some,
+    take,
+)
 from supervised.data.splits import FrameSplit, Ragged, SequenceSplit, Split, TensorSplit, TokenSplit
 from supervised.data.tokenizers import Tokenizer
 
 MOST_CLASSES = 1_000_000
+HELD_OUT = "held_out"
+"""What the part is called that is taken from the training part."""
+_BYTES_A_CHARACTER = 130
+"""Memory that the library of tokenizers takes for one character of a document, measured."""
+_AT_ONCE = 2**22
+"""Characters of documents that are tokenised together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +44,11 @@ class DataSet:
 
     name: str
     kind: str
-    """images, table, text, pairs, tasks or frames."""
+    """images, table, sequences, text, pairs, tasks or frames."""
     train: Any
     test: Any
-    """A `TensorSplit` of images and tables, a `TokenSplit` of text, a `FrameSplit` of frames, else a
-    `SequenceSplit`."""
+    """A `TensorSplit` of images, tables and sequences, a `TokenSplit` of text, a `FrameSplit` of frames, else
+    a `SequenceSplit`."""
     sha256: str
     """Of all tensors of both parts: what a run was trained and judged on."""
     classes: tuple[str, ...] = ()
@@ -44,24 +62,44 @@ class DataSet:
     longest: int = 0
     """Of pairs: tokens of the longest sentence to judge by, of this part or another."""
     notes: tuple[str, ...] = field(default=())
-    """What was left out, a sentence each."""
+    """What was left out or converted, a sentence each."""
+    coverage: tuple[str, ...] = field(default=())
+    """On classes that are not learned or not evaluated, a sentence each."""
+    choice: tuple[str, ...] = field(default=())
+    """On which part chooses the weights, where others could, a sentence."""
+    train_sha256: str = ""
+    """Of the tensors of `train`."""
+    part: str = HELD_OUT
+    """What `test` is: a part of the source by its name there, or held_out."""
+    chosen_by: str = HELD_OUT
+    """The part that is evaluated on in training: it chooses the best weights."""
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
 
-def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
+def load(
+    config: DataConfig,
+    tokenizer_folder: Path | None = None,
+    reading: Reading | None = None,
+    part: str | None = None,
+) -> DataSet:
     """Reads a data set.
 
     Args:
         config: which, and how.
         tokenizer_folder: where `tokenizer.save` put the one that a run began with; it is used again.
+        reading: what the objective wants of data that could be taken in two ways.
+        part: to evaluate as `test`, in place of the part that chooses: train (what is learned from),
+            held_out, or one of the source; empty: the source's test part, where it has one.
 
     Raises:
         LabError: the source is not there, is damaged, or has too little to learn from and be judged by.
     """
-    raw = sources.read(config)
+    raw = sources.read(config, reading)
+    if raw.kind == "table" and config.img_size:
+        raw = _as_squares(raw, config)
     if config.augment.any and raw.kind != "images":
         raise LabError(f"data.augment: is for images, and {config.source} holds {raw.kind}. Leave it out.")
     if config.batch_tokens and raw.kind not in ("pairs", "tasks"):
@@ -69,14 +107,16 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
             f"data.batch_tokens: is for pairs and tasks, and {config.source} holds {raw.kind}. "
             "Use batch_size."
         )
-    train, test = _choose(raw, config)
+    notes = list(raw.notes)
+    choice: list[str] = []
+    train, test, chosen_by, name = _choose(raw, config, part, notes, choice)
     classes = _check_labels(raw, train, test, config.source)
     if config.limit is not None:  # only now: which classes there are does not depend on it
         train, test = (_limited(columns, raw.kind, config) for columns in (train, test))
-    notes = list(raw.notes)
+    coverage = _coverage(train, test, classes, name)
     tokenizer, longest = None, 0
     splits: list[Split]
-    if raw.kind in ("images", "table"):
+    if raw.kind in ("images", "table", "sequences"):
         _check_shapes(train, test, config.source)
         splits = [TensorSplit({name: _tensor(v) for name, v in part.items()}) for part in (train, test)]
     elif raw.kind == "frames":
@@ -106,60 +146,102 @@ def load(config: DataConfig, tokenizer_folder: Path | None = None) -> DataSet:
             raise LabError(
                 f"{config.source}: no training sample has at most data.context = {config.context} tokens."
             )
+    learned, both = _hashes(splits)
     return DataSet(
         name=Path(config.source.removeprefix("hub:").partition("#")[0]).name,
         kind=raw.kind,
         train=splits[0],
         test=splits[1],
-        sha256=_hash(splits),
+        sha256=both,
+        train_sha256=learned,
         classes=classes,
         tokenizer=tokenizer,
         form=raw.form,
         held_out=test if raw.kind in ("text", "pairs") else {},
         longest=longest,
         notes=tuple(notes),
+        coverage=coverage,
+        choice=tuple(choice),
+        part=name,
+        chosen_by=chosen_by,
     )
 
 
 # ---- parts ----
 
 
-def _choose(raw: Raw, config: DataConfig) -> tuple[Columns, Columns]:
-    """The columns to learn from and those to judge by."""
-    wanted = [config.evaluate_on] if config.evaluate_on else EVALUATION
-    found = [
-        part
-        for name in wanted
-        for part in (name, *sorted(raw.parts))
-        if part in raw.parts and is_part(part, name)
-    ]
-    if config.evaluate_on and not found:
-        raise LabError(
-            f"data.evaluate_on = {config.evaluate_on!r}: {config.source} has no such part, only "
-            f"{', '.join(sorted(raw.parts))}."
-        )
-    others = [
-        columns for part, columns in raw.parts.items() if part not in found[:1] and not is_evaluation(part)
-    ]
+def _choose(
+    raw: Raw, config: DataConfig, part: str | None, notes: list[str], choice: list[str]
+) -> tuple[Columns, Columns, str, str]:
+    """The columns to learn from and those to evaluate, the part that chooses the weights, and the one that is
+    evaluated: the same, unless `part` names another.
+
+    A part called after validation chooses; where there is none, one called after test does, and where there
+    is none either, a share of the training part.
+    """
+    by_kind = [[p for p in sorted(raw.parts) if part_kind(p) == kind] for kind in ("validation", "test")]
+    if config.evaluate_on in ("", HELD_OUT):
+        chosen = "" if config.evaluate_on else next((found[0] for found in by_kind if found), "")
+    else:
+        chosen = _named(raw, config.evaluate_on, "data.evaluate_on", config.source)
+    others = [p for p in raw.parts if p != chosen and not is_evaluation(p)]
+    if to_train := [p for p in others if part_kind(p) == "train"]:
+        if left := [f"{p} ({n_rows(raw.parts[p]):,})" for p in others if p not in to_train]:
+            notes.append(f"left out {some(left)}: named neither train nor val nor test")
+        others = to_train
     if not others:
         raise LabError(
             f"{config.source}: has only {', '.join(sorted(raw.parts))}, nothing to train on. Add train."
         )
-    train = _joined(others)
-    if found:
-        test = raw.parts[found[0]]
-    elif raw.kind == "text":
-        train, test = _hold_out_text(train["text"], config)
-    elif raw.kind == "frames":
-        train, test = frames.hold_out(train, config.held_out)
+    train = _joined([raw.parts[p] for p in others])
+    held_out = None
+    if not chosen:
+        if raw.kind == "text":
+            train, held_out = _hold_out_text(train["text"], config)
+        elif raw.kind == "frames":
+            train, held_out = frames.hold_out(train, config.held_out)
+        else:
+            train, held_out = _hold_out(train, config)
+    if chosen and not config.evaluate_on and part_kind(chosen) == "test":
+        choice.append(
+            f"there is no validation part: {chosen} is evaluated on in training and chooses the best "
+            "weights. data.evaluate_on=held_out leaves it for `lab evaluate`"
+        )
+    elif part is None and (kept := [p for p in by_kind[1] if p != chosen]):
+        choice.append(f"{chosen or HELD_OUT} chooses the weights; `lab evaluate` reports on {some(kept)}")
+    name = chosen or HELD_OUT
+    if part == "":
+        part = name if part_kind(name) == "test" else next(iter(by_kind[1]), name)
+    if part is not None and part != name:
+        if is_part(part, "train") or (part_kind(part) == "train" and part not in raw.parts):
+            name, test = "train", train
+        elif part == HELD_OUT:
+            raise LabError(f"--part held_out: nothing was held out of {config.source}. It has {chosen!r}.")
+        else:
+            name = _named(raw, part, "--part", config.source)
+            test = raw.parts[name]
     else:
-        train, test = _hold_out(train, config)
-    for part, columns in (("training", train), ("held-out", test)):
+        test = raw.parts[chosen] if held_out is None else held_out
+    for what, columns in (("training", train), (name.replace("_", "-"), test)):
         if not n_rows(columns) or (raw.kind == "text" and not any(columns["text"])):
             raise LabError(
-                f"{config.source}: the {part} part is empty. Name more data, or another data.held_out."
+                f"{config.source}: the {what} part is empty. Name more data, or another data.held_out."
             )
-    return train, test
+    return train, test, chosen or HELD_OUT, name
+
+
+def _named(raw: Raw, name: str, key: str, source: str) -> str:
+    """The part that a name stands for: in any case, with more behind it, or another word for the same."""
+    fits = (
+        lambda p: p == name,
+        lambda p: is_part(p, name),
+        lambda p: part_kind(name) is not None and part_kind(p) == part_kind(name),
+    )
+    for fit in fits:
+        for part in sorted(raw.parts):
+            if fit(part):
+                return part
+    raise LabError(f"{key} = {name!r}: {source} has no such part, only {', '.join(sorted(raw.parts))}.")
 
 
 def _joined(parts: Sequence[Columns]) -> Columns:
@@ -174,14 +256,14 @@ def _joined(parts: Sequence[Columns]) -> Columns:
 
 
 def _hold_out(columns: Columns, config: DataConfig) -> tuple[Columns, Columns]:
-    """Some samples at random, of each class as large a share but not all; both parts in the order of the
-    source."""
+    """Some samples at random, of each class as large a share, but of two or more at least one and not all;
+    both parts in the order of the source."""
     rng, n = np.random.default_rng(config.split_seed), n_rows(columns)
     labels = columns.get("labels", np.zeros(n, np.int64))
     held = np.zeros(n, bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        held[rows[: min(round(len(rows) * config.held_out), len(rows) - 1)]] = True
+        held[rows[: min(max(round(len(rows) * config.held_out), 1), len(rows) - 1)]] = True
     return take(columns, np.flatnonzero(~held)), take(columns, np.flatnonzero(held))
 
 
@@ -233,6 +315,8 @@ def _check_labels(raw: Raw, train: Columns, test: Columns, source: str) -> tuple
     n = len(raw.classes) or max(int(train["labels"].max()) + 1, 1)
     if n > MOST_CLASSES:
         raise LabError(f"{source}: a label is {n - 1:,}: no class, which count from 0. Number them anew.")
+    n_samples = len(train["labels"]) + len(test["labels"])
+    require_memory(8 * n + 8 * n_samples, f"{source}: its {n:,} classes take", "Number them from 0 on.")
     for part, columns in (("training", train), ("held-out", test)):
         wrong = np.flatnonzero((columns["labels"] < 0) | (columns["labels"] >= n))
         if len(wrong):
@@ -242,6 +326,24 @@ def _check_labels(raw: Raw, train: Columns, test: Columns, source: str) -> tuple
                 f"of the classes 0 to {n - 1}. Correct or remove it."
             )
     return raw.classes or tuple(map(str, range(n)))
+
+
+def _coverage(train: Columns, test: Columns, classes: tuple[str, ...], part: str) -> tuple[str, ...]:
+    """On classes without samples in either part, a sentence each."""
+    if "labels" not in train:
+        return ()
+    learned, tested = (np.bincount(c["labels"], minlength=len(classes)) for c in (train, test))
+    said = []
+    if empty := [classes[i] for i in np.flatnonzero((learned == 0) & (tested == 0))]:
+        said.append(f"of {len(classes):,} classes {len(empty):,} have no sample: {some(empty)}")
+    for where, missing, there in (
+        (f"in {part}, so not evaluated", tested, learned),
+        ("to learn from", learned, tested),
+    ):
+        if rows := [f"{classes[i]} ({there[i]:,})" for i in np.flatnonzero((missing == 0) & (there > 0))]:
+            n = f"{len(rows):,} class{'es have' if len(rows) > 1 else ' has'}"
+            said.append(f"{n} no sample {where}: {some(rows)}")
+    return tuple(said)
 
 
 def _check_shapes(train: Columns, test: Columns, source: str) -> None:
@@ -287,9 +389,46 @@ def _tokenizer(config: DataConfig, train: Columns, folder: Path | None) -> Token
     return tokenizers.train_bpe(texts, config.vocab_size)
 
 
+def _as_squares(raw: Raw, config: DataConfig) -> Raw:
+    """A table of pixels as grey images of `img_size` x `img_size`."""
+    side, notes = config.img_size or 1, list(raw.notes)
+    parts = {}
+    for part, columns in raw.parts.items():
+        n, width = columns["inputs"].shape
+        if width != side * side:
+            raise LabError(
+                f"data.img_size = {side}: {config.source} is a table of {width} columns, no grey images "
+                f"of {side} x {side}. Leave it out."
+            )
+        squares = columns["inputs"].reshape(n, 1, side, side)
+        images = as_images(squares, f"{config.source}: {part}", "the columns", notes)
+        parts[part] = {**columns, "inputs": images}
+    return Raw(kind="images", parts=parts, classes=raw.classes, notes=list(dict.fromkeys(notes)))
+
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The ids of each text, int32, tokenised some at a time: what the library keeps of one is a hundred times
+    as large as its text."""
+    longest = max(map(len, texts), default=0)
+    if not isinstance(tokenizer, tokenizers.ByteTokenizer):
+        require_memory(
+            _BYTES_A_CHARACTER * max(longest, min(_AT_ONCE, sum(map(len, texts)))),
+            f"a document of {longest:,} characters: to make tokens of it takes about",
+            "Part it into several files, or set data.tokenizer=bytes.",
+        )
+    batch: list[str] = []
+    size = 0
+    for i, text in enumerate(texts):
+        batch.append(text)
+        size += len(text)
+        if size >= _AT_ONCE or i == len(texts) - 1:
+            yield from (np.array(ids, np.int32) for ids in tokenizer.encode_batch(batch))
+            batch, size = [], 0
+
+
 def _tokens(texts: list[str], tokenizer: Tokenizer) -> TokenSplit:
     end = np.array([tokenizer.eos_id], np.int32)
-    documents = [np.append(np.asarray(ids, np.int32), end) for ids in tokenizer.encode_batch(texts)]
+    documents = [np.append(ids, end) for ids in _encoded(texts, tokenizer)]
     starts = np.cumsum([0, *map(len, documents[:-1])])
     return TokenSplit(torch.from_numpy(np.concatenate(documents)), torch.from_numpy(starts))
 
@@ -297,8 +436,8 @@ def _tokens(texts: list[str], tokenizer: Tokenizer) -> TokenSplit:
 def _pairs(columns: Columns, tokenizer: Tokenizer, longest: int | None = None) -> SequenceSplit:
     """Sources end in the end token; targets begin with the start token, too."""
     bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
-    sources_ = [[*ids, *eos] for ids in tokenizer.encode_batch(columns["source"])]
-    targets = [[*bos, *ids, *eos] for ids in tokenizer.encode_batch(columns["target"])]
+    sources_ = [[*ids, *eos] for ids in _encoded(columns["source"], tokenizer)]
+    targets = [[*bos, *ids, *eos] for ids in _encoded(columns["target"], tokenizer)]
     if longest is not None:
         pairs = zip(sources_, targets, strict=True)
         kept = [(s, t) for s, t in pairs if 1 < len(s) <= longest and 2 < len(t) <= longest]
@@ -312,7 +451,7 @@ def _tasks(columns: Columns, tokenizer: Tokenizer, longest: int, keep_end: bool)
     Of two texts the longer one is cut first; `keep_end`: the first one at its beginning.
     """
     sequences = [sequence for sample in columns["texts"] for sequence in sample]
-    encoded = iter(tokenizer.encode_batch([text for sequence in sequences for text in sequence]))
+    encoded = _encoded([text for sequence in sequences for text in sequence], tokenizer)
     rows, cut, group = [], set(), len(columns["texts"][0])
     for i, sequence in enumerate(sequences):
         first, *others = ([*ids] for ids in islice(encoded, len(sequence)))
@@ -329,10 +468,12 @@ def _tasks(columns: Columns, tokenizer: Tokenizer, longest: int, keep_end: bool)
     return SequenceSplit({"ids": Ragged.of(rows, group)}, tokenizer.pad_id, tensors), len(cut)
 
 
-def _hash(splits: Sequence[Split]) -> str:
-    digest = hashlib.sha256()
+def _hashes(splits: Sequence[Split]) -> tuple[str, str]:
+    """SHA-256 of the training part, and of both."""
+    digest, found = hashlib.sha256(), []
     for part, split in zip(("train", "test"), splits, strict=True):
         for name, tensor in split.parts():
             digest.update(f"{part} {name} {tensor.dtype} {list(tensor.shape)} ".encode())
             digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
+        found.append(digest.hexdigest())
+    return found[0], found[1]

@@ -1,24 +1,37 @@
-"""Images from files: IDX, folders of pictures, .npz."""
+"""Images from files: IDX, folders of pictures."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
 from lab.errors import LabError, first_line
-from supervised.data import frames
 from supervised.data.config import DataConfig
-from supervised.data.raw import EVALUATION, Columns, Raw, one_each, read_bytes
+from supervised.data.files import read_bytes, require_memory
+from supervised.data.raw import (
+    Columns,
+    Raw,
+    Reading,
+    folder_kind,
+    in_order,
+    one_each,
+    part_kind,
+    say_droppings,
+    some,
+    visible,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
+)
 
 
 # ---- IDX, the format of MNIST (http://yann.lecun.com/exdb/mnist) ----
@@ -31,10 +44,11 @@ def find_idx(folder: Path) -> dict[str, dict[str, Path]]:
         LabError: there are two of one.
     """
     files: list[tuple[tuple[str, str], Path]] = []
-    for path in sorted(folder.iterdir()):
+    for path in visible(folder):
         name = path.name.lower()
         column = "inputs" if "idx3" in name else "labels" if "idx1" in name else None
-        part = next((part for part in ("train", *EVALUATION) if part in name), None)
+        # emnist-letters-train-images-idx3-ubyte has its part within.
+        part = next((word for word in name.split("-") if part_kind(word)), None)
         if column and part:
             files.append(((part, column), path))
     found: dict[str, dict[str, Path]] = {}
@@ -43,7 +57,9 @@ def find_idx(folder: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
-def read_idx_folder(folder: Path, config: DataConfig, classes: tuple[str, ...] = ()) -> Raw:
+def read_idx_folder(
+    folder: Path, config: DataConfig, reading: Reading | None = None, classes: tuple[str, ...] = ()
+) -> Raw:
     """Images and labels by MNIST's file names, packed or not.
 
     Raises:
@@ -69,7 +85,7 @@ def read_idx_folder(folder: Path, config: DataConfig, classes: tuple[str, ...] =
         parts[part] = {"inputs": images[:, None], "labels": labels.astype(np.int64)}
     if not parts:
         raise LabError(f"{folder}: no files such as train-images-idx3-ubyte. Name another, or data.format.")
-    return Raw(kind="images", parts=parts, classes=classes)
+    return Raw(kind="images", parts=parts, classes=classes, notes=say_droppings(folder))
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -101,47 +117,130 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def holds_pictures(folder: Path) -> bool:
     """Whether there is a picture somewhere below a folder."""
-    return any(_pictures(folder.rglob("*")))
+    return bool(_pictures(folder))
 
 
 def holds_classes(folder: Path) -> bool:
     """Whether there are pictures in two or more folders below a folder."""
-    return len({path.parent for path in _pictures(folder.rglob("*"))} - {folder}) > 1
+    return len({path.parent for path in _pictures(folder)} - {folder}) > 1
 
 
-def read_image_folder(folder: Path, config: DataConfig) -> Raw:
-    """Pictures in a folder per class, these in folders train, test ... or all in one.
+def read_image_folder(folder: Path, config: DataConfig, reading: Reading | None = None) -> Raw:
+    """Pictures in a folder per class, these in folders train, validation, test (as `PARTS` has them) or all
+    in one. What lies deeper belongs to the class, as torchvision's ImageFolder has it.
 
     Raises:
-        LabError: there is no picture, one cannot be opened, or they differ in size and `img_size` is not set.
+        LabError: the layout is not clear, there is no picture, one cannot be opened, or they differ in size
+            and `img_size` is not set.
     """
-    inside = _folders(folder)
-    roots = {path.name.lower(): path for path in inside if path.name.lower() in ("train", *EVALUATION)}
-    roots = roots if "train" in roots else {"train": folder}
-    classes = tuple(path.name for path in _folders(roots["train"]))
+    notes = say_droppings(folder)
+    roots = _parts_of(folder, notes)
+    lead = next(part for part in roots if part_kind(part) == "train")
+    classes = tuple(in_order(path.name for path in _folders(roots[lead])))
+    listed = {part: _files_of(root, classes, roots[lead], notes) for part, root in roots.items()}
+    if classes:
+        for part in [part for part, (_, labels) in listed.items() if not labels]:
+            n = len(listed.pop(part)[0])
+            notes.append(f"left out {n:,} pictures of {part}, which are of no class")
     parts: dict[str, Columns] = {}
-    for part, root in roots.items():
-        files: list[Path] = []
-        labels: list[int] = []
-        for path in _folders(root):
-            if path.name not in classes:
-                raise LabError(
-                    f"{path}: the class {path.name!r} is not among those of {roots['train']}. Move it."
-                )
-            pictures = sorted(_pictures(path.rglob("*")))
-            if not pictures:
-                raise LabError(
-                    f"{path}: holds no picture ({', '.join(PICTURES)}). Fill or remove the folder."
-                )
-            files += pictures
-            labels += [classes.index(path.name)] * len(pictures)
-        if not files:  # without classes, for what learns from the images alone
-            files = sorted(_pictures(root.iterdir()))
-        if not files:
-            raise LabError(f"{root}: holds no picture ({', '.join(PICTURES)}). Name another folder.")
+    for part, (files, labels) in listed.items():
         columns: Columns = {"inputs": read_pictures(files, config)}
         parts[part] = columns | ({"labels": np.array(labels, np.int64)} if labels else {})
-    return Raw(kind="images", parts=parts, classes=classes)
+    sizes = {shape: part for part, columns in parts.items() if (shape := columns["inputs"].shape[1:])}
+    if len(sizes) > 1:
+        raise LabError(
+            f"{folder}: its parts differ in size: "
+            + "; ".join(f"{part} {' x '.join(map(str, shape[1:]))}" for shape, part in sizes.items())
+            + ". Set data.img_size to bring all to one size."
+        )
+    return Raw(kind="images", parts=parts, classes=classes, notes=list(dict.fromkeys(notes)))
+
+
+def _parts_of(folder: Path, notes: list[str]) -> dict[str, Path]:
+    """Part -> the folder that holds its classes, or its pictures.
+
+    Raises:
+        LabError: some folders are named after parts and others not, or none of them is for training.
+    """
+    inside = [path for path in _folders(folder) if _pictures(path)]
+    loose = _pictures(folder, deep=False)
+    if len(inside) == 1 and not loose and folder_kind(inside[0].name) is None and _folders(inside[0]):
+        notes.append(f"{folder.name} holds nothing but {inside[0].name}: looked in there")
+        return _parts_of(inside[0], notes)
+    kinds = {path: folder_kind(path.name) for path in inside}
+    named = [path for path, kind in kinds.items() if kind]
+    if not named:
+        _refuse_the_same_in_each(inside, folder)
+        if loose and inside:
+            notes.append(f"left out {len(loose):,} pictures beside the folders of the classes")
+        return {"train": folder}
+    others = [path.name for path, kind in kinds.items() if not kind]
+    if others or not any(kind == "train" for kind in kinds.values()):
+        seen = some([path.name for path in named]) + (f" and {some(others)}" if others else "")
+        why = "some are named after parts, others not" if others else "none of them is to train on"
+        raise LabError(
+            f"{folder}: holds the folders {seen}: {why}. Parts are called train, val and test and hold the "
+            "classes' folders; if these here are classes, put them all into one folder called train."
+        )
+    if loose:
+        notes.append(f"left out {len(loose):,} pictures beside the folders of the parts")
+    roots = {_part_name(path.name, kinds[path] or ""): _unwrapped(path) for path in named}
+    to_train = [path for path in named if kinds[path] == "train"]
+    if len(roots) < len(named) or len(to_train) > 1:
+        raise LabError(
+            f"{folder}: of {some([path.name for path in named])}, two are one part. Merge or rename them."
+        )
+    return roots
+
+
+def _part_name(name: str, kind: str) -> str:
+    """A part's name, which `part_kind` must know: seg_train becomes train."""
+    return name.lower() if part_kind(name) == kind else kind
+
+
+def _unwrapped(root: Path) -> Path:
+    """Of seg_train/seg_train/buildings the inner folder: a part within a folder of its name."""
+    inside = _folders(root)
+    same = len(inside) == 1 and folder_kind(inside[0].name) == folder_kind(root.name)
+    return inside[0] if same and not _pictures(root, deep=False) else root
+
+
+def _refuse_the_same_in_each(folders: list[Path], root: Path) -> None:
+    """Raises if two folders hold folders of the same names: these, it seems, are the classes."""
+    inside = [{path.name for path in _folders(folder) if _pictures(path)} for folder in folders]
+    if len(folders) > 1 and len(set.union(*inside)) > 1 and all(names == inside[0] for names in inside):
+        raise LabError(
+            f"{root}: {some([path.name for path in folders])} each hold the folders "
+            f"{some(sorted(inside[0]))}: which are the classes? "
+            "Name the parts train, val and test, or put each class into one folder."
+        )
+
+
+def _files_of(
+    root: Path, classes: tuple[str, ...], lead: Path, notes: list[str]
+) -> tuple[list[Path], list[int]]:
+    """The pictures of a part and, unless they lie there without, their classes."""
+    files: list[Path] = []
+    labels: list[int] = []
+    for path in _folders(root):
+        if path.name not in classes:
+            raise LabError(f"{path}: the class {path.name!r} is not among those of {lead}. Move it.")
+        pictures = _pictures(path)
+        if not pictures:
+            raise LabError(f"{path}: holds no picture ({', '.join(PICTURES)}). Fill or remove the folder.")
+        files += pictures
+        labels += [classes.index(path.name)] * len(pictures)
+    if not files:  # without classes, for what learns from the images alone
+        files = _pictures(root, deep=False)
+    if not files:
+        raise LabError(f"{root}: holds no picture ({', '.join(PICTURES)}). Name another folder.")
+    taken = set(files)
+    others = [path for path in visible(root, deep=True) if path.is_file() and path not in taken]
+    others = [path for path in others if not labels or path.parent != root]
+    if others:
+        kinds = sorted({path.suffix.lower() or path.name for path in others})
+        notes.append(f"left out {len(others):,} files of {root.name} that are no pictures ({some(kinds)})")
+    return files, labels
 
 
 def read_pictures(
@@ -184,12 +283,11 @@ def check_memory(shape: tuple[int, ...], config: DataConfig) -> None:
     Raises:
         LabError: they are too many or too large for what is free.
     """
-    needed, free = math.prod(shape), psutil.virtual_memory().available
-    if needed > free:
-        raise LabError(
-            f"{config.source}: {shape[0]:,} images of {' x '.join(map(str, shape[1:]))} take "
-            f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free. Make data.img_size smaller."
-        )
+    require_memory(
+        2 * math.prod(shape),  # once more while parts are held out
+        f"{config.source}: {shape[0]:,} images of {' x '.join(map(str, shape[1:]))} take",
+        "Make data.img_size smaller.",
+    )
 
 
 def open_picture(
@@ -231,101 +329,9 @@ def _pixels(picture: "Image", config: DataConfig) -> np.ndarray:
     return pixels[None] if config.grayscale else pixels.transpose(2, 0, 1)
 
 
-def _pictures(paths: Iterable[Path]) -> Iterator[Path]:
-    return (path for path in paths if path.suffix.lower() in PICTURES and not path.is_dir())
+def _pictures(folder: Path, deep: bool = True) -> list[Path]:
+    return [path for path in visible(folder, deep) if path.suffix.lower() in PICTURES and not path.is_dir()]
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-# ---- .npz ----
-
-_INPUTS, _LABELS = ("images", "inputs", "x", "data"), ("labels", "targets", "y", "label", "target")
-
-
-@np.errstate(over="ignore")  # to float32: what becomes infinite is named later on
-def read_npz(path: Path, config: DataConfig) -> Raw:
-    """Arrays of images (uint8, channels first or last, or none) or of a table (a sample is one row).
-
-    Names are {images, labels} or {x, y}; of parts {x_train, y_train, x_test, ...} or {train_images, ...}.
-
-    Raises:
-        LabError: it is damaged, or holds none of these.
-    """
-    try:
-        with path.open("rb") as opened:
-            if not (head := opened.read(4)).startswith((b"PK\3\4", b"PK\5\6", b"\x93NUM", b"\x80")):
-                raise LabError(f"begins with {head.hex() or 'nothing'}")  # numpy would call it a pickle
-            opened.seek(0)
-            file = np.load(opened, allow_pickle=False)
-            if isinstance(file, np.ndarray):
-                raise LabError("one array without a name (save it with np.savez)")
-            arrays = {name: np.atleast_1d(file[name]) for name in file.files}
-    except Exception as error:  # zip, zlib, numpy: each has its own
-        if "pickle" in str(error):
-            raise LabError(
-                f"{path}: not an .npz file of plain arrays: objects, which only pickle can read, are never "
-                "loaded, for that runs code. Save its arrays as numbers."
-            ) from None
-        raise LabError(f"{path}: not a readable .npz file: {first_line(error)}. Get it again.") from None
-    if frames.is_record(arrays):
-        return frames.as_record(arrays, path)
-    parts: dict[str, Columns] = {}
-    kinds = set()
-    for part in ("train", *EVALUATION):
-        inputs, labels = (_named(arrays, part, names) for names in (_INPUTS, _LABELS))
-        if inputs is None:
-            continue
-        if labels is not None and len(inputs) != len(labels):
-            raise LabError(
-                f"{path}: {len(labels):,} labels for {len(inputs):,} inputs in {part}. Make it anew."
-            )
-        kinds.add("table" if inputs.ndim == 2 else "images")
-        parts[part] = {"inputs": _as_inputs(inputs, f"{path}: {part}")} | _as_labels(
-            labels, f"{path}: {part}"
-        )
-    if not parts or len(kinds) > 1:
-        raise LabError(
-            f"{path}: holds {', '.join(arrays) or 'nothing'}, where images and labels, x and y, or "
-            "x_train, y_train, x_test and y_test are looked for. Rename its arrays."
-        )
-    return Raw(kind=kinds.pop(), parts=parts)
-
-
-def _named(arrays: dict[str, np.ndarray], part: str, names: tuple[str, ...]) -> np.ndarray | None:
-    for name in names:
-        for key in (f"{part}_{name}", f"{name}_{part}", *([name] if part == "train" else [])):
-            if key in arrays:
-                return arrays[key]
-    return None
-
-
-def _as_inputs(values: np.ndarray, what: str) -> np.ndarray:
-    filled = 0 not in values.shape[1:]
-    if filled and values.ndim == 2 and values.dtype.kind in "fiu":
-        return values.astype(np.float32)
-    if filled and values.ndim == 3 and values.dtype == np.uint8:
-        return values[:, None]
-    if filled and values.ndim == 4 and values.dtype == np.uint8:
-        return values if values.shape[1] in (1, 3, 4) else np.ascontiguousarray(values.transpose(0, 3, 1, 2))
-    shape = " x ".join(map(str, values.shape))
-    raise LabError(
-        f"{what} inputs are {shape} of {values.dtype}, where images are n x height x width (x channels) of "
-        "uint8, and tables n x columns of numbers. Convert them."
-    )
-
-
-def _as_labels(values: np.ndarray | None, what: str) -> Columns:
-    """Whole numbers are classes, others are numbers to predict."""
-    if values is None:
-        return {}
-    if values.dtype.kind in "iu" and values.size == len(values):
-        return {"labels": values.reshape(-1).astype(np.int64)}
-    if values.dtype.kind == "f" and values.ndim <= 2 and values.size:
-        return {"targets": values.reshape(len(values), -1).astype(np.float32)}
-    shape = " x ".join(map(str, values.shape))
-    raise LabError(
-        f"{what} labels are {shape} of {values.dtype}, where each sample has one whole number, its class, or "
-        "floats. Convert them."
-    )
+    return [path for path in visible(folder) if path.is_dir()]

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from supervised.data.config import DataConfig
+from supervised.data.files import read_text
 from supervised.data.library import library_files
-from supervised.data.raw import Columns, Raw, read_text
+from supervised.data.raw import Columns, Raw
 
 LINES = 4
 """Of a snippet, at least; it has at least `CHARACTERS`, too, and at most twice as many."""

@@ -1,7 +1,7 @@
 """What the readers of all formats hand on: columns of numpy arrays or lists, part by part. No torch here."""
 
-import gzip
-import zlib
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +9,32 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lab.errors import LabError, first_line
+from lab.errors import LabError
 
 Columns: TypeAlias = dict[str, Any]
 """By name, arrays or lists of equal length: a row is a sample, or a document."""
 
-EVALUATION = ("test", "t10k", "validation", "valid", "val", "dev", "eval")
-"""Names of parts that are evaluated on; the first that there is counts."""
+PARTS = {
+    "train": ("train", "training", "trn", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "valset", "devset"),
+    "test": ("test", "testing", "t10k", "testset"),
+}
+"""Parts that models are trained with, chosen by and reported on, by the names they go by, in any case."""
+_NEUTRAL = {"set", "data", "dataset", "split", "part", "seg", "images", "image", "imgs", "img", "folder"}
+"""Words that may stand beside such a name in that of a folder: train_set is a part, train_station none."""
+
+DROPPINGS = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "ehthumbs.db")
+"""Names, in lower case, of what macOS, Windows and Synology leave in folders, beside hidden files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the objective and the network want of data that could be taken in two ways."""
+
+    predicts: str = ""
+    """classes or numbers: what labels are that could be both; empty: by their type."""
+    sequences: bool = False
+    """Take arrays of three dimensions of floats for sequences (n, time, features) and not for images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +42,8 @@ class Raw:
     """A data set as it was read.
 
     Columns by kind: images {"inputs": (n, channels, height, width) uint8, "labels"}; table {"inputs": (n,
-    columns) float32, "labels" int64 or "targets" float32}; text {"text"}; pairs {"source", "target"}; tasks
+    columns) float32, "labels" int64 or "targets" float32}; sequences {"inputs": (n, time, features) float32,
+    and as a table}; text {"text"}; pairs {"source", "target"}; tasks
     {"texts": the sequences of a sample, each a list of texts; "labels" int64, or float32 to be predicted as
     a number}; frames {"frames": (steps, height, width) uint8, "actions" int64, "begins" bool: see
     `rl.frames`}, whose classes are the actions' names.
@@ -36,17 +56,46 @@ class Raw:
     form: str = ""
     """Of tasks: classification, entailment, similarity or choice."""
     notes: list[str] = field(default_factory=list)
-    """What was left out, and the like."""
+    """What was left out or converted, a sentence each."""
+
+
+def part_kind(part: str) -> str | None:
+    """train, validation or test, by a part's name, alone or with more behind it: test_2016 is a test,
+    testament is not. None: none of them."""
+    return _KINDS.get(_first_word(part))
+
+
+def folder_kind(name: str) -> str | None:
+    """As `part_kind`, of a folder, which may also be called after a class: nothing but a number or a word as
+    `_NEUTRAL` may stand beside, as in seg_train and training_set."""
+    words = [re.sub(r"\d+$", "", word) for word in _words(name) if not word.isdecimal()]
+    if name.lower() in _KINDS:
+        return _KINDS[name.lower()]
+    kinds = {_KINDS.get(word) for word in words if word not in _NEUTRAL}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def is_part(part: str, name: str) -> bool:
-    """Whether a part is called so, or so with more behind it: test_2016 is a test, testament is not."""
+    """Whether a part is called so, in any case, or so with more behind it."""
+    part, name = part.lower(), name.lower()
     return part == name or (part.startswith(name) and not part[len(name)].isalpha())
 
 
 def is_evaluation(part: str) -> bool:
     """Whether a part is to be evaluated on, by its name."""
-    return any(is_part(part, name) for name in EVALUATION)
+    return part_kind(part) in ("validation", "test")
+
+
+_KINDS = {name: kind for kind, names in PARTS.items() for name in names}
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+
+
+def _first_word(name: str) -> str:
+    first = next(iter(_words(name)), "")
+    return first if first in _KINDS else re.sub(r"\d+$", "", first)
 
 
 def n_rows(columns: Columns) -> int:
@@ -62,6 +111,34 @@ def take(columns: Columns, rows: Sequence[int] | np.ndarray) -> Columns:
     }
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Classes in the order in which they are numbered: those that are whole numbers by these, then the
+    others by name."""
+    found = set(names)
+    whole = {name: int(name) for name in found if name.isdecimal() and len(name) < 99}  # int() has a limit
+    return sorted(found, key=lambda name: (whole.get(name, math.inf), name))
+
+
+def is_dropping(path: Path, root: Path) -> bool:
+    """Whether a file or folder below `root` is hidden, or something that an operating system left there."""
+    inside = path.relative_to(root).parts
+    return any(name.startswith(".") or name.lower() in DROPPINGS for name in inside)
+
+
+def visible(folder: Path, deep: bool = False) -> list[Path]:
+    """What lies in a folder, or also below it, sorted, without droppings."""
+    found = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(path for path in found if not is_dropping(path, folder))
+
+
+def say_droppings(folder: Path) -> list[str]:
+    """A sentence on the files below a folder that `visible` passes over, if there are any."""
+    n = sum(path.is_file() and is_dropping(path, folder) for path in folder.rglob("*"))
+    return (
+        [f"passed over {n:,} hidden files or files of an operating system (._x, __MACOSX ...)"] if n else []
+    )
+
+
 def one_each(files: Iterable[tuple[Any, Path]]) -> dict[Any, Path]:
     """Each file by what it is to be; folders, and packed files that lie there unpacked, too, left out.
 
@@ -70,41 +147,13 @@ def one_each(files: Iterable[tuple[Any, Path]]) -> dict[Any, Path]:
     """
     found: dict[Any, Path] = {}
     for key, path in files:
-        unpacked = path.suffix == ".gz" and path.with_suffix("").is_file()
+        unpacked = path.suffix.lower() in (".gz", ".zst") and path.with_suffix("").is_file()
         if not path.is_dir() and not unpacked and found.setdefault(key, path) != path:
             raise LabError(f"{found[key]}: stands for the same as {path.name} beside it. Remove one of them.")
     return found
 
 
-def read_bytes(path: Path) -> bytes:
-    """A file's bytes; one that is packed with gzip is unpacked.
-
-    Raises:
-        LabError: it cannot be read, or is damaged.
-    """
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise LabError(f"{path}: damaged: {first_line(error).rstrip('.')}. Get the file again.") from None
-    except OSError as error:
-        raise LabError(f"{path}: cannot be read: {error.strerror or error}. Name another file.") from None
-
-
-def read_text(path: Path, errors: str = "strict") -> str:
-    """A file's text in UTF-8, with or without a byte order mark; a file packed with gzip is unpacked.
-
-    Raises:
-        LabError: it cannot be read, or is no UTF-8.
-    """
-    data = read_bytes(path)
-    try:
-        return data.decode("utf-8-sig", errors)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise LabError(f"{path}, line {line}: not UTF-8 ({error.reason}). Convert the file.") from None
-
-
-def bare_suffix(path: Path) -> str:
-    """The suffix, not counting .gz."""
-    return Path(path.name.removesuffix(".gz")).suffix
+def some(names: Sequence[str], most: int = 6) -> str:
+    """Names in a sentence, and how many others there are."""
+    shown, rest = ", ".join(names[:most]), len(names) - most
+    return f"{shown} and {rest:,} others" if rest > 0 else shown

@@ -4,14 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab.errors import LabError, did_you_mean
-from supervised.data import bundled, images, texts
+from supervised.data import arrays, bundled, images, texts
 from supervised.data.config import DataConfig
-from supervised.data.raw import Raw, bare_suffix
+from supervised.data.files import bare_suffix, head_of, require_text, what_is
+from supervised.data.raw import Raw, Reading, visible
 
-_READERS: dict[str, Callable[[Path, DataConfig], Raw]] = {
+_READERS: dict[str, Callable[[Path, DataConfig, Reading], Raw]] = {
     "idx": images.read_idx_folder,
     "image_folder": images.read_image_folder,
-    "npz": images.read_npz,
+    "npz": arrays.read_arrays,
     "text": texts.read_texts,
     "aligned": texts.read_aligned,
     "rows": texts.read_rows,
@@ -54,8 +55,12 @@ def check(config: DataConfig) -> None:
     )
 
 
-def read(config: DataConfig) -> Raw:
+def read(config: DataConfig, reading: Reading | None = None) -> Raw:
     """What a config names, as it is there.
+
+    Args:
+        config: the data's.
+        reading: what the objective wants of data that could be taken in two ways.
 
     Raises:
         LabError: it is not there, or cannot be used.
@@ -68,27 +73,36 @@ def read(config: DataConfig) -> Raw:
 
         return read_hub(config.source.removeprefix("hub:"), config)
     path = Path(config.source)
-    form = config.format if config.format != "auto" else _recognise(path, config)
-    if form in (("npz",) if path.is_dir() else ("idx", "image_folder", "aligned")):
-        raise LabError(
-            f"{path}: data.format = {form!r} is of a {'file' if form == 'npz' else 'folder'}. Name one."
-        )
-    return _READERS[form](path, config)
+    try:
+        form = config.format if config.format != "auto" else _recognise(path, config)
+        if form in ("idx", "image_folder", "aligned") and not path.is_dir():
+            raise LabError(f"{path}: data.format = {form!r} is of a folder. Name one.")
+        return _READERS[form](path, config, reading or Reading())
+    except OSError as error:  # a folder that is closed, a link to itself
+        where = error.filename or path
+        raise LabError(f"{where}: cannot be read: {error.strerror or error}. Open or remove it.") from None
 
 
 def _recognise(path: Path, config: DataConfig) -> str:
-    """The format of a file by its suffix, of a folder by what lies in it."""
+    """The format of a file by its suffix or by how it begins, of a folder by what lies in it.
+
+    Raises:
+        LabError: the file is of none that is read, or nothing in the folder is.
+    """
     if path.is_file():
         suffix = bare_suffix(path)
-        if suffix == ".csv":
-            raise LabError(
-                f"{path}: CSV is not read. Save its rows as {' or '.join(texts.ROWS)}, or set "
-                "data.format=text to learn it as plain text."
-            )
-        return "npz" if suffix == ".npz" else "rows" if suffix in texts.ROWS else "text"
+        if suffix in arrays.SUFFIXES:
+            return "npz"
+        if suffix in texts.ROWS:
+            return "rows"
+        head = head_of(path)
+        if (found := what_is(head)) in ("a numpy array", "Parquet"):
+            return "rows" if found == "Parquet" else "npz"
+        require_text(head if not head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) else b"", path)
+        return "text"
     if not path.is_dir():
         raise LabError(f"{path}: is neither a file nor a folder. Name one.")
-    if not any(path.iterdir()):
+    if not visible(path):
         raise LabError(f"{path}: the folder is empty. Name another.")
     if images.find_idx(path):
         return "idx"
@@ -96,6 +110,8 @@ def _recognise(path: Path, config: DataConfig) -> str:
         return "aligned"
     if texts.find_rows(path) and not images.holds_classes(path):  # such rows are about the pictures
         return "rows"
+    if arrays.find_arrays(path) and not images.holds_classes(path):
+        return "npz"
     if images.holds_pictures(path):
         return "image_folder"
     return "text"

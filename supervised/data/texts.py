@@ -1,19 +1,32 @@
-"""Texts, pairs of texts and tasks from files: plain text, aligned lines, JSONL, TSV."""
+"""Texts, pairs of texts and tasks from files: plain text, aligned lines, rows of JSON, CSV, TSV, Parquet."""
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from lab.errors import LabError, did_you_mean
+from supervised.data import tables
 from supervised.data.config import DataConfig
-from supervised.data.raw import EVALUATION, Columns, Raw, bare_suffix, is_evaluation, one_each, read_text
+from supervised.data.files import bare_suffix, head_of, read_text, require_memory, stem
+from supervised.data.raw import (
+    Columns,
+    Raw,
+    Reading,
+    folder_kind,
+    in_order,
+    is_evaluation,
+    one_each,
+    part_kind,
+    say_droppings,
+    some,
+    visible,
+)
 
-ROWS = (".jsonl", ".tsv")
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".pq")
 TASKS: dict[str, tuple[str, ...]] = {
     "entailment": ("premise", "hypothesis", "label"),
     "similarity": ("first", "second", "label"),
@@ -21,6 +34,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "label"),
 }
 """The four task forms of GPT-1 (section 3.3), and the keys of their rows."""
+Located: TypeAlias = tuple[str, dict[str, Any]]
+"""A row, behind its place for errors."""
 LARGEST = 1e38
 """The largest label that float32 is sure to have."""
 
@@ -28,37 +43,39 @@ LARGEST = 1e38
 # ---- plain text ----
 
 
-def read_texts(path: Path, config: DataConfig) -> Raw:
+def read_texts(path: Path, config: DataConfig, reading: Reading) -> Raw:
     """A text file, or the files below a folder that end in `suffix`; a file is a document.
 
     Raises:
         LabError: there is none, or one is no text.
     """
-    files = [path]
+    files, notes = [path], []
     if path.is_dir():
-        shown = (p for p in path.rglob("*") if not p.is_dir() and not _hidden(p, path))
-        files = sorted(p for p in shown if bare_suffix(p) == config.suffix)
+        shown = [p for p in visible(path, deep=True) if not p.is_dir()]
+        files = [p for p in shown if bare_suffix(p) == config.suffix.lower()]
+        notes = say_droppings(path)
         if not files:
-            kinds = sorted({p.suffix for p in path.rglob("*") if p.is_file() and p.suffix})
+            kinds = sorted({bare_suffix(p) for p in shown if bare_suffix(p)})
             raise LabError(
-                f"{path}: holds no rows ({', '.join(ROWS)}), no picture, and no file that ends in "
+                f"{path}: holds no rows ({', '.join(ROWS)}), no picture, no arrays, and no file that ends in "
                 f"{config.suffix}. Set data.suffix"
                 + (f" (there are {', '.join(kinds[:6])})." if kinds else ", or name another folder.")
             )
     parts: dict[str, Columns] = {}
     for file in files:
-        inside = file.relative_to(path) if path.is_dir() else Path("train")
-        named = [name for name in (inside.parts[0], inside.name.partition(".")[0]) if name in EVALUATION]
-        parts.setdefault(named[0] if named else "train", {"text": []})["text"].append(_document(file, config))
-    return Raw(kind="text", parts=parts)
+        folder, *below = file.relative_to(path).parts if path.is_dir() else ("train",)
+        named = folder_kind(folder) if below else None
+        alone = file.name.partition(".")[0]  # not test_utils.txt: what a document is about is not its part
+        if not named and (not path.is_dir() or not alone.isalpha()):
+            alone = "train"
+        part = named or part_kind(alone) or "train"
+        parts.setdefault(part, {"text": []})["text"].append(_document(file, config))
+    return Raw(kind="text", parts=parts, notes=notes)
 
 
 def _document(path: Path, config: DataConfig) -> str:
-    return read_text(path, "surrogateescape" if config.tokenizer == "bytes" else "strict")
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(name.startswith(".") for name in path.relative_to(root).parts)
+    errors = "surrogateescape" if config.tokenizer == "bytes" else "strict"
+    return read_text(path, errors, asked=config.format == "text")
 
 
 # ---- aligned files: train.de and train.en hold the same sentences ----
@@ -70,12 +87,12 @@ def find_aligned(folder: Path, pair: list[str]) -> dict[str, tuple[Path, Path]]:
     Raises:
         LabError: a part has two of one language.
     """
-    files = sorted(folder.iterdir())
-    sides = [one_each((_stem(p), p) for p in files if bare_suffix(p) == f".{side}") for side in pair]
-    return {stem: (path, sides[1][stem]) for stem, path in sides[0].items() if stem in sides[1]}
+    files = visible(folder)
+    sides = [one_each((stem(p), p) for p in files if bare_suffix(p) == f".{side}") for side in pair]
+    return {part: (path, sides[1][part]) for part, path in sides[0].items() if part in sides[1]}
 
 
-def read_aligned(folder: Path, config: DataConfig) -> Raw:
+def read_aligned(folder: Path, config: DataConfig, reading: Reading) -> Raw:
     """Two files a part, with as many lines.
 
     Raises:
@@ -99,7 +116,7 @@ def read_aligned(folder: Path, config: DataConfig) -> Raw:
     return Raw(kind="pairs", parts=parts)
 
 
-# ---- rows: JSONL and TSV ----
+# ---- rows: JSON, CSV, TSV, Parquet ----
 
 
 def find_rows(path: Path) -> dict[str, Path]:
@@ -108,33 +125,87 @@ def find_rows(path: Path) -> dict[str, Path]:
     Raises:
         LabError: a part has two.
     """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return one_each((_stem(p) if path.is_dir() else "train", p) for p in files if bare_suffix(p) in ROWS)
+    if not path.is_dir():
+        return {"train": path}
+    return one_each((stem(p), p) for p in visible(path) if bare_suffix(p) in ROWS)
 
 
-def read_rows(path: Path, config: DataConfig) -> Raw:
-    """JSONL or TSV: pairs, texts, or one of `TASKS`; the keys of the first row decide.
+def read_rows(path: Path, config: DataConfig, reading: Reading) -> Raw:
+    """Rows of texts, pairs, one of `TASKS` or, as `supervised.data.tables` says, of numbers; the keys of the
+    first row decide.
 
     Raises:
-        LabError: a row is no JSON or lacks a key; it names file and line.
+        LabError: a row cannot be read or lacks a key; it names file and line.
     """
-    located = {part: list(_rows_of(file, config)) for part, file in find_rows(path).items()}
-    if not any(located.values()):
+    files, notes = find_rows(path), say_droppings(path) if path.is_dir() else []
+    if any(part_kind(part) == "train" for part in files):
+        if left := [file.name for part, file in files.items() if part_kind(part) is None]:
+            notes.append(f"left out the file {some(left)}: named neither train nor val nor test")
+        files = {part: file for part, file in files.items() if part_kind(part)}
+    located: dict[str, list[Located]] = {}
+    columns: dict[str, Any] = {}
+    for part, file in files.items():
+        found = _rows_of(file, config, notes)
+        if isinstance(found, list):
+            located[part] = found
+        else:
+            columns[part] = found
+    if not any(located.values()) and not any(table.num_rows for table in columns.values()):
         raise LabError(f"{path}: has no rows. Name {' or '.join(ROWS)} files with some.")
-    return assemble(located, config)
+    of_texts = form_of([*next((rows[0][1] for rows in located.values() if rows), {})], config) or next(
+        (form for table in columns.values() if (form := form_of(table.column_names, config))), None
+    )
+    if of_texts is None:
+        for part, rows in located.items():
+            if columns or config.label is not None or _are_numbers(rows):
+                columns[part] = tables.of_rows([row for _, row in rows], files[part])
+        if columns and len(columns) == len(files):
+            columns = {part: table for part, table in columns.items() if table.num_rows}
+            return tables.assemble(columns, files, config, reading, notes)
+    for part, table in columns.items():
+        located[part] = [
+            (f"{files[part]}, row {i}", row) for i, row in enumerate(_as_texts(table.to_pylist()), 1)
+        ]
+    raw = assemble(located, config)
+    raw.notes.extend(notes)
+    return raw
+
+
+def form_of(keys: Sequence[str], config: DataConfig) -> str | None:
+    """What rows with these keys are: pairs, one of `TASKS` or text; None: none of them."""
+    return next((form for form, wanted in _forms(config).items() if set(wanted) <= set(keys)), None)
+
+
+def _forms(config: DataConfig) -> dict[str, tuple[str, ...]]:
+    return {"pairs": tuple(config.pair), **TASKS, "text": ("text",)}
+
+
+def _are_numbers(rows: list[Located]) -> bool:
+    """Whether rows are those of a table: the first has numbers, and nothing nested."""
+    values = rows[0][1].values() if rows else ()
+    return any(isinstance(value, int | float) for value in values) and not any(
+        isinstance(value, dict | list) for value in values
+    )
+
+
+def _as_texts(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of a table as those of JSON: what is a number there may be one here."""
+    for row in rows:
+        if set(TASKS["similarity"]) <= row.keys() and isinstance(row["label"], str):
+            row["label"] = _score(row["label"])
+        yield row
 
 
 def assemble(located: dict[str, list[tuple[str, dict[str, Any]]]], config: DataConfig) -> Raw:
     """Pairs, texts or a task from rows, each with its place for errors."""
     place, first = next(row for rows in located.values() for row in rows)
-    forms = {"pairs": tuple(config.pair), **TASKS, "text": ("text",)}
-    form = next((form for form, keys in forms.items() if all(key in first for key in keys)), None)
+    forms, form = _forms(config), form_of(list(first), config)
     if form is None:
         known = "; ".join(", ".join(keys) for keys in forms.values())
         hint = did_you_mean(next(iter(first), ""), [*config.pair, "text", "premise", "first", "context"])
         raise LabError(
             f"{place}: has the keys {', '.join(first) or 'none'}, where one of these sets "
-            f"is known: {known}.{hint}"
+            f"is known: {known}.{hint} Of a table, data.label names the column to learn."
         )
     for rows in located.values():
         for place, row in rows:
@@ -154,43 +225,106 @@ def assemble(located: dict[str, list[tuple[str, dict[str, Any]]]], config: DataC
     return _task(form, located)
 
 
-def _rows_of(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with its place."""
-    lines = read_text(path).split("\n")
-    header = None
-    for number, line in enumerate(lines, 1):
+def _rows_of(path: Path, config: DataConfig, notes: list[str]) -> Any:
+    """The rows of a file: a list of them, each with its place, or a `pyarrow.Table`."""
+    suffix = bare_suffix(path)
+    head = head_of(path)
+    if head.startswith(b"PAR1"):
+        table = tables.read_parquet(path)
+        pictures = [field.name for field in table.schema if str(field.type).startswith("struct<bytes")]
+        if pictures:
+            raise LabError(
+                f"{path}: {pictures[0]!r} holds pictures. Put the file into a folder, and name that as "
+                "data.source=hub:FOLDER."
+            )
+        return table
+    if suffix in (".parquet", ".pq"):
+        raise LabError(f"{path}: does not begin as Parquet does. Get the file again.")
+    if suffix == ".tsv" and (text := read_text(path)) and not tables.is_table(text, config, _forms(config)):
+        return list(_tsv(path, text, config, notes))
+    if suffix in (".jsonl", ".ndjson", ".json") or head.lstrip()[:1] in (b"{", b"["):
+        return _json(path)
+    table, said = tables.read_csv(path, config, list(_forms(config).values()))
+    notes += said
+    return table
+
+
+def _json(path: Path) -> list[Located]:
+    """One row a line, or all in one list, or a list for each key."""
+    text = read_text(path)
+    require_memory(10 * len(text), f"{path}: to read it takes about", "Name a smaller file.")
+    if bare_suffix(path) == ".json" or text.lstrip()[:1] == "[":
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if "Extra data" not in str(error):  # else lines of JSON under another name
+                raise LabError(
+                    f"{path}: not JSON: {_why(error)}. Correct it, or set data.format=text."
+                ) from None
+        else:
+            return _unfolded(whole, path)
+    return list(_jsonl(path, text))
+
+
+def _unfolded(whole: Any, path: Path) -> list[Located]:
+    if isinstance(whole, dict) and len(whole) > 1 and all(isinstance(v, list) for v in whole.values()):
+        if len({len(values) for values in whole.values()}) > 1:
+            raise LabError(f"{path}: its lists are of different lengths, and are no columns. Correct it.")
+        whole = [dict(zip(whole, row, strict=True)) for row in zip(*whole.values(), strict=True)]
+    if isinstance(whole, dict):
+        whole = [whole]
+    if not isinstance(whole, list):
+        raise LabError(f"{path}: is a {type(whole).__name__}, where a list of rows is wanted. Correct it.")
+    for i, row in enumerate(whole, 1):
+        if not isinstance(row, dict):
+            raise LabError(
+                f"{path}, row {i}: is a {type(row).__name__}, where a row is {{...}}. Correct it, or set "
+                "data.format=text."
+            )
+    return [(f"{path}, row {i}", row) for i, row in enumerate(whole, 1)]
+
+
+def _jsonl(path: Path, text: str) -> Iterator[Located]:
+    for number, line in enumerate(text.split("\n"), 1):
         place = f"{path}, line {number}"
         if not line.strip():
-            continue
-        if bare_suffix(path) == ".tsv":
-            cells = line.rstrip("\r").split("\t")
-            if header is None:
-                named = set(config.pair) <= set(cells) or any(
-                    set(keys) <= set(cells) for keys in TASKS.values()
-                )
-                header = cells if named else list(config.pair)
-                if named:
-                    continue
-            if len(cells) < len(header):
-                raise LabError(
-                    f"{place}: has {len(cells)} of {len(header)} columns parted by tabs. Complete the line."
-                )
-            row: dict[str, Any] = dict(zip(header, cells, strict=False))
-            if set(TASKS["similarity"]) <= set(row):
-                row["label"] = _score(row["label"])
-            yield place, row
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            why = (
-                f"{error.msg} at column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else str(error)
-            )
-            raise LabError(f"{place}: not JSON: {why}. A line is one row, as in {{...}}.") from None
+            raise LabError(f"{place}: not JSON: {_why(error)}. A line is one row, as in {{...}}.") from None
         if not isinstance(row, dict):
             raise LabError(f"{place}: is a {type(row).__name__}, where a row is {{...}}. Correct the line.")
+        yield place, row
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return str(error)
+
+
+def _tsv(path: Path, text: str, config: DataConfig, notes: list[str]) -> Iterator[Located]:
+    """Rows of cells parted by tabs, without quotes. The first line names them, or there are pairs."""
+    header: list[str] | None = None
+    for number, line in enumerate(text.split("\n"), 1):
+        place = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        cells = line.rstrip("\r").split("\t")
+        if header is None:
+            named = form_of(cells, config) is not None
+            header = cells if named else list(config.pair)
+            if named:
+                continue
+            notes.append(f"{path.name} names no columns: took the first two for {' and '.join(header)}")
+        if len(cells) < len(header):
+            raise LabError(
+                f"{place}: has {len(cells)} of {len(header)} columns parted by tabs. Complete the line."
+            )
+        row: dict[str, Any] = dict(zip(header, cells, strict=False))
+        if set(TASKS["similarity"]) <= set(row):
+            row["label"] = _score(row["label"])
         yield place, row
 
 
@@ -266,9 +400,7 @@ def _sequences(form: str, row: dict[str, Any]) -> list[list[str]]:
 def _classes(form: str, rows: list[tuple[str, dict[str, Any]]], key: str) -> tuple[str, ...]:
     if form == "choice" and rows:
         return tuple(str(i) for i in range(len(rows[0][1]["choices"])))
-    found = {str(row[key]) for _, row in rows}
-    whole = {name: int(name) for name in found if name.isdecimal() and len(name) < 99}  # int() has a limit
-    return tuple(sorted(found, key=lambda name: (whole.get(name, math.inf), name)))
+    return tuple(in_order(str(row[key]) for _, row in rows))
 
 
 def _label(place: str, value: Any, key: str, index: dict[str, int]) -> int:
@@ -285,7 +417,3 @@ def _number(place: str, row: dict[str, Any]) -> float:
         if abs(number := float(row["label"])) <= LARGEST:
             return number
     raise LabError(f"{place}: label {row['label']!r} is no number, as other rows have. Correct it.")
-
-
-def _stem(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).stem

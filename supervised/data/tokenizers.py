@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 
 from lab.errors import LabError, first_line
 from lab.files import written_aside
-from lab.hub import hub_or_cache
+from lab.hub import from_pretrained
 from lab.run import Run
 
 SPECIALS = {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "delim": "<delim>", "extract": "<extract>"}
@@ -222,12 +222,13 @@ def pretrained(name: str) -> SubwordTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        with hub_or_cache(name):
-            loaded = AutoTokenizer.from_pretrained(name)
+        loaded = from_pretrained(AutoTokenizer, name)
         specials = {use: getattr(loaded, hf_name) for use, hf_name in _HF_NAMES.items()}
         return SubwordTokenizer(
             loaded.backend_tokenizer, {use: token for use, token in specials.items() if token}
         )
+    except LabError:
+        raise
     except Exception as error:  # each mishap with network, name or files has its class
         reason = first_line(error).rstrip(".")
         raise LabError(

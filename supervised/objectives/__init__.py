@@ -1,10 +1,13 @@
 """The learning problems, by the name that `objective.name` gives them."""
 
 import importlib
+from pathlib import Path
 
 from lab.errors import LabError
+from supervised import backbones
 from supervised.config import SupervisedRun
-from supervised.data import DataSet
+from supervised.data import DataSet, load
+from supervised.data.raw import Reading
 from supervised.objectives.base import Objective
 
 _CLASSES = {
@@ -22,6 +25,18 @@ _CLASSES = {
     "variational": ("supervised.objectives.likelihood", "Variational"),
     "world_model": ("supervised.objectives.world_model", "WorldModel"),
 }
+
+
+PREDICTS = {"classification": "classes", "regression": "numbers"}
+"""What labels are to an objective that could be both."""
+
+
+def read(settings: SupervisedRun, folder: Path | None = None, part: str | None = None) -> DataSet:
+    """The data of a config, taken as its objective and its backbone take them; see `supervised.data.load`."""
+    rows = getattr(settings.objective, "rows", False)
+    sequences = settings.model.backbone in backbones.RECURRENT and not rows
+    reading = Reading(predicts=PREDICTS.get(settings.objective.name, ""), sequences=sequences)
+    return load(settings.data, folder, reading, part)
 
 
 def make(settings: SupervisedRun, data: DataSet) -> Objective:

@@ -95,6 +95,10 @@ class Objective(ABC):
         """Draws figures into the folder; yields (name, file) of each."""
         return iter(())
 
+    def warnings(self, numbers: Mapping[str, float]) -> list[str]:
+        """What makes the result of an evaluation worth nothing, a sentence each."""
+        return []
+
     def spec(self) -> dict[str, Any]:
         """Facts found in the data that a checkpoint must carry to be used without it, as JSON."""
         return {}
@@ -105,12 +109,28 @@ def samples_in(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
+def no_better_than_one_class(data: DataSet, accuracy: float) -> list[str]:
+    """What to say of an accuracy that naming the most frequent class would reach, of a data set's `test`."""
+    counts = data.test.tensors["labels"].bincount(minlength=data.num_classes)
+    most = float(counts.max() / counts.sum())
+    if round(accuracy * int(counts.sum())) > int(counts.max()):
+        return []
+    name = data.classes[int(counts.argmax())]
+    return [
+        f"accuracy {accuracy:.4g} is no better than always naming {name!r}, the most frequent class "
+        f"of {data.part} ({most:.4g})"
+    ]
+
+
 def require_kind(data: DataSet, kinds: Sequence[str], objective: str, column: str = "") -> None:
     """Raises unless the data are of one of these kinds, and have the column that is learned."""
     if data.kind not in kinds:
+        hint = " (data.format=text learns a file as plain text.)" if tuple(kinds) == ("text",) else ""
+        if data.kind == "text" and "table" in kinds:
+            hint = " (data.format=rows takes its lines for a table.)"
         raise LabError(
             f"data.source = {data.name!r}: holds {data.kind}, and {objective} learns from "
-            f"{' or '.join(kinds)}. Name another data set, or another objective.name."
+            f"{' or '.join(kinds)}. Name another data set, or another objective.name." + hint
         )
     if column and column not in data.train.tensors:
         raise LabError(

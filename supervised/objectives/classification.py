@@ -1,6 +1,8 @@
 """Which class an image, a row of a table or a sequence is of."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.errors import LabError
+from lab.files import write_atomic
 from supervised import backbones, figures
 from supervised.backbones.vit import ViT
 from supervised.classifier import Classifier
@@ -18,9 +21,11 @@ from supervised.config import ClassificationRun
 from supervised.data import DataSet
 from supervised.data.augment import Augment, Normalize
 from supervised.models import make_backbone
-from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
+from supervised.objectives.base import Batch, Loss, Objective, Players, no_better_than_one_class, require_kind
 
 SHOWN = 32
+MOST_CONFUSED = 1000
+"""Classes up to which there is a confusion matrix: its size is their square."""
 
 
 class Classification(Objective):
@@ -31,15 +36,15 @@ class Classification(Objective):
 
     def __init__(self, settings: ClassificationRun, data: DataSet) -> None:
         super().__init__(settings, data)
-        require_kind(data, ("images", "table"), "classification", "labels")
+        require_kind(data, ("images", "table", "sequences"), "classification", "labels")
         self.config = settings.objective
         shape = data.train.tensors["inputs"].shape[1:]
         if self.config.rows and data.kind != "images":
             raise LabError(f"objective.rows: is for images, and {data.name} holds {data.kind}. Leave it out.")
         self.normalize = Normalize.of(data.train.tensors["inputs"])
         self.augment = Augment(settings.data.augment)
-        of_data: dict[str, Any] = {"in_features": shape[0]}
-        fitting: Sequence[str] = ["mlp"]
+        of_data: dict[str, Any] = {"in_features": shape[-1]}
+        fitting: Sequence[str] = backbones.RECURRENT if data.kind == "sequences" else ["mlp"]
         if data.kind == "images":
             channels, height, width = shape
             of_data = {"in_chans": channels, "img_size": [height, width]}
@@ -68,28 +73,29 @@ class Classification(Objective):
         return Loss(loss, metrics)
 
     def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
-        counts, loss = self._count(players, batches)
-        n = counts.sum()
-        return {"accuracy": float(counts.trace() / n), "loss": float(loss / n)}
-
-    def _count(self, players: Players, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-        """How often each class (row) was taken for each (column), and the summed cross entropy in nats."""
-        n = self.data.num_classes
-        counts, loss = torch.zeros(n * n), torch.zeros(())
+        right, loss, n = 0.0, 0.0, 0
+        sums = []  # of each batch, which wait for the device once
         for batch in batches:
             logits, labels = self._logits(players, batch["inputs"]), batch["labels"]
-            hits = torch.ones_like(labels, dtype=torch.float)
-            counts = counts.to(labels.device).scatter_add(0, labels * n + logits.argmax(1), hits)
-            loss = loss.to(labels.device) + F.cross_entropy(logits, labels, reduction="sum")
-        return counts.view(n, n), loss
+            hits = (logits.argmax(1) == labels).sum()
+            sums.append(torch.stack((hits.float(), F.cross_entropy(logits, labels, reduction="sum"))))
+            n += len(labels)
+        right, loss = torch.stack(sums).cpu().double().sum(0).tolist()
+        return {"accuracy": right / n, "loss": loss / n}
+
+    def warnings(self, numbers: Mapping[str, float]) -> list[str]:
+        return no_better_than_one_class(self.data, numbers["accuracy"])
 
     def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
         """The confusion matrix; of images also some, with what they were taken for, and the first kernels."""
         others = iter(batches)
         first = next(others)
-        counts, _ = self._count(players, chain([first], others))
+        pairs = [
+            torch.stack((batch["labels"], self._logits(players, batch["inputs"]).argmax(1))).cpu()
+            for batch in chain([first], others)
+        ]
         names = self.data.classes or tuple(map(str, range(self.data.num_classes)))
-        yield "confusion", figures.confusion(folder / "confusion.png", counts.cpu().numpy(), names)
+        yield from draw_confusion(torch.cat(pairs, 1), names, folder)
         if self.data.kind != "images":
             return
         images, labels = first["inputs"][:SHOWN], first["labels"][:SHOWN].tolist()
@@ -118,6 +124,30 @@ class Classification(Objective):
     def spec(self) -> dict[str, Any]:
         shape = list(self.data.train.tensors["inputs"].shape[1:])
         return {"classes": list(self.data.classes), "shape": shape, **self.normalize.spec()}
+
+
+def draw_confusion(pairs: Tensor, names: Sequence[str], folder: Path) -> Iterator[tuple[str, Path]]:
+    """How often each class was taken for each: a matrix, of over `MOST_CONFUSED` classes a table of those
+    pairs of different classes that occur.
+
+    Args:
+        pairs: (2, n) int64: what samples are, and what they were taken for.
+        names: of the classes.
+        folder: for the figure.
+    """
+    n = len(names)
+    if n <= MOST_CONFUSED:
+        counts = (pairs[0] * n + pairs[1]).bincount(minlength=n * n).view(n, n)
+        yield "confusion", figures.confusion(folder / "confusion.png", counts.numpy(), names)
+        return
+    found, counts = pairs[:, pairs[0] != pairs[1]].unique(dim=1, return_counts=True)
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows)
+    writer.writerow(("is", "taken_for", "samples"))
+    for i in counts.argsort(descending=True, stable=True).tolist():
+        writer.writerow((names[int(found[0, i])], names[int(found[1, i])], int(counts[i])))
+    write_atomic(folder / "confusion.csv", rows.getvalue().encode())
+    yield "confusion", folder / "confusion.csv"
 
 
 def _first_kernels(model: nn.Module) -> np.ndarray | None:

@@ -1,12 +1,13 @@
 """Numbers from numbers, by least squares."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from supervised import backbones
 from supervised.classifier import Classifier
 from supervised.config import SupervisedRun
 from supervised.data import DataSet
@@ -23,12 +24,12 @@ class Regression(Objective):
 
     def __init__(self, settings: SupervisedRun, data: DataSet) -> None:
         super().__init__(settings, data)
-        require_kind(data, ("table",), "regression", "targets")
-        backbone, self.parents = make_backbone(
-            settings.model, ["mlp"], in_features=data.train.tensors["inputs"].shape[1]
-        )
+        require_kind(data, ("table", "sequences"), "regression", "targets")
+        inputs = data.train.tensors["inputs"]
+        fitting = backbones.RECURRENT if data.kind == "sequences" else ["mlp"]
+        backbone, self.parents = make_backbone(settings.model, fitting, in_features=inputs.shape[-1])
         targets = data.train.tensors["targets"]
-        self.inputs = Normalize.of(data.train.tensors["inputs"])
+        self.inputs = Normalize.of(inputs)
         self.targets = Normalize.of(targets)
         self.players: dict[str, nn.Module] = {
             "model": Classifier(backbone, targets.shape[1], settings.model.dropout)
@@ -49,6 +50,11 @@ class Regression(Objective):
         variance = (targets - targets.mean(0)).square().mean()
         # Of targets that are all alike nothing can be explained, and the logs take finite numbers only.
         return {"r2": float(1 - error / variance.clamp_min(1e-12)), "loss": float(error)}
+
+    def warnings(self, numbers: Mapping[str, float]) -> list[str]:
+        if numbers["r2"] > 0:
+            return []
+        return [f"r2 {numbers['r2']:.4g} is no better than always naming the mean of {self.data.part}"]
 
     def spec(self) -> dict[str, Any]:
         return {"inputs": self.inputs.spec(), "targets": self.targets.spec()}

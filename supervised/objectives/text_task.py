@@ -5,7 +5,7 @@ premise, a delimiter and a hypothesis; two texts to compare, in both orders, who
 context with each of the answers to choose from, each scored by itself.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from supervised import backbones, figures
 from supervised.config import TextTaskRun
 from supervised.data import DataSet
 from supervised.models import make_backbone, token_weights
-from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
+from supervised.objectives.base import Batch, Loss, Objective, Players, no_better_than_one_class, require_kind
+from supervised.objectives.classification import draw_confusion
 
 
 class TaskModel(nn.Module):
@@ -111,13 +112,14 @@ class TextTask(Objective):
         pearson = pearson.nan_to_num()  # where all answers are alike, there is none
         return {"pearson": float(pearson), "loss": float(F.mse_loss(found, wanted))}
 
+    def warnings(self, numbers: Mapping[str, float]) -> list[str]:
+        return no_better_than_one_class(self.data, numbers["accuracy"]) if self.data.classes else []
+
     def draw(self, players: Players, batches: Iterable[Batch], folder: Path) -> Iterator[tuple[str, Path]]:
         """What was taken for what; of a similarity in numbers, found against wanted."""
         logits, wanted = self._answers(players, batches)
         if names := self.data.classes:
-            pairs = (wanted * len(names) + logits.argmax(1)).cpu()
-            counts = pairs.bincount(minlength=len(names) ** 2).view(len(names), -1)
-            yield "confusion", figures.confusion(folder / "confusion.png", counts.numpy(), names)
+            yield from draw_confusion(torch.stack((wanted, logits.argmax(1))).cpu(), names, folder)
         else:
             path, found = folder / "similarity.png", logits[:, 0]
             yield "similarity", figures.scatter(path, wanted.flatten().cpu().numpy(), found.cpu().numpy())

@@ -264,3 +264,24 @@ def test_harmless_keys_are_not_scrubbed() -> None:
 )
 def test_any_name_gives_a_folder_below_runs(name: str, folder: str) -> None:
     assert folder_name(name) == folder
+
+
+@pytest.mark.parametrize("hindrance", ["link", "folder"])
+def test_an_evaluation_that_cannot_be_kept_is_said_and_nothing_else_is_touched(
+    hindrance: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create(tmp_path / "run")
+    run.keep_evaluation({"score": 1})
+    kept = run.folder / "evaluations.jsonl"
+    assert json.loads(kept.read_text())["score"] == 1
+    kept.unlink()
+    if hindrance == "link":
+        (tmp_path / "precious").write_text("as it was")
+        kept.symlink_to(tmp_path / "precious")
+    else:
+        kept.mkdir()
+    run.keep_evaluation({"score": 2})
+    assert f"note: {kept}: not kept there: " in capsys.readouterr().err
+    if hindrance == "link":
+        assert (tmp_path / "precious").read_text() == "as it was"
+    finish(run)

@@ -17,6 +17,7 @@ from lab.run import Run
 from lab.tracking import read_metrics
 from tests.conftest import REPO, LabCommand
 from tests.e2e.test_bad_input import refuse
+from tests.rlhf.test_checkpoints import pickles
 
 CONFIG = REPO / "configs" / "rlhf" / "tiny.yaml"
 SMALL = (
@@ -198,6 +199,33 @@ def test_a_stage_killed_at_any_moment_ends_as_one_never_stopped(
         return [{k: v for k, v in row.items() if k not in clocks and "_per_second" not in k} for row in found]
 
     assert rows(copied) == rows(finished)
+
+
+def test_no_file_of_a_recipe_is_a_pickle(finished: Path) -> None:
+    """Checkpoints and results of every stage; its last checkpoint is also that of an interrupted one."""
+    assert len(list((finished / "run").glob("*/checkpoints/step_*/optimizer.safetensors"))) >= 3
+    assert pickles(finished) == []
+
+
+def test_a_stage_killed_behind_its_last_step_takes_no_other(
+    lab_command: LabCommand, copied: Path, finished: Path
+) -> None:
+    """Its epochs are a fraction, and all steps are in a checkpoint, but model/ is not written yet."""
+    for later in STAGES[1:]:
+        shutil.rmtree(copied / "run" / later)
+    model = copied / "run" / "sft" / "model" / "model.safetensors"
+    shutil.rmtree(model.parent)
+    record = copied / "run" / "sft" / "run.json"
+    info = json.loads(record.read_text())
+    record.write_text(json.dumps({**info, "state": "running"}))
+    result = run(lab_command, copied, "--stage", "sft")
+    assert result.returncode == 0, result.stderr
+    assert model.read_bytes() == (finished / "run" / "sft" / "model" / "model.safetensors").read_bytes()
+    steps, expected = (
+        [row["global_step"] for row in read_metrics(root / "run" / "sft" / "metrics.jsonl")]
+        for root in (copied, finished)
+    )
+    assert steps == expected
 
 
 def test_sigterm_finishes_the_rollout_saves_and_says_how_to_go_on(

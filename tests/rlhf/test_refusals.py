@@ -72,7 +72,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(*arguments: str, command: str = "rlhf", **changes: Any) -> str:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(**changes)))
         capsys.readouterr()
-        code = main([command, "config.yaml", "--out", "run", *arguments])
+        code = main([command, "config.yaml", "--out", "run", "--trust", *arguments])
         captured = capsys.readouterr()
         said = [line for line in captured.err.splitlines() if line.startswith("lab: ")]
         assert code == 2, captured.err
@@ -96,7 +96,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         (root / "config.yaml").write_text(yaml.safe_dump(values(data={"comparisons": "collect"})))
-        assert main(["rlhf", "config.yaml", "--out", "run"]) == 0
+        assert main(["rlhf", "config.yaml", "--out", "run", "--trust"]) == 0
     return root
 
 
@@ -194,8 +194,7 @@ def test_answers_longer_than_the_context_are_refused(lab: Lab, tmp_path: Path) -
     long = [row | {"completion": " good" * 60} for row in DEMONSTRATIONS]
     write(tmp_path / "long.jsonl", long)
     line = lab(data={"demonstrations": "long.jsonl"})
-    assert "long.jsonl: no answer of the first batch ends with" in line
-    assert "data.max_length 32" in line
+    assert "demonstration 1 has 62 tokens, more than 32" in line
 
 
 def test_prompts_longer_than_the_context_leave_no_answer(lab: Lab, tmp_path: Path) -> None:
@@ -203,8 +202,7 @@ def test_prompts_longer_than_the_context_leave_no_answer(lab: Lab, tmp_path: Pat
     write(tmp_path / "long.jsonl", long)
     # reveals: TRL leaves all rows out, and the sampler of none of them raises a ValueError.
     line = lab(data={"demonstrations": "long.jsonl"})
-    assert line.startswith("lab: long.jsonl: ")
-    assert "is an answer's within data.max_length 32" in line
+    assert "demonstration 1 has 62 tokens, more than 32" in line
 
 
 def test_held_out_prompts_longer_than_the_context_are_refused(lab: Lab, tmp_path: Path) -> None:
@@ -214,9 +212,7 @@ def test_held_out_prompts_longer_than_the_context_are_refused(lab: Lab, tmp_path
     write(tmp_path / "split" / "test.jsonl", long)
     # reveals: training goes on to its end, and the model is lost with a KeyError.
     line = lab(data={"demonstrations": "split"})
-    assert line.startswith("lab: split: ")
-    assert "held-out" in line
-    assert "is an answer's within data.max_length 32" in line
+    assert "held-out demonstration 1 has 121 tokens, more than 32" in line
 
 
 def test_compared_answers_longer_than_the_context_are_named(lab: Lab, tmp_path: Path) -> None:
@@ -382,7 +378,7 @@ def test_results_made_from_a_parent_that_was_made_anew_are_noticed(lab: Lab, cop
     config = copied.parent / "other.yaml"
     changes: dict[str, Any] = {**COLLECTED, "sft": {"learning_rate": 2e-3}}
     config.write_text(yaml.safe_dump(values(**changes)))
-    assert main(["rlhf", "other.yaml", "--out", "run", "--stage", "sft"]) == 0
+    assert main(["rlhf", "other.yaml", "--out", "run", "--stage", "sft", "--trust"]) == 0
     line = lab(**changes)
     assert "was made from an earlier sft stage" in line
     assert "--from collect" in line

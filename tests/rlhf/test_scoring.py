@@ -31,15 +31,13 @@ from lab.errors import LabError
 from rlhf.labgpt import LabGPTConfig, LabGPTForSequenceClassification
 from rlhf.scoring import (
     RewardScorer,
-    TooLong,
     calibration_plot,
     held_out_report,
     last_token_scores,
     ordered_pairs,
     pad_right,
-    tokenize,
-    tokenize_prompt,
 )
+from rlhf.tokenization import TooLong, tokenize, tokenize_prompt
 
 PAD, EOS, BOS = 0, 1, 2
 VOCAB = [

@@ -14,7 +14,7 @@ from lab.run import Run
 from rlhf import reviews
 from rlhf.config import RLHFRun
 from rlhf.pipeline import run_stages
-from rlhf.sft import describe_fits, make_trainer
+from rlhf.sft import Fit, describe_fits, make_trainer
 from tests.rlhf.test_families import FAMILIES, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -27,17 +27,19 @@ CHAT = [
 ]
 
 
-def trainer_of(folder: Path, rows: list[dict[str, Any]], model: dict[str, Any], **sft: Any) -> Any:
+def trainer_of(
+    folder: Path, rows: list[dict[str, Any]], model: dict[str, Any], data: Any = None, **sft: Any
+) -> Any:
     values = {
         "model": model,
-        "data": {"max_length": 96, "max_new_tokens": 8},
+        "data": {"max_length": 96, "max_new_tokens": 8} | (data or {}),
         "sft": {"batch_size": len(rows), **sft},
         "device": {"device": "cpu", "precision": "fp32", "threads": 1},
     }
     settings = config.build(RLHFRun, values, {}, "test")
     compute = resolve(DeviceConfig(device="cpu", precision="fp32", threads=1))
-    data = Dataset.from_list(rows)
-    trainer = make_trainer(settings, compute, folder, data, data)
+    dataset = Dataset.from_list(rows)
+    trainer = make_trainer(settings, compute, folder, dataset, dataset)
     trainer.model.eval()
     return trainer
 
@@ -135,35 +137,55 @@ def write_rows(path: Path, *rows: tuple[dict[str, str], int]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_what_max_length_takes_away_is_told_before_training_and_kept_in_the_summary(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], packing: bool
-) -> None:
+def lengths(trainer: Any) -> list[int]:
+    return [len(ids) for ids in trainer.train_dataset["input_ids"]]
+
+
+def settings_of(tmp_path: Path, too_long: str, packing: bool = False) -> RLHFRun:
     write_rows(tmp_path / "data" / "train.jsonl", (SHORT, 8), (LONG_ANSWER, 3), (LONG_PROMPT, 2))
     write_rows(tmp_path / "data" / "test.jsonl", (SHORT, 4), (LONG_ANSWER, 1))
+    data = {"demonstrations": str(tmp_path / "data"), "max_length": 32, "max_new_tokens": 8}
     values = {
         "model": {"path": str(save(FAMILIES["gpt2"], tmp_path / "base"))},
-        "data": {"demonstrations": str(tmp_path / "data"), "max_length": 32, "max_new_tokens": 8},
+        "data": data | {"too_long": too_long},
         "sft": {"batch_size": 4, "packing": packing},
         "device": {"device": "cpu", "precision": "fp32", "threads": 1},
         "tracking": {"wandb": "disabled"},
     }
-    settings = config.build(RLHFRun, values, {}, "test")
-    run_stages(settings, tmp_path / "run", only="sft")
+    return config.build(RLHFRun, values, {}, "test")
+
+
+@pytest.mark.parametrize(
+    ("too_long", "packing", "cut"),
+    [("drop", False, 0), ("drop", True, 0), ("truncate_prompt", False, 2)],
+)
+def test_what_max_length_takes_away_is_told_before_training_and_kept_in_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], too_long: str, packing: bool, cut: int
+) -> None:
+    run_stages(settings_of(tmp_path, too_long, packing), tmp_path / "run", only="sft")
     said = capsys.readouterr().err
     line = (
-        "data.max_length 32: of 13 demonstrations 3 are cut off and 2 left out; "
-        "of 5 held-out demonstrations 1 is cut off and 0 left out"
+        f"more than data.max_length 32 tokens: 5 of 13 demonstrations ({cut} with their prompt cut, "
+        f"{5 - cut} left out), 1 of 5 held-out demonstrations (0 with their prompt cut, 1 left out)"
     )
     assert said.count(line) == 1
     assert said.index("starting in") < said.index(line) < said.index("finished in")
+    nothing = {"last_turn_only": 0, "unlike_trl": 0}
     assert Run.open(tmp_path / "run" / "sft").info["summary"]["demonstrations"] == {
-        "train": {"rows": 13, "cut_off": 3, "left_out": 2},
-        "eval": {"rows": 5, "cut_off": 1, "left_out": 0},
+        "train": {"rows": 13, "too_long": 5, "cut": cut, **nothing},
+        "eval": {"rows": 5, "too_long": 1, "cut": 0, **nothing},
     }
+
+
+def test_a_prompt_is_cut_at_its_beginning_and_its_answer_is_whole(tmp_path: Path) -> None:
+    model = {"path": str(save(FAMILIES["gpt2"], tmp_path / "base"))}
+    data = {"max_length": 32, "too_long": "truncate_prompt"}
+    trainer = trainer_of(tmp_path, [SHORT, LONG_PROMPT], model, data)
+    assert lengths(trainer) == [9, 32]
+    assert learned(trainer) == [" good<|endoftext|>"] * 2
 
 
 def test_where_all_demonstrations_fit_nothing_is_said(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, reviews.demonstrations(1)[:4], {"labgpt": TINY})
-    assert [(fit.rows, fit.cut_off, fit.left_out) for fit in trainer.fits.values()] == [(4, 0, 0)] * 2
-    assert describe_fits(trainer.fits, 96) == ""
+    assert [*trainer.fits.values()] == [Fit(4)] * 2
+    assert describe_fits(trainer.fits, 96) == []

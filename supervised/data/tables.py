@@ -1,0 +1,542 @@
+"""Tables of rows from CSV, TSV, JSON and Parquet: numbers to learn from, and a column that is learned.
+
+One rule for all of them. The label is the column that `data.label` names, else the one called label, target,
+class or y (in any case). Numbers, and true and false, are taken as they are; a column of a few texts becomes
+one column of 0 and 1 for each; a column that only numbers the rows is left out. A row that lacks a value is
+an error, or, with data.bad_rows=skip, left out. All this is said.
+"""
+
+import csv
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.errors import LabError, did_you_mean, first_line
+from supervised.data.config import DataConfig
+from supervised.data.files import read_bytes, read_text, require_memory
+from supervised.data.raw import Columns, Raw, Reading, in_order, is_evaluation, some
+
+LABELS = ("label", "labels", "target", "targets", "class", "y")
+MISSING = ("", "na", "n/a", "nan", "null", "#n/a", "?")
+"""What stands, in lower case, where a value is missing."""
+INDEX = ("id", "index", "rowid", "row_id")
+MOST_CATEGORIES = 100
+"""Different texts of a column that becomes numbers; one with more says something else of each row."""
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
+_THOUSANDS = r"^-?\d{1,3}(,\d{3})+(\.\d+)?$|^-?\d+(\.\d+)?$"
+_DECIMAL_COMMA = r"^-?\d+(,\d+)?$"
+_SEPARATORS = ("\t", ";", "|", ",")
+"""The first that parts all lines alike: a comma may also be within numbers, the others hardly."""
+
+
+# ---- files ----
+
+
+def read_csv(path: Path, config: DataConfig, known: Sequence[Sequence[str]]) -> tuple[Any, list[str]]:
+    """A file of separated values as a `pyarrow.Table` of texts, and sentences on how it was read.
+
+    Args:
+        path: the file.
+        config: the data's.
+        known: sets of columns that mean something: a first line with one of them names the columns.
+
+    Raises:
+        LabError: lines differ in their number of columns, or whether the first names them is not clear.
+    """
+    import pyarrow
+    from pyarrow import csv as arrow
+
+    text = read_text(path)
+    if not text.strip():
+        raise LabError(f"{path}: has no rows. Name a file with some.")
+    require_memory(8 * len(text), f"{path}: to read it takes about", "Name a smaller file.")
+    separator, first = _look_at(text, path)
+    names, classes = _header(first, text, separator, path, config, known)
+    options = arrow.ReadOptions(
+        column_names=[f"c{i}" for i in range(len(first[0]))], skip_rows_after_names=int(names is not None)
+    )
+    texts = {f"c{i}": pyarrow.string() for i in range(len(first[0]))}
+    try:
+        table = arrow.read_csv(
+            io.BytesIO(text.encode()),
+            options,
+            arrow.ParseOptions(delimiter=separator, newlines_in_values=True),
+            arrow.ConvertOptions(column_types=texts, strings_can_be_null=False),
+        )
+    except pyarrow.ArrowInvalid as error:
+        raise LabError(_uneven(text, separator, path) or f"{path}: {first_line(error)}") from None
+    named = names or [f"column {i}" for i in range(1, len(first[0]) + 1)]
+    table = table.rename_columns(named)
+    if not classes:
+        return table, [] if names else [f"{path.name} names no columns: its first line is a row"]
+    labels = table.column(table.num_columns - 1).to_pylist()
+    if table.num_rows != int(first[0][0]) or not set(labels) <= {str(i) for i in range(len(classes))}:
+        raise _unclear(path, first[0])
+    table = table.set_column(
+        table.num_columns - 1, "label", pyarrow.array([classes[int(label)] for label in labels])
+    )
+    notes = [f"{path.name} begins with its numbers of rows and columns and the classes' names"]
+    return table, notes
+
+
+def is_table(text: str, config: DataConfig, forms: Mapping[str, Sequence[str]]) -> bool:
+    """Whether lines of cells parted by tabs are a table: texts and pairs of texts have no column of a label
+    alone, and no numbers."""
+    records = [line.rstrip("\r").split("\t") for line in text[: 2**16].split("\n")[:20] if line.strip()]
+    if not records or any(set(keys) <= set(records[0]) for keys in forms.values()):
+        return False
+    asked = config.label is not None or config.header is not None
+    named = {cell.strip().lower() for cell in records[0]} & set(LABELS)
+    return asked or bool(named) or any(map(_is_number, itertools.chain(*records[1:])))
+
+
+def _look_at(text: str, path: Path) -> tuple[str, list[list[str]]]:
+    """The separator, and the first records."""
+    beginning = text[: 2**20]
+    for separator in ("\t",) if path.name.lower().removesuffix(".gz").endswith(".tsv") else _SEPARATORS:
+        records = _records(beginning, separator, 21)
+        whole = records[:-1] if len(beginning) < len(text) and len(records) > 1 else records
+        if len({len(record) for record in whole}) == 1 and len(whole[0]) > 1:
+            return separator, whole
+    found = _uneven(text, ",", path) if len(_records(beginning, ",", 1)[0]) > 1 else None
+    raise LabError(
+        found
+        or f"{path}: no separator (comma, semicolon, tab or |) parts its lines into columns alike. Correct "
+        "the file, or set data.format=text to learn it as plain text."
+    )
+
+
+def _records(text: str, separator: str, most: int) -> list[list[str]]:
+    try:
+        found = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        return list(itertools.islice((record for record in found if record), most))
+    except csv.Error:
+        return [[]]
+
+
+def _uneven(text: str, separator: str, path: Path) -> str | None:
+    """What to say of the first line with other than the first one's number of columns."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    wanted = None
+    try:
+        for record in reader:
+            if record and wanted is not None and len(record) != wanted:
+                return (
+                    f"{path}, line {reader.line_num}: has {len(record)} columns, and the first line "
+                    f"has {wanted}. Correct the line (a separator within a text takes quotes around it)."
+                )
+            wanted = wanted or len(record)
+    except csv.Error as error:
+        return f"{path}, line {reader.line_num}: {error}. Correct the line."
+    return None
+
+
+def _header(
+    first: list[list[str]],
+    text: str,
+    separator: str,
+    path: Path,
+    config: DataConfig,
+    known: Sequence[Sequence[str]],
+) -> tuple[list[str] | None, list[str]]:
+    """The columns' names if the first line has them, and the classes' if it is one of scikit-learn's."""
+    cells = [cell.strip() for cell in first[0]]
+    lower = {cell.lower() for cell in cells}
+    rows = first[1:]
+    numbers = [_is_number(cell) for cell in cells]
+    names: list[str] | None = cells
+    if config.header is not None:
+        names = cells if config.header else None
+    elif any(set(keys) <= set(cells) for keys in known) or config.label in cells or lower & set(LABELS):
+        pass
+    elif _is_of_sklearn(cells, rows):
+        return [*(f"column {i}" for i in range(1, len(cells))), "label"], cells[2:]
+    elif [cell for cell in cells if cell][: len(rows[0]) if rows else 0] == [
+        str(i) for i in range(sum(map(bool, cells)))
+    ] and len(cells) > 2:
+        pass  # pandas numbers columns without names
+    elif (
+        rows
+        and any(numbers)
+        and all(
+            _is_number(cell) == number or cell.lower() in MISSING
+            for row in rows
+            for cell, number in zip(row, numbers, strict=True)
+        )
+    ):
+        names = None
+    elif not rows or any(numbers) or not any(map(_is_number, itertools.chain(*rows))):
+        raise _unclear(path, cells)
+    if names is not None and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise LabError(f"{path}: the column {twice!r} is there twice. Rename one.")
+    return names, []
+
+
+def _unclear(path: Path, cells: Sequence[str]) -> LabError:
+    return LabError(
+        f"{path}: whether its first line ({some(cells)}) names the columns is not clear. Set "
+        "data.header=true or data.header=false."
+    )
+
+
+def _is_of_sklearn(cells: list[str], rows: list[list[str]]) -> bool:
+    """Whether a first line holds the numbers of rows and of columns and then the classes' names."""
+    n_classes = len(cells) - 2
+    return (
+        n_classes > 1
+        and cells[0].isdecimal()
+        and cells[1].isdecimal()
+        and not any(map(_is_number, cells[2:]))
+        and bool(rows)
+    )
+
+
+def read_parquet(path: Path) -> Any:
+    """A Parquet file as a `pyarrow.Table`.
+
+    Raises:
+        LabError: it is damaged, or takes more memory than is free.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(io.BytesIO(read_bytes(path)))
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        needed = 4 * sum(group.total_byte_size for group in groups)
+        require_memory(needed, f"{path}: to read it takes about", "Name a smaller file.")
+        return file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise LabError(f"{path}: not readable as Parquet: {first_line(error)}. Get it again.") from None
+
+
+def of_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> Any:
+    """Rows of JSON as a `pyarrow.Table`.
+
+    Raises:
+        LabError: a column holds values of several kinds.
+    """
+    import pyarrow
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pyarrow.array(values)
+        except (pyarrow.ArrowException, OverflowError, ValueError) as error:
+            raise LabError(
+                f"{path}: {name!r} holds values of several kinds ({first_line(error)}). Correct it, or leave "
+                f"it out by data.drop=[{name}]."
+            ) from None
+    return pyarrow.table(columns)
+
+
+# ---- meaning ----
+
+
+def assemble(
+    tables: Mapping[str, Any],
+    paths: Mapping[str, Path],
+    config: DataConfig,
+    reading: Reading,
+    notes: list[str],
+) -> Raw:
+    """Tables by part as numbers to learn from, and classes or numbers that are learned.
+
+    Raises:
+        LabError: columns differ between parts, one cannot be used, or no column is known for the label.
+    """
+    lead = next((part for part in tables if not is_evaluation(part)), next(iter(tables)))
+    names = tables[lead].column_names
+    label = find_label(names, config, paths[lead])
+    if label is None and reading.predicts:
+        raise LabError(
+            f"{paths[lead]}: which of its columns is the label? It has {some(names, 12)}. Set data.label to "
+            "a name, or to a number (0: the first, -1: the last)."
+        )
+    unknown = [name for name in config.drop if name not in names]
+    if unknown:
+        raise LabError(
+            f"data.drop: {paths[lead]} has no column {unknown[0]!r}.{did_you_mean(unknown[0], names)} It has "
+            f"{some(names, 12)}."
+        )
+    kept = [name for name in names if name not in config.drop and name != label]
+    index = [name for name in kept if _numbers_rows(name, tables[lead])]
+    if index:
+        notes.append(f"left out {some(index)}, which only numbers the rows")
+    kept = [name for name in kept if name not in index]
+    wanted: dict[str, list[str]] = {}
+    for part, table in tables.items():
+        columns = [*kept, *([label] if label is not None else [])]
+        lacking = [name for name in columns if name not in table.column_names]
+        if lacking == [label] and part != lead:
+            notes.append(f"left out the part {part}: it has no {label!r}")
+            continue
+        if lacking:
+            raise LabError(
+                f"{paths[part]}: has no column {lacking[0]!r}, and {paths[lead].name} has. All parts need "
+                "the same."
+            )
+        wanted[part] = columns
+    whole = {
+        part: _complete(tables[part].select(c), paths[part], config, notes) for part, c in wanted.items()
+    }
+    if not kept:
+        raise LabError(f"{paths[lead]}: has no column but the label. Name a file with more.")
+    texts = _texts_alone(kept, label, whole[lead])
+    if texts is not None:
+        return _classify_texts(whole, label or "", texts, paths)
+    inputs = _inputs(kept, whole, paths, notes)
+    labels, classes = (
+        ({part: {} for part in whole}, ()) if label is None else _targets(label, whole, paths, reading, notes)
+    )
+    parts: dict[str, Columns] = {part: {"inputs": inputs[part], **labels[part]} for part in whole}
+    return Raw(kind="table", parts=parts, classes=classes, notes=list(dict.fromkeys(notes)))
+
+
+def find_label(names: Sequence[str], config: DataConfig, path: Path) -> str | None:
+    """The column that is learned; None: none is known.
+
+    Raises:
+        LabError: `data.label` names none, or several could be it.
+    """
+    if isinstance(config.label, int):
+        if not -len(names) <= config.label < len(names):
+            raise LabError(f"data.label = {config.label}: {path} has {len(names)} columns. Count from 0.")
+        return names[config.label]
+    if config.label is not None:
+        if config.label in names:
+            return config.label
+        raise LabError(
+            f"data.label = {config.label!r}: {path} has no such column.{did_you_mean(config.label, names)} "
+            f"It has {some(names, 12)}."
+        )
+    found = [name for name in names if name.strip().lower() in LABELS]
+    if len(found) > 1:
+        raise LabError(f"{path}: {' and '.join(found)} could both be the label. Set data.label to one.")
+    return found[0] if found else None
+
+
+def _numbers_rows(name: str, table: Any) -> bool:
+    """Whether a column only numbers the rows: one without a name that counts them, as pandas writes it, or
+    one called id of which no value is there twice."""
+    import pyarrow
+
+    values = table.column(name)
+    if not table.num_rows:
+        return False
+    plain = name.strip().lower()
+    if plain in ("", "unnamed: 0", "__index_level_0__"):
+        counted = [str(i) for i in range(table.num_rows)]
+        from_one = [str(i) for i in range(1, table.num_rows + 1)]
+        return [str(value) for value in values.to_pylist()] in (counted, from_one)
+    floats = pyarrow.types.is_floating(values.type)
+    return plain in INDEX and not floats and len(values.unique()) == table.num_rows
+
+
+def _complete(table: Any, path: Path, config: DataConfig, notes: list[str]) -> Any:
+    """The table without rows that lack a value."""
+    lacking = np.zeros(table.num_rows, bool)
+    by_column: dict[str, int] = {}
+    for name in table.column_names:
+        missing = _is_missing(table.column(name))
+        if n := int(missing.sum()):
+            by_column[name] = n
+            lacking |= missing
+    n = int(lacking.sum())
+    if not n:
+        return table
+    counts = some([f"{name} in {count:,}" for name, count in by_column.items()])
+    if config.bad_rows == "skip":
+        notes.append(f"left out {n:,} of {table.num_rows:,} rows of {path.name} that lack a value ({counts})")
+        import pyarrow
+
+        return table.filter(pyarrow.array(~lacking))
+    raise LabError(
+        f"{path}: {n:,} of {table.num_rows:,} rows lack a value, the first of them row "
+        f"{int(lacking.argmax()) + 1} ({counts}). data.bad_rows=skip leaves such rows out, data.drop columns."
+    )
+
+
+def _is_missing(values: Any) -> np.ndarray:
+    import pyarrow
+    from pyarrow import compute
+
+    missing = values.is_null(nan_is_null=True)
+    if _is_text(values):
+        plain = compute.call_function("utf8_lower", [compute.call_function("utf8_trim_whitespace", [values])])
+        known = compute.SetLookupOptions(pyarrow.array(MISSING, plain.type))
+        empty = compute.call_function("is_in", [plain], known)
+        missing = compute.call_function("or", [missing, compute.call_function("coalesce", [empty, False])])
+    return missing.to_numpy().astype(bool)
+
+
+def _is_text(values: Any) -> bool:
+    import pyarrow
+
+    kind = values.type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def _texts_alone(kept: list[str], label: str | None, table: Any) -> str | None:
+    """The only column beside the label, if it holds texts that are no categories."""
+    if len(kept) != 1 or label is None or not _is_text(table.column(kept[0])):
+        return None
+    values = table.column(kept[0])
+    return kept[0] if _as_number(values) is None and len(values.unique()) > MOST_CATEGORIES // 2 else None
+
+
+def _classify_texts(tables: Mapping[str, Any], label: str, text: str, paths: Mapping[str, Path]) -> Raw:
+    """The task form classification."""
+    values = {part: table.column(text).to_pylist() for part, table in tables.items()}
+    for part, texts in values.items():
+        if all(str(value).lower().endswith(PICTURES) for value in texts[:20]):
+            raise LabError(
+                f"{paths[part]}: {text!r} names pictures, which are read from a folder for each class. Sort "
+                "them into such folders."
+            )
+    labels = {part: [str(v) for v in table.column(label).to_pylist()] for part, table in tables.items()}
+    classes = tuple(in_order(value for part in labels.values() for value in part))
+    index = {name: i for i, name in enumerate(classes)}
+    parts: dict[str, Columns] = {
+        part: {
+            "texts": [[[value]] for value in values[part]],
+            "labels": np.array([index[name] for name in labels[part]], np.int64),
+        }
+        for part in tables
+    }
+    return Raw(
+        kind="tasks",
+        parts=parts,
+        classes=classes,
+        form="classification",
+        notes=[f"took {text} for texts, {label} for their classes"],
+    )
+
+
+def _inputs(
+    kept: list[str], tables: Mapping[str, Any], paths: Mapping[str, Path], notes: list[str]
+) -> dict[str, np.ndarray]:
+    """(n, columns) float32 by part."""
+    columns: dict[str, list[np.ndarray]] = {part: [] for part in tables}
+    spread: list[str] = []
+    for name in kept:
+        values = {part: table.column(name) for part, table in tables.items()}
+        numbers = {part: _as_number(v, notes) for part, v in values.items()}
+        if all(v is not None for v in numbers.values()):
+            for part, found in numbers.items():
+                assert found is not None
+                columns[part].append(found[:, None].astype(np.float32))
+            continue
+        path = next(iter(paths.values()))
+        if not all(_is_text(v) for v in values.values()):
+            raise LabError(
+                f"{path}: column {name!r} holds {next(iter(values.values())).type}, neither numbers nor "
+                f"texts throughout. Leave it out by data.drop=[{name}]."
+            )
+        texts = {
+            part: np.array([str(v).strip() for v in column.to_pylist()]) for part, column in values.items()
+        }
+        categories = in_order(np.unique(np.concatenate(list(texts.values()))).tolist())
+        n = sum(map(len, texts.values()))
+        if len(categories) > min(MOST_CATEGORIES, max(n // 2, 2)):
+            odd = next((v for v in categories if not _is_number(v)), categories[0])
+            raise LabError(
+                f"{path}: column {name!r} holds texts, {len(categories):,} different ones such as "
+                f"{odd[:40]!r}. Correct it, or leave it out by data.drop=[{name}]."
+            )
+        for part, found in texts.items():
+            columns[part].append((found[:, None] == np.array(categories)).astype(np.float32))
+        spread.append(f"{name} ({len(categories)})")
+    if spread:
+        notes.append(f"made one column of 0 and 1 for each text in {some(spread)}")
+    return {part: np.concatenate(found, 1) for part, found in columns.items()}
+
+
+def _targets(
+    label: str, tables: Mapping[str, Any], paths: Mapping[str, Path], reading: Reading, notes: list[str]
+) -> tuple[dict[str, Columns], tuple[str, ...]]:
+    """The label's column by part, as "labels" or "targets", and the classes' names."""
+    values = {part: table.column(label) for part, table in tables.items()}
+    numbers = {part: _as_number(v, notes) for part, v in values.items()}
+    known = [v for v in numbers.values() if v is not None]
+    path = next(iter(paths.values()))
+    whole = len(known) == len(values) and all((v % 1 == 0).all() for v in known)
+    if reading.predicts == "numbers" or (not reading.predicts and len(known) == len(values) and not whole):
+        if len(known) < len(values):
+            raise LabError(f"{path}: the label {label!r} holds texts, and regression predicts numbers.")
+        return {
+            part: {"targets": v[:, None].astype(np.float32)} for part, v in numbers.items() if v is not None
+        }, ()
+    if len(known) == len(values) and not whole:
+        raise LabError(
+            f"{path}: the label {label!r} is not whole, which no class is. Set data.label to another, or "
+            "objective.name=regression."
+        )
+    if whole:
+        texts = {part: [f"{int(n)}" for n in v] for part, v in numbers.items() if v is not None}
+    else:
+        texts = {part: [str(v).strip() for v in column.to_pylist()] for part, column in values.items()}
+    learned = {text for part, found in texts.items() if not is_evaluation(part) for text in found}
+    learned = learned or {text for found in texts.values() for text in found}
+    classes = tuple(in_order(learned))
+    index = {name: i for i, name in enumerate(classes)}
+    for part, found in texts.items():
+        for row, text in enumerate(found):
+            if text not in index:
+                raise LabError(
+                    f"{paths[part]}, row {row + 1}: label {text!r} is none of {some(classes, 12)}, which are "
+                    "learned. Correct it."
+                )
+    notes.append(f"{label} is the label, of {len(classes):,} classes")
+    return {
+        part: {"labels": np.array([index[t] for t in found], np.int64)} for part, found in texts.items()
+    }, classes
+
+
+def _as_number(values: Any, notes: list[str] | None = None) -> np.ndarray | None:
+    """float64, if all values are numbers, or true and false."""
+    import pyarrow
+    from pyarrow import compute
+
+    kind = values.type
+    if pyarrow.types.is_boolean(kind) or pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind):
+        return values.cast(pyarrow.float64(), safe=False).to_numpy()
+    if pyarrow.types.is_decimal(kind):
+        return values.cast(pyarrow.float64()).to_numpy()
+    if not _is_text(values):
+        return None
+    plain = compute.call_function("utf8_trim_whitespace", [values])
+    lower = compute.call_function("utf8_lower", [plain])
+    words = set(lower.unique().to_pylist()[:3])
+    if words and words <= {"true", "false"}:
+        return compute.call_function("equal", [lower, "true"]).to_numpy().astype(np.float64)
+    with suppress(pyarrow.ArrowInvalid):
+        return plain.cast(pyarrow.float64()).to_numpy()
+    for pattern, point in ((_THOUSANDS, ""), (_DECIMAL_COMMA, ".")):
+        fits = compute.call_function("match_substring_regex", [plain], compute.MatchSubstringOptions(pattern))
+        if compute.call_function("all", [fits]).as_py():
+            swap = compute.ReplaceSubstringOptions(",", point)
+            if notes is not None:
+                notes.append("took commas within numbers for " + ("decimal points" if point else "thousands"))
+            return (
+                compute.call_function("replace_substring", [plain], swap).cast(pyarrow.float64()).to_numpy()
+            )
+    return None
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return "_" not in cell and cell.strip().lower() not in MISSING

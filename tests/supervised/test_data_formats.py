@@ -1,0 +1,800 @@
+"""Files as people have them, and what is read of each: a table of both."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from lab.errors import LabError
+from supervised.data import DataSet, load
+from supervised.data.config import DataConfig
+from supervised.data.files import read_text
+from supervised.data.raw import Reading, folder_kind, part_kind
+
+RNG = np.random.default_rng(0)
+CLASSES, NUMBERS = Reading(predicts="classes"), Reading(predicts="numbers")
+SEQUENCES = Reading(predicts="classes", sequences=True)
+N = 40
+TABLE = RNG.normal(size=(N, 3)).round(3)
+KINDS = np.arange(N) % 2
+IMAGES = RNG.integers(0, 256, (N, 6, 5), np.uint8)
+NAMES = np.array(["cat", "dog"])[KINDS]
+
+
+def read(path: Path, reading: Reading = CLASSES, **settings: Any) -> DataSet:
+    return load(DataConfig(source=str(path), **settings), reading=reading)
+
+
+def error(path: Path, reading: Reading = CLASSES, **settings: Any) -> str:
+    with pytest.raises(LabError) as caught:
+        read(path, reading, **settings)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# ---- the files ----
+
+
+def rows(header: Sequence[str] | None = ("a", "b", "c", "label"), label: Any = KINDS) -> list[list[Any]]:
+    body = [[*map(float, row), kind] for row, kind in zip(TABLE, label, strict=True)]
+    return ([list(header)] if header else []) + body
+
+
+def as_csv(table: Sequence[Sequence[Any]], **options: Any) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, **options).writerows(table)
+    return text.getvalue().encode()
+
+
+def records() -> list[dict[str, Any]]:
+    return [dict(zip(rows()[0], [*r[:3], int(r[3])], strict=True)) for r in rows()[1:]]
+
+
+def npz(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def parquet(**columns: Any) -> bytes:
+    import pyarrow
+    from pyarrow import parquet as arrow
+
+    file = io.BytesIO()
+    arrow.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
+def zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def idx(values: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+
+
+def png(value: int = 200, mode: str = "RGB", kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (6, 5), value if mode in "LP" else (value,) * len(mode)).save(file, kind)
+    return file.getvalue()
+
+
+def folders(*names: str, n: int = 5) -> dict[str, bytes]:
+    return {f"{name}/{i}.png": png(40 * i) for name in names for i in range(n)}
+
+
+@dataclass
+class Case:
+    """Files, what is asked for, and what they are read as."""
+
+    files: dict[str, bytes]
+    kind: str
+    n_train: int
+    n_test: int
+    shape: tuple[int, ...] = ()
+    classes: int = 2
+    says: str = ""
+    """Within a note."""
+    reading: Reading = CLASSES
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    """Which of the files is named; empty: the only one, or their folder."""
+
+
+def table(name: str, data: bytes, **more: Any) -> Case:
+    return Case({name: data}, "table", 32, 8, **{"shape": (3,), **more})
+
+
+def images(name: str, data: bytes, **more: Any) -> Case:
+    return Case({name: data}, "images", 32, 8, **{"shape": (1, 6, 5), **more})
+
+
+HEADLESS = as_csv(rows(None))
+FLOATS = IMAGES / 255
+SPLIT = {"X_train": TABLE[:30], "y_train": KINDS[:30], "X_test": TABLE[30:], "y_test": KINDS[30:]}
+
+READ: dict[str, Case] = {
+    # CSV
+    "csv": table("a.csv", as_csv(rows()), says="label is the label, of 2 classes"),
+    "csv of Excel, with a mark and CRLF": table("a.csv", b"\xef\xbb\xbf" + as_csv(rows())),
+    "csv with unix line ends": table("a.csv", as_csv(rows(), lineterminator="\n")),
+    "csv with quotes around everything": table("a.csv", as_csv(rows(), quoting=csv.QUOTE_ALL)),
+    "csv with semicolons": table("a.csv", as_csv(rows(), delimiter=";")),
+    "csv with decimal commas": table(
+        "a.csv", as_csv(rows(), delimiter=";").replace(b".", b","), says="commas within numbers for decimal"
+    ),
+    "csv with tabs": table("a.csv", as_csv(rows(), delimiter="\t")),
+    "csv with pipes": table("a.csv", as_csv(rows(), delimiter="|")),
+    "csv in UTF-16": table("a.csv", as_csv(rows()).decode().encode("utf-16")),
+    "csv.gz": table("a.csv.gz", gzip.compress(as_csv(rows()))),
+    "csv.bz2": table("a.csv.bz2", bz2.compress(as_csv(rows()))),
+    "csv.xz": table("a.csv.xz", lzma.compress(as_csv(rows()))),
+    "csv.zst": table("a.csv.zst", zstd(as_csv(rows()))),
+    "csv by pandas, with its index": table(
+        "a.csv",
+        as_csv([["", *rows()[0]], *([i, *r] for i, r in enumerate(rows()[1:]))]),
+        says="numbers the rows",
+    ),
+    "csv of Kaggle, with an Id": table(
+        "a.csv",
+        as_csv([["Id", "a", "b", "c", "Species"], *([i + 1, *r] for i, r in enumerate(rows(None, NAMES)))]),
+        says="left out Id",
+        settings={"label": "Species"},
+    ),
+    "csv without a header": table("a.csv", HEADLESS, settings={"label": -1}, says="names no columns"),
+    "csv with pandas' numbers for names": table("a.csv", as_csv(rows("0123")), settings={"label": "3"}),
+    "csv of scikit-learn": table(
+        "iris.csv", as_csv([[N, 3, "setosa", "virginica"], *rows(None)]), says="numbers of rows and columns"
+    ),
+    "csv whose label is a name": table("a.csv", as_csv(rows(label=NAMES))),
+    "csv whose label is a float": table("a.csv", as_csv(rows(label=KINDS.astype(float)))),
+    "csv whose label is true or false": table("a.csv", as_csv(rows(label=KINDS.astype(bool)))),
+    "csv with Class": table("a.csv", as_csv(rows(("a", "b", "c", "Class")))),
+    "csv with thousands": table(
+        "a.csv",
+        as_csv([[*r[:2], f"{1000 + i:,}", r[3]] if i else r for i, r in enumerate(rows())]),
+        says="thousands",
+    ),
+    "csv with categories": table(
+        "a.csv",
+        as_csv([["size", *rows()[0]], *(["SML"[i % 3], *r] for i, r in enumerate(rows()[1:]))]),
+        shape=(6,),
+        says="one column of 0 and 1 for each text in size (3)",
+    ),
+    "csv with missing values, left out": Case(
+        {"a.csv": as_csv([r if i % 10 else [*r[:2], "NA", r[3]] if i else r for i, r in enumerate(rows())])},
+        "table",
+        29,
+        7,
+        (3,),
+        says="left out 4 of 40 rows of a.csv that lack a value (c in 4)",
+        settings={"bad_rows": "skip"},
+    ),
+    "csv of pixels": Case(
+        {
+            "a.csv": as_csv([["label", *(f"pixel{i}" for i in range(25))]])
+            + as_csv([[k, *i.flat] for k, i in zip(KINDS, IMAGES[:, :5], strict=True)])
+        },
+        "images",
+        32,
+        8,
+        (1, 5, 5),
+        settings={"img_size": 5},
+    ),
+    "csv of texts and labels": Case(
+        {"a.csv": as_csv([["text", "label"], *([f"a film, {i} of them", n] for i, n in enumerate(NAMES))])},
+        "tasks",
+        32,
+        8,
+    ),
+    "csv of reviews with a sentiment": Case(
+        {
+            "a.csv": as_csv(
+                [["review", "sentiment"], *([f'"good"\n{i}', n] for i, n in enumerate([*NAMES, *NAMES]))]
+            )
+        },
+        "tasks",
+        64,
+        16,
+        settings={"label": "sentiment"},
+        says="took review for texts",
+    ),
+    "csv of pairs": Case(
+        {"a.csv": as_csv([["de", "en"], *([f"{i}, ja", f"{i}, yes"] for i in range(N))])},
+        "pairs",
+        32,
+        8,
+        classes=0,
+        settings={"pair": ["de", "en"]},
+        reading=Reading(),
+    ),
+    "csv to predict a number from": table(
+        "a.csv", as_csv(rows(label=np.arange(N))), reading=NUMBERS, classes=0
+    ),
+    "csv of Kaggle, whose test part has no label": Case(
+        {"train.csv": as_csv(rows()), "test.csv": as_csv([r[:3] for r in rows()])},
+        "table",
+        32,
+        8,
+        (3,),
+        says="left out the part test: it has no 'label'",
+    ),
+    "csv of Kaggle with a sample of the answers": Case(
+        {
+            "train.csv": as_csv(rows()),
+            "val.csv": as_csv(rows()[:11]),
+            "sampleSubmission.csv": as_csv([["id", "label"], [1, 0]]),
+        },
+        "table",
+        40,
+        10,
+        (3,),
+        says="left out the file sampleSubmission",
+    ),
+    # TSV, JSON, Parquet
+    "tsv": table("a.tsv", as_csv(rows(), delimiter="\t")),
+    "tsv of pairs without names": Case(
+        {"a.tsv": "".join(f'{chr(97 + i % 26)}\tA "quote\n' for i in range(N)).encode()},
+        "pairs",
+        32,
+        8,
+        classes=0,
+        says="took the first two for source and target",
+        reading=Reading(),
+    ),
+    "jsonl": table("a.jsonl", "\n".join(map(json.dumps, records())).encode()),
+    "ndjson.gz": table("a.ndjson.gz", gzip.compress("\n".join(map(json.dumps, records())).encode())),
+    "json": table("a.json", json.dumps(records(), indent=1).encode()),
+    "json of columns": table(
+        "a.json", json.dumps({k: [r[k] for r in records()] for k in records()[0]}).encode()
+    ),
+    "jsonl of texts in zst": Case(
+        {"a.jsonl.zst": zstd(b"".join(b'{"text": "t%d", "label": %d}\n' % (i, i % 2) for i in range(N)))},
+        "tasks",
+        32,
+        8,
+    ),
+    "parquet": table("a.parquet", parquet(a=TABLE[:, 0], b=TABLE[:, 1], c=TABLE[:, 2], label=KINDS)),
+    "parquet under another name": table(
+        "a", parquet(a=TABLE[:, 0], b=TABLE[:, 1], c=TABLE[:, 2], label=list(NAMES))
+    ),
+    "parquet of texts": Case(
+        {"a.parquet": parquet(text=[f"t{i}" for i in range(N)], label=KINDS)}, "tasks", 32, 8
+    ),
+    "parquet in parts": Case(
+        {
+            "train-00000-of-00002.parquet": parquet(a=TABLE[:20, 0], label=KINDS[:20]),
+            "train-00001-of-00002.parquet": parquet(a=TABLE[20:, 0], label=KINDS[20:]),
+            "test-00000-of-00001.parquet": parquet(a=TABLE[:6, 0], label=KINDS[:6]),
+        },
+        "table",
+        40,
+        6,
+        (1,),
+    ),
+    # numpy
+    "npz as scikit-learn names it": table("a.npz", npz(X=TABLE, y=KINDS)),
+    "npz of parts as scikit-learn names them": Case({"a.npz": npz(**SPLIT)}, "table", 30, 10, (3,)),
+    "npz as Keras names it": Case(
+        {"a.npz": npz(x_train=IMAGES[:30], y_train=KINDS[:30], x_test=IMAGES[30:], y_test=KINDS[30:])},
+        "images",
+        30,
+        10,
+        (1, 6, 5),
+    ),
+    "npz as MedMNIST names it": Case(
+        {
+            "a.npz": npz(
+                train_images=IMAGES[:25],
+                train_labels=KINDS[:25, None],
+                val_images=IMAGES[25:30],
+                val_labels=KINDS[25:30, None],
+                test_images=IMAGES[30:],
+                test_labels=KINDS[30:, None],
+            )
+        },
+        "images",
+        25,
+        5,
+        (1, 6, 5),
+    ),
+    "npz with data and target": table(
+        "a.npz", npz(data=TABLE, target=KINDS, feature_names=["a"]), says="left out"
+    ),
+    "npz with trainX": table("a.npz", npz(trainX=TABLE, trainY=KINDS)),
+    "npz whose label is named": table("a.npz", npz(arr_0=TABLE, arr_1=KINDS), settings={"label": "arr_1"}),
+    "npz with true and false": table("a.npz", npz(X=TABLE, y=KINDS == 1)),
+    "npz with names": table("a.npz", npz(X=TABLE, y=NAMES)),
+    "npz with bytes for names": table("a.npz", npz(X=TABLE, y=NAMES.astype("S"))),
+    "npz with one-hot labels": table(
+        "a.npz", npz(X=TABLE, y=np.eye(2)[KINDS]), says="the column that is 1 of 2"
+    ),
+    "npz with whole floats for labels": table(
+        "a.npz", npz(X=TABLE, y=KINDS.astype(float)), says="whole labels"
+    ),
+    "npz with whole numbers to predict": table("a.npz", npz(X=TABLE, y=KINDS), reading=NUMBERS, classes=0),
+    "npz of a table of bools": table("a.npz", npz(X=TABLE > 0, y=KINDS)),
+    "npz of images in 0..1": images(
+        "a.npz", npz(X=FLOATS, y=KINDS), says="took 1 in X (float64 from 0 to 1)"
+    ),
+    "npz of images in half precision": images(
+        "a.npz", npz(images=FLOATS[..., None].astype(np.float16), labels=KINDS)
+    ),
+    "npz of images as whole floats": images("a.npz", npz(X=IMAGES.astype(float), y=KINDS), says="as bytes"),
+    "npz of images as int64": images("a.npz", npz(X=IMAGES.astype(int), y=KINDS), says="as bytes"),
+    "npz of images of 16 bits": images(
+        "a.npz", npz(X=IMAGES.astype(np.uint16) * 257, y=KINDS), says="divided by 257"
+    ),
+    "npz of black and white": images("a.npz", npz(X=IMAGES > 99, y=KINDS), says="took true in X for 255"),
+    "npz of images, channels last": images(
+        "a.npz", npz(X=np.stack([IMAGES] * 3, 3), y=KINDS), shape=(3, 6, 5)
+    ),
+    "npz of images of many channels": images(
+        "a.npz", npz(X=np.stack([np.tile(IMAGES, (1, 2, 2))] * 7, 1), y=KINDS), shape=(7, 12, 10)
+    ),
+    "npz of series": Case(
+        {"a.npz": npz(X=RNG.normal(size=(N, 7, 2)), y=KINDS)},
+        "sequences",
+        32,
+        8,
+        (7, 2),
+        reading=SEQUENCES,
+        says="for sequences of 7 steps",
+    ),
+    "npz of series to predict numbers from": Case(
+        {"a.npz": npz(X=RNG.normal(size=(N, 7, 2)), y=TABLE)},
+        "sequences",
+        32,
+        8,
+        (7, 2),
+        classes=0,
+        reading=Reading(predicts="numbers", sequences=True),
+    ),
+    "npy of X and y": Case(
+        {"X.npy": npy(TABLE), "y.npy": npy(KINDS)},
+        "table",
+        32,
+        8,
+        (3,),
+        source="X.npy",
+        says="y.npy, beside it",
+    ),
+    "npy in a folder": Case({"X.npy": npy(TABLE), "y.npy": npy(KINDS)}, "table", 32, 8, (3,)),
+    "npy of parts": Case(
+        {f"{name}.npy": npy(values) for name, values in SPLIT.items()}, "table", 30, 10, (3,)
+    ),
+    "npy alone": Case(
+        {"pictures.npy": npy(IMAGES)}, "images", 32, 8, (1, 6, 5), classes=0, reading=Reading()
+    ),
+    "npy.gz": Case(
+        {"X.npy.gz": gzip.compress(npy(TABLE)), "y.npy.gz": gzip.compress(npy(KINDS))}, "table", 32, 8, (3,)
+    ),
+    "npz a part": Case(
+        {"train.npz": npz(x=TABLE[:30], y=KINDS[:30]), "test.npz": npz(x=TABLE[30:], y=KINDS[30:])},
+        "table",
+        30,
+        10,
+        (3,),
+    ),
+    # folders of pictures
+    "folders of classes": Case(folders("cat", "dog"), "images", 8, 2, (3, 5, 6)),
+    "folders of parts, in full": Case(
+        folders(*(f"{p}/{c}" for p in ("training", "validation") for c in ("cat", "dog"))),
+        "images",
+        10,
+        10,
+        (3, 5, 6),
+    ),
+    "folders of parts, in capitals": Case(
+        folders(*(f"{p}/{c}" for p in ("Train", "Val", "TEST") for c in ("cat", "dog"))),
+        "images",
+        10,
+        10,
+        (3, 5, 6),
+    ),
+    "folders as Kaggle's cats and dogs": Case(
+        folders(*(f"{p}_set/{c}" for p in ("training", "test") for c in ("cats", "dogs"))),
+        "images",
+        10,
+        10,
+        (3, 5, 6),
+    ),
+    "folders as Intel's scenes": Case(
+        folders(*(f"seg_{p}/seg_{p}/{c}" for p in ("train", "test") for c in ("sea", "street"))),
+        "images",
+        10,
+        10,
+        (3, 5, 6),
+    ),
+    "folders within one": Case(
+        folders("PetImages/Cat", "PetImages/Dog"), "images", 8, 2, (3, 5, 6), says="looked in there"
+    ),
+    "folders from a Mac": Case(
+        {
+            **folders("a/cat", "a/dog"),
+            "__MACOSX/a/cat/._0.png": b"Mac OS X",
+            "a/.DS_Store": b"\0\0\0\1Bud1",
+            "a/cat/._0.png": b"Mac OS X",
+            "a/dog/Thumbs.db": b"\xd0\xcf",
+            "a/dog/.thumbs/a.png": b"nothing",
+        },
+        "images",
+        8,
+        2,
+        (3, 5, 6),
+        says="passed over 5 hidden files",
+    ),
+    "folders with other files": Case(
+        {**folders("cat", "dog"), "cat/notes.txt": b"x", "dog/0.heic": b"x"},
+        "images",
+        8,
+        2,
+        (3, 5, 6),
+        says="left out 2 files",
+    ),
+    "folders whose test part has no classes": Case(
+        {**folders("train/cat", "train/dog"), **folders("test")},
+        "images",
+        8,
+        2,
+        (3, 5, 6),
+        says="left out 5 pictures of test",
+    ),
+    "folders that are numbers": Case(folders(*map(str, range(11))), "images", 44, 11, (3, 5, 6), classes=11),
+    "folders with spaces and umlauts": Case(folders("grüne Äpfel", "rote Äpfel"), "images", 8, 2, (3, 5, 6)),
+    "IDX": Case(
+        {
+            f"{name}-{part}-{column}-ubyte": idx(values)
+            for name in ("emnist-letters",)
+            for part in ("train", "test")
+            for column, values in (("images-idx3", IMAGES), ("labels-idx1", KINDS.astype(np.uint8) + 1))
+        },
+        "images",
+        40,
+        40,
+        (1, 6, 5),
+        classes=3,
+    ),
+    # text
+    "text": Case({"a.txt": b"one\ntwo\n" * 20}, "text", 0, 0, classes=0, reading=Reading()),
+    "text in UTF-16": Case(
+        {"a.txt": ("o\u00e9\n" * 20).encode("utf-16")}, "text", 0, 0, classes=0, reading=Reading()
+    ),
+    "text with other line ends": Case(
+        {"a.md": b"one\r\ntwo\r\n" * 20}, "text", 0, 0, classes=0, reading=Reading()
+    ),
+    "text in Latin-1, as bytes": Case(
+        {"a.txt": b"caf\xe9\n" * 20}, "text", 0, 0, classes=0, reading=Reading()
+    ),
+    "text, asked for": Case(
+        {"a.bin": b"\x93NUMPY\0\0" * 20},
+        "text",
+        0,
+        0,
+        classes=0,
+        settings={"format": "text"},
+        reading=Reading(),
+    ),
+    "csv as text": Case(
+        {"a.csv": as_csv(rows())}, "text", 0, 0, classes=0, settings={"format": "text"}, reading=Reading()
+    ),
+}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("case", READ.values(), ids=READ)
+def test_what_is_read_of_a_file(case: Case, tmp_path: Path) -> None:
+    write(tmp_path, case.files)
+    source = case.source or (next(iter(case.files)) if len(case.files) == 1 else "")
+    data = read(tmp_path / source, case.reading, **case.settings)
+    assert (data.kind, data.num_classes) == (case.kind, case.classes), data.notes
+    if case.kind != "text":
+        assert (len(data.train), len(data.test)) == (case.n_train, case.n_test), data.notes
+    if case.shape:
+        assert data.train.tensors["inputs"].shape[1:] == case.shape
+        assert data.train.tensors["inputs"].dtype == (torch.uint8 if case.kind == "images" else torch.float32)
+    assert case.says in " | ".join(data.notes), data.notes
+
+
+# ---- what is refused, and how ----
+
+
+def other(data: bytes, name: str = "a.bin") -> dict[str, bytes]:
+    return {name: data}
+
+
+REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
+    "a pickle": (other(pickle.dumps({"x": 1})), "is a pickle, which is not read. Opening it would run code"),
+    "a zip": (other(npz(x=TABLE)), "is a zip archive, which is not read. Unpack it"),
+    "a picture": (other(png()), "is a picture, which is not read. Name a folder of pictures"),
+    "a PDF": (other(b"%PDF-1.7\n"), "is a PDF"),
+    "HDF5": (other(b"\x89HDF\r\n\x1a\n" + bytes(9)), "is HDF5, which is not read. Save its arrays as .npz"),
+    "a MATLAB file": (other(b"MATLAB 5.0 MAT-file" + bytes(99), "a.mat"), "is a MATLAB file"),
+    "bytes with zeros": (other(b"abc\0def"), "is no text: byte 4 is 0"),
+    "zeros later on": (other(b"abc " * 200 + b"\0", "a.txt"), "is no text: byte 801 is 0"),
+    "UTF-16 without a mark": (other("abc".encode("utf-16-le"), "a.txt"), "is no text: byte 2 is 0"),
+    "a csv that is Excel's": (other(b"PK\3\4" + bytes(30), "a.csv"), "is a zip archive"),
+    "a csv in Latin-1": (other(as_csv(rows()) + b"1,2,3,caf\xe9\n", "a.csv"), "line 42: not UTF-8"),
+    "a csv of one column": (other(b"a\nb\nc\n", "a.csv"), "no separator (comma, semicolon, tab or |)"),
+    "a csv with a short line": (other(as_csv([*rows(), [1, 2]]), "a.csv"), "line 42: has 2 columns"),
+    "a csv with a long line": (
+        other(as_csv([*rows()[:3], [1, 2, 3, 4, 5]]), "a.csv"),
+        "line 4: has 5 columns",
+    ),
+    "an empty csv": (other(b"\n", "a.csv"), "has no rows"),
+    "a csv with a header alone": (other(b"a,b,label\n", "a.csv"), "has no rows"),
+    "a csv whose label is unknown": (
+        other(as_csv(rows(("a", "b", "c", "d"))), "a.csv"),
+        "which of its columns is the label? It has a, b, c, d. Set data.label",
+    ),
+    "a csv with two labels": (
+        other(as_csv(rows(("a", "b", "y", "label"))), "a.csv"),
+        "y and label could both",
+    ),
+    "a csv whose header is unclear": (
+        other(as_csv([["a", "b"], ["c", "d"]]), "a.csv"),
+        "Set data.header=true",
+    ),
+    "a csv whose header is there twice": (other(as_csv(rows(("a", "a", "b", "label"))), "a.csv"), "twice"),
+    "a csv with missing values": (
+        other(as_csv([*rows(), [1, "", "?", 1], ["", 1, 1, 0]]), "a.csv"),
+        "2 of 42 rows lack a value, the first of them row 41 (a in 1, b in 1, c in 1). data.bad_rows=skip",
+    ),
+    "a csv with names of people": (
+        other(as_csv([["name", *rows()[0]], *([f"N. {i}", *r] for i, r in enumerate(rows()[1:]))]), "a.csv"),
+        "column 'name' holds texts, 40 different ones such as 'N. 0'. Correct it, or leave it out by",
+    ),
+    "a csv whose label is no class": (
+        other(as_csv(rows(label=TABLE[:, 0])), "a.csv"),
+        "is not whole, which no",
+    ),
+    "a csv of names of pictures": (
+        other(as_csv([["image", "label"], *([f"{i}.jpg", i % 2] for i in range(60))]), "a.csv"),
+        "'image' names pictures, which are read from a folder for each class",
+    ),
+    "a damaged parquet": (other(b"PAR1" + bytes(50), "a.parquet"), "not readable as Parquet"),
+    "a parquet that is none": (other(b"hello", "a.parquet"), "does not begin as Parquet does"),
+    "json that is none": (other(b"{", "a.json"), "not JSON: Expecting"),
+    "json of numbers": (other(b"[1, 2]", "a.json"), "row 1: is a int, where a row is {...}"),
+    "json of uneven columns": (other(b'{"a": [1], "b": [1, 2]}', "a.json"), "lists are of different lengths"),
+    "json of other things": (other(b'{"name": "x"}', "a.json"), "has the keys name, where one of these"),
+    "damaged gzip": (other(gzip.compress(b"hello" * 99)[:-9], "a.csv.gz"), "damaged"),
+    "damaged zst": (other(zstd(b"hello" * 99)[:-9], "a.csv.zst"), "damaged"),
+    "an npz of a pickle": (
+        other(npz(x=np.array([{}], object)), "a.npz"),
+        "are never loaded, for that runs code",
+    ),
+    "an npy of a pickle": (
+        other(npy(np.array([{}], object)), "a.npy"),
+        "are never loaded, for that runs code",
+    ),
+    "an npy that is cut off": (other(npy(TABLE)[:-9], "X.npy"), "not a readable .npy file"),
+    "an npz with x twice": (
+        other(npz(x=TABLE, X=TABLE, y=KINDS), "a.npz"),
+        "x and X could both be the inputs",
+    ),
+    "an npz without names": (other(npz(arr_0=TABLE, arr_1=KINDS), "a.npz"), "arr_0 (40 x 3), arr_1 (40)"),
+    "an npz of several labels": (
+        other(npz(X=TABLE, y=np.ones((N, 3), int)), "a.npz"),
+        "where each sample has one whole number, its class, or one column",
+    ),
+    "images that are standardised": (
+        other(npz(images=RNG.normal(size=(N, 6, 5)), y=KINDS), "a.npz"),
+        "does not say where black and white are",
+    ),
+    "images in 0..16": (
+        other(npz(images=FLOATS * 16, y=KINDS), "a.npz"),
+        "does not say where black and white",
+    ),
+    "images with two axes for channels": (
+        other(npz(X=np.zeros((N, 3, 9, 3), np.uint8)), "a.npz"),
+        "could be the",
+    ),
+    "labels that are no class": (other(npz(X=TABLE, y=TABLE[:, 0]), "a.npz"), "its labels are not whole"),
+    "training and pictures": (
+        folders("training/cat", "training/dog", "other/cat"),
+        "holds the folders training and other: some are named after parts, others not",
+    ),
+    "a class called train": (folders("car", "plane", "train"), "holds the folders train and car, plane"),
+    "no training part": (folders("val/a", "test/a"), "none of them is to train on"),
+    "years of classes": (
+        folders("2019/cat", "2019/dog", "2020/cat", "2020/dog"),
+        "2019, 2020 each hold the folders cat, dog: which are the classes?",
+    ),
+    "two training parts": (folders("train/a", "train/b", "Training_set/a"), "two are one part"),
+    "parts of different sizes": (
+        {**folders("train/a", "train/b"), "val/a/0.png": IMAGES[:1].tobytes()},
+        "cannot be opened: no picture",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_understood_is_refused_with_what_was_seen(
+    files: dict[str, bytes], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, files)
+    source = tmp_path / next(iter(files)) if len(files) == 1 else tmp_path
+    found = error(source)
+    assert message in found
+    assert str(tmp_path) in found
+
+
+@pytest.mark.parametrize("kind", ["gz", "npz", "npy"])
+def test_a_bomb_is_refused_before_it_is_unpacked(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that takes more memory than there is, of which a test must not have much."""
+    zeros = np.zeros(40_000_000, np.uint8)
+    data = {
+        "gz": lambda: gzip.compress(zeros.tobytes(), 1),
+        "npz": lambda: npz(x=zeros),
+        "npy": lambda: npy(zeros)[:200],
+    }[kind]()
+    path = write(tmp_path, {f"a.csv.{kind}" if kind == "gz" else f"a.{kind}": data})
+    memory = psutil.virtual_memory()._replace(available=30_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert "GiB of memory, and 0.0 GiB are free" in error(next(path.iterdir()))
+
+
+# ---- names of parts ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "of_a_folder"),
+    [
+        ("train", "train", "train"),
+        ("Training", "train", "train"),
+        ("VAL", "validation", "validation"),
+        ("valid", "validation", "validation"),
+        ("Validation", "validation", "validation"),
+        ("dev", "validation", "validation"),
+        ("test", "test", "test"),
+        ("TESTING", "test", "test"),
+        ("t10k", "test", "test"),
+        ("test_2016_flickr", "test", None),
+        ("train-00000-of-00002", "train", None),
+        ("train2017", "train", "train"),
+        ("training_set", "train", "train"),
+        ("TestImages", "test", "test"),
+        ("seg_train", None, "train"),
+        ("train_station", "train", None),
+        ("testament", None, None),
+        ("trainer", None, None),
+        ("devil", None, None),
+        ("train_test", "train", None),
+        ("cat", None, None),
+        ("", None, None),
+    ],
+)
+def test_parts_by_their_names(name: str, kind: str | None, of_a_folder: str | None) -> None:
+    assert (part_kind(name), folder_kind(name)) == (kind, of_a_folder)
+
+
+# ---- which part chooses, and classes that nobody evaluates ----
+
+
+def arrays(folder: Path, **parts: int) -> Path:
+    """An .npz of so many samples a part."""
+    columns = {f"x_{part}": RNG.normal(size=(n, 2)) for part, n in parts.items()}
+    labels = {f"y_{part}": np.arange(n) % 2 for part, n in parts.items()}
+    np.savez(folder / "a.npz", **columns, **labels)  # type: ignore[arg-type]
+    return folder / "a.npz"
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "chosen", "sizes", "reported"),
+    [
+        ({"train": 20}, {}, "held_out", (16, 4), "held_out"),
+        ({"train": 20, "test": 6}, {}, "test", (20, 6), "test"),
+        ({"train": 20, "val": 8, "test": 6}, {}, "val", (20, 8), "test"),
+        ({"train": 20, "val": 8}, {}, "val", (20, 8), "val"),
+        ({"train": 20, "val": 8, "test": 6}, {"evaluate_on": "test"}, "test", (20, 6), "test"),
+        ({"train": 20, "test": 6}, {"evaluate_on": "held_out"}, "held_out", (16, 4), "test"),
+        ({"train": 20, "val": 8, "test": 6}, {"evaluate_on": "Validation"}, "val", (20, 8), "test"),
+    ],
+)
+def test_validation_chooses_and_test_is_reported(
+    parts: dict[str, int],
+    settings: dict[str, Any],
+    chosen: str,
+    sizes: tuple[int, int],
+    reported: str,
+    tmp_path: Path,
+) -> None:
+    config = DataConfig(source=str(arrays(tmp_path, **parts)), **settings)
+    data = load(config)
+    assert (data.chosen_by, data.part) == (chosen, chosen)
+    assert (len(data.train), len(data.test)) == sizes
+    assert any("no validation part" in note for note in data.choice) == (chosen == "test" and not settings)
+    report = load(config, part="")
+    assert (report.chosen_by, report.part) == (chosen, reported)
+    assert report.train_sha256 == data.train_sha256
+    again = load(config, part="train")
+    assert again.part == "train"
+    assert torch.equal(again.test.tensors["inputs"], data.train.tensors["inputs"])
+
+
+def test_a_part_that_is_not_there(tmp_path: Path) -> None:
+    config = DataConfig(source=str(arrays(tmp_path, train=20, test=6)))
+    with pytest.raises(LabError, match=r"--part = 'val': .* has no such part, only test, train"):
+        load(config, part="val")
+    with pytest.raises(LabError, match="--part held_out: nothing was held out"):
+        load(config, part="held_out")
+
+
+@pytest.mark.parametrize("counts", [(60, 2), (60, 1), (5, 4, 3, 2, 1), (2, 2), (3, 3, 3)])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.9])
+def test_of_each_class_some_are_held_out_and_some_are_not(
+    counts: tuple[int, ...], share: float, tmp_path: Path
+) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    np.savez(tmp_path / "a.npz", x=RNG.normal(size=(len(labels), 2)), y=labels)
+    data = read(tmp_path / "a.npz", held_out=share)
+    found = [np.bincount(s.tensors["labels"], minlength=len(counts)) for s in (data.train, data.test)]
+    assert (found[0] + found[1]).tolist() == list(counts)
+    assert (found[0] >= 1).all()
+    assert [n > 0 for n in found[1]] == [n > 1 for n in counts]
+    alone = [str(i) for i, n in enumerate(counts) if n == 1]
+    said = f"1 class has no sample in held_out, so not evaluated: {alone[0]} (1)" if alone else ""
+    assert data.coverage == ((said,) if said else ())
+
+
+def test_classes_without_samples_are_said(tmp_path: Path) -> None:
+    labels = np.array([0, 5] * 10)
+    np.savez(tmp_path / "a.npz", x=RNG.normal(size=(20, 2)), y=labels)
+    assert read(tmp_path / "a.npz").coverage == ("of 6 classes 4 have no sample: 1, 2, 3, 4",)
+    np.savez(tmp_path / "b.npz", x_train=np.eye(4), y_train=[0, 1, 2, 2], x_test=np.eye(4)[:2], y_test=[0, 2])
+    assert read(tmp_path / "b.npz").coverage == ("1 class has no sample in test, so not evaluated: 1 (1)",)
+    np.savez(tmp_path / "c.npz", x_train=np.eye(4), y_train=[0, 1, 3, 3], x_test=np.eye(4)[:2], y_test=[0, 2])
+    assert read(tmp_path / "c.npz").coverage == (
+        "2 classes have no sample in test, so not evaluated: 1 (1), 3 (2)",
+        "1 class has no sample to learn from: 2 (1)",
+    )
+
+
+def test_classes_are_numbered_alike_in_folders_rows_and_arrays(tmp_path: Path) -> None:
+    names = [*map(str, range(12)), "a"]
+    write(tmp_path / "folders", folders(*names, n=2))
+    table = [["x", "label"], *([i, name] for i in range(2) for name in names)]
+    write(tmp_path / "rows", {"a.csv": as_csv([[r[0], r[1]] for r in table])})
+    np.savez(tmp_path / "a.npz", x=RNG.normal(size=(26, 2)), y=np.array([*names, *names]))
+    found = [read(tmp_path / name).classes for name in ("folders", "rows/a.csv", "a.npz")]
+    assert found == [tuple(names)] * 3
+
+
+def test_a_text_is_the_same_in_every_encoding_it_says_it_is_in(tmp_path: Path) -> None:
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        (tmp_path / "a.txt").write_bytes("caf\u00e9 \U0001f600\r\n".encode(encoding))
+        assert read_text(tmp_path / "a.txt") == "caf\u00e9 \U0001f600\r\n"
