@@ -9,7 +9,8 @@ and the headline of `lab.report`. Measured are
 - coverage: how often an interval that is shown holds the truth.
 
 Scores are normal, or bimodal: 30% of the runs fail and score 10 standard deviations less. Every figure comes
-with twice its Monte-Carlo standard error; tables of power are drawn a quarter as often as those of equals.
+with twice its Monte-Carlo standard error. Power is drawn a quarter as often, what is rarer than one task and
+equal groups half as often.
 What the percentile bootstrap of the probability of improvement claims of equals is measured, too.
 
     python -m benchmarks.verdict_errors [--reps 2000] [--jobs 2]
@@ -37,6 +38,9 @@ RESULT = Path(__file__).parent / "results" / "verdict_errors.json"
 METRIC = "eval/mean_reward"
 FAILING, FALL = 0.3, 10.0
 """Share of runs that fail in bimodal scores, and by how many standard deviations they are lower."""
+
+PARTS = {"equals_several_tasks": 2, "equals_odd": 2, "power": 4, "power_several_tasks": 4}
+"""Of the repetitions, what a table is drawn with."""
 
 
 class Cell(NamedTuple):
@@ -202,8 +206,7 @@ def simulate(tables: dict[str, Sequence[Cell]], reps: int, jobs: int, seed: int 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in tables}
     with ProcessPoolExecutor(jobs) as pool:
         futures = [
-            (name, pool.submit(measure, cell, reps // 4 if name.startswith("power") else reps, seed))
-            for name, cell in todo
+            (name, pool.submit(measure, cell, reps // PARTS.get(name, 1), seed)) for name, cell in todo
         ]
         for name, future in futures:
             found[name].append(future.result())

@@ -254,7 +254,7 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
     if grouped.unused:
         say(f"not made into groups, as they name or place a run: {named(grouped.unused)}")
     members, comparable = _common_tasks(grouped.groups, tasks_by, say)
-    scores = _Scores(members, q, tasks_by, less, say)
+    scores = _Scores(members, q, tasks_by, less, say, comparable=not comparable)
     order = sorted(grouping.in_order(members), key=lambda label: _rank(scores.of[label], less))
     baseline, why_baseline = _baseline(q.baseline, members, scores)
     found = (
@@ -380,7 +380,14 @@ class _Scores:
     """The score of each run at the budget of its task, and what the groups' scores are compared as."""
 
     def __init__(
-        self, members: Mapping[str, Sequence[Record]], question: Question, key: str, less: bool, say: _Notes
+        self,
+        members: Mapping[str, Sequence[Record]],
+        question: Question,
+        key: str,
+        less: bool,
+        say: _Notes,
+        *,
+        comparable: bool,
     ) -> None:
         self.question, self.key, self.less = question, key, less
         everyone = [record for group in members.values() for record in group]
@@ -396,10 +403,10 @@ class _Scores:
         wanted = question.normalize == "range" or (
             question.normalize == "auto" and not same_unit(question.metric)
         )
-        self.normalized = several and wanted
+        self.normalized = comparable and several and wanted
         if self.normalized:
             self._say_normalized(everyone, say)
-        elif several and not same_unit(question.metric):
+        elif comparable and several and not same_unit(question.metric):
             say(f"scores of different {key or 'tasks'} are averaged as they are, whatever their units")
         self.scales = {task: self._scale(of) for task, of in by_task.items()}
         self.of: dict[str, dict[str, Sample]] = {

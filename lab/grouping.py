@@ -5,6 +5,7 @@ state of its program (addresses and dumps in the config of stock SB3, folders in
 Trainer), is not a setting: see `is_bookkeeping` and `settings`.
 """
 
+import functools
 import json
 import math
 import re
@@ -70,7 +71,15 @@ def canonical(value: Any) -> str:
 
     Addresses of objects are left out, and floats have 12 digits: 0.00015000000000000001 is 0.00015.
     """
+    if value is None or isinstance(value, str | int | float):
+        return _of_scalar(type(value), value)
     return json.dumps(_plain(value), sort_keys=True, default=str)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _of_scalar(_: type, value: Any) -> str:
+    """By type, since 1, 1.0 and true are equal and have one hash."""
+    return json.dumps(_plain(value))
 
 
 def _plain(value: Any) -> Any:

@@ -306,8 +306,8 @@ def test_titles_suit_addresses_and_views() -> None:
             [compare.compare(found, compare.Question(metric="a/b", by=("key",), goal="maximize"))]
         )
 
-    assert title("lr=0.1, ε=1", "50% #1?", "🚀+$") == "a.b: lr 0.1, ε 1, 50 1 ,"
-    assert len(title("x" * 300)) == 120
+    assert title("lr=0.1, ε=1", "50% #1?", "🚀+$") == "a.b: 50 1 , lr 0.1, ε 1,"
+    assert len(title(*(letter * 300 for letter in "xyz"))) == 120
 
 
 def test_nothing_of_wandb_is_loaded_before_it_is_asked() -> None:
