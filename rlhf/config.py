@@ -207,12 +207,15 @@ class PPOStageConfig(TrainingConfig):
     whiten_advantages: bool = True
     score_clip: float | None = None
     temperature: float = 1.0
+    sampling_batch_size: int = 0
+    """Answers sampled at once; 0: as many as fit the memory. What is sampled does not depend on it."""
     ptx_coef: float = 0.0
     """Weight of the language-model loss on the demonstrations (27.8 in InstructGPT)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.rollouts >= 1, "ppo.rollouts", "must be at least 1")
+        require(self.sampling_batch_size >= 0, "ppo.sampling_batch_size", "must be 0 (found) or more")
         require(
             self.rollout_size % self.batch_size == 0,
             "ppo.rollout_size",

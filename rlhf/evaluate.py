@@ -46,23 +46,24 @@ def draw_samples(
     temperature: float = 1.0,
     max_prompt: int | None = None,
 ) -> Samples:
-    """Samples `n` answers to each prompt, of which the model reads the last `max_prompt` tokens."""
+    """Samples `n` answers to each prompt, of which the model reads the last `max_prompt` tokens.
+
+    As many are sampled at once as fit the memory.
+    """
     repeated = [prompt for prompt in prompts for _ in range(n)]
     ids = [own for own in tokenize_prompts(prompts, tokenizer, max_prompt) for _ in range(n)]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    answers: list[list[int]] = []
     ends = end_tokens(model, tokenizer)
-    for begin in range(0, len(ids), BATCH_SIZE):
-        answers += sample(
-            model,
-            ids[begin : begin + BATCH_SIZE],
-            max_new_tokens=max_new_tokens,
-            eos_ids=ends,
-            pad_id=tokenizer.pad_token_id,
-            temperature=temperature,
-            generator=generator,
-        )
+    answers = sample(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        eos_ids=ends,
+        pad_id=tokenizer.pad_token_id,
+        temperature=temperature,
+        generator=generator,
+    )
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return Samples(
         repeated,

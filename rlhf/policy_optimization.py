@@ -177,6 +177,7 @@ def ppo_arguments(settings: RLHFRun, compute: Compute, folder: Path) -> PPOConfi
         critic_learning_rate=config.critic_learning_rate,
         max_completion_length=settings.data.max_new_tokens,
         temperature=config.temperature,
+        sampling_batch_size=config.sampling_batch_size,
         top_k=0,
         kl_coef=config.kl_coef,
         kl_target=config.kl_target,

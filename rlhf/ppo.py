@@ -30,10 +30,15 @@ from lab.device import attention_to_learn
 from lab.errors import LabError
 from lab.hub import from_pretrained
 from rlhf import checkpoints
-from rlhf.decode import DrawnLogprobs, sample
-from rlhf.logprobs import add_logprob_head, answer_states
+from rlhf.agreement import SAMPLED_TOLERANCE, check_training_mode, evaluating, name_of, plain_logits
+from rlhf.decode import DrawnLogprobs, decoding_of, sample
+from rlhf.logprobs import add_logprob_head
+from rlhf.memory import rows_that_fit
+from rlhf.randomness import switch_off_randomness
 from rlhf.roles import AdapterClassifier, keeping_what_is_trained, own_parameters
+from rlhf.scoring import score_reading_of, scores_of_last
 from rlhf.sequences import Sequences, side_by_side
+from rlhf.tokenization import tokenize_prompts
 
 
 @dataclass
@@ -75,8 +80,12 @@ class PPOConfig(GRPOConfig):
     ptx_batch_size: int | None = field(
         default=None, metadata={"help": "ptx examples a micro-batch; None: per_device_train_batch_size."}
     )
+    sampling_batch_size: int = field(
+        default=0, metadata={"help": "Answers sampled at once; 0: as many as fit the memory."}
+    )
     check_first_update: bool = field(
-        default=True, metadata={"help": "Stop if the first update does not begin at ratio 1."}
+        default=True,
+        metadata={"help": "Stop if the first update does not begin at the probabilities of sampling."},
     )
 
     def __post_init__(self) -> None:
@@ -102,6 +111,9 @@ class PPOConfig(GRPOConfig):
         self.generation_batch_size //= 2
 
 
+_PER_TOKEN = "old_logps", "sampled_logps", "values", "advantages", "returns"
+
+
 class Critic(nn.Module):
     """A value per answer token from a transformers sequence classifier with one label.
 
@@ -117,7 +129,9 @@ class Critic(nn.Module):
 
     def forward(self, of: Sequences) -> Tensor:
         """Values before each answer token, float32 (batch, longest answer); 0 behind an answer's end."""
-        return of.rows.pad(self.model.score(answer_states(self.model, of)).squeeze(-1).float())
+        read = [length - 1 for length in of.lengths]
+        values = scores_of_last(self.model, of.ids, read, of.answer_lengths, of.shared)
+        return of.rows.pad(values.squeeze(-1).float())
 
 
 # ---- the arithmetic, all on tensors (batch, width) ----
@@ -216,6 +230,8 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
         if self.ref_model is not None:
             # GRPOTrainer reads its own from the policy's folder, maybe as another class or other weights.
             reference = copy.deepcopy(self.accelerator.unwrap_model(self.model)).requires_grad_(False)
+            # What TRL has put in the place of the policy's forward would, in the copy, still be the policy's.
+            reference.__dict__.pop("forward", None)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.args.ptx_coef and ptx_dataset is None:
             raise LabError("PPOTrainer: ptx_coef needs ptx_dataset. Give it, or set ptx_coef to 0.")
@@ -232,10 +248,14 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
                 "PPOTrainer: where the critic is an adapter of the policy, its activations would be computed "
                 "again under the policy's. Please set gradient_checkpointing=False (TRL's default is True)."
             )
-        for module in made.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        self.critic_model: nn.Module = made
+        for model in (self.model, self.ref_model, made):
+            if model is not None:
+                switch_off_randomness(model)
+        if self.ref_model is not None:
+            self.ref_model.eval()
+        if self.args.activation_checkpointing:
+            made.gradient_checkpointing_enable()
+        self.critic_model: nn.Module = made.eval()
         self.critic = self.accelerator.prepare_model(Critic(made))
         self.ptx_dataset = ptx_dataset
         self.kl_coef = self.args.kl_coef
@@ -243,11 +263,31 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
         """What the last rollout was, for tables of samples: prompts, completions, scores, kl."""
         self._prompt_ids: list[list[int]] = []
         self._drawn: list[DrawnLogprobs | None] = []
+        self._rows_at_once = self.args.sampling_batch_size
         self._critic_in_optimizer = False
         self._updated = False
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                add_logprob_head(model, self.temperature)
+        self._check_models()
+
+    def _check_models(self) -> None:
+        """How each model is computed is found before anything is trained, in this run's number format."""
+        tokenizer, rows = (
+            self.processing_class,
+            self.train_dataset[: min(64, len(self.train_dataset))]["prompt"],
+        )
+        prompts = tokenize_prompts(rows, tokenizer)
+        calm = [model for model in (self.model, self.ref_model) if model is not None]
+        for model in calm:
+            model.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            for model in calm:
+                add_logprob_head(model, self.temperature, prompts)
+            if not self.use_vllm:
+                decoding_of(self.model, prompts)
+            if not isinstance(self.critic_model, AdapterClassifier):
+                score_reading_of(self.critic_model)
+        if self.args.activation_checkpointing:
+            for model in (self.model, self.critic_model):
+                check_training_mode(model)
 
     # ---- prompts ----
 
@@ -288,10 +328,8 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
                 prompt_ids, images, multimodal_fields, num_generations, *rest, **more
             )
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        training = model.training
-        model.eval()
         drawn = None
-        if self.accelerator.mixed_precision == "no":
+        if self.accelerator.mixed_precision == "no" or not self._updated:
             drawn = DrawnLogprobs(
                 len(prompt_ids), self.max_completion_length, self.temperature, self.accelerator.device
             )
@@ -306,10 +344,23 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
                 temperature=self.temperature,
                 top_k=self.top_k or 0,
                 top_p=self.top_p,
+                rows_at_once=self._sampled_at_once(prompt_ids),
             )
-        model.train(training)
         self._drawn.append(drawn)
         return answers, None
+
+    def _sampled_at_once(self, prompt_ids: Sequence[Sequence[int]]) -> int:
+        """How many answers are sampled at once: what is set, or what fits beside gradients and moments.
+
+        Found once, so that a run that goes on with other memory free computes what it would have.
+        """
+        if not self._rows_at_once:
+            trained = {id(p): p for m in (self.model, self.critic_model) for p in m.parameters()}
+            known = self.optimizer.state if self.optimizer is not None else {}
+            to_come = sum(3 * 4 * p.numel() for p in trained.values() if p.requires_grad and p not in known)
+            n_tokens = max(map(len, prompt_ids)) + self.max_completion_length
+            self._rows_at_once = rows_that_fit(self.model, n_tokens, to_come)
+        return self._rows_at_once
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
@@ -342,8 +393,9 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
         mask = packed.mask
         with torch.no_grad():
             drawn = self._drawn[0] if len(self._drawn) == 1 else None
-            if drawn is not None:  # sampled in one go in fp32: the sampler has seen them, exactly
-                logps, entropies = (x[:, : mask.shape[1]] * mask for x in (drawn.logprobs, drawn.entropies))
+            sampled = drawn.logprobs[:, : mask.shape[1]] * mask if drawn is not None else None
+            if drawn is not None and self.accelerator.mixed_precision == "no":  # exactly what is wanted
+                logps, entropies = sampled, drawn.entropies[:, : mask.shape[1]] * mask
             else:
                 logps, entropies = self._in_parts(lambda part: self._policy(self.model, part), packed)
             reference, _ = self._in_parts(self._reference, packed)
@@ -400,6 +452,7 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(sequence_kl), a.kl_target, n, a.kl_horizon)
         return {
             "packed": packed,
+            "sampled_logps": logps if sampled is None else sampled,
             "old_logps": logps,
             "values": values,
             "advantages": advantages,
@@ -412,7 +465,9 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
         Every epoch shuffles the rollout anew into mini-batches; within one, micro-batches take sequences of
         like length and are cut to their longest.
         """
-        if not self.model.training:
+        training = self.model.training
+        self._eval_mode()
+        if not training:
             rollout = self._generate_and_score_completions(generation_batch)
             return self._micro_batch(rollout, list(range(len(rollout["values"]))), 1.0)
         per_epoch = self.args.steps_per_generation
@@ -424,6 +479,12 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
             self._schedule = self._epoch_order(rollout, seed=self.args.seed + self._rows_seen())
         rows, n_tokens = self._schedule[position % per_epoch]
         return self._micro_batch(rollout, rows, n_tokens)
+
+    def _eval_mode(self) -> None:
+        """Eval mode for all that computes; the policy itself stays marked, as TRL tells training by it."""
+        training = self.model.training
+        self.model.eval()
+        self.model.training = training
 
     def _epoch_order(self, rollout: dict[str, Any], seed: int) -> list[tuple[list[int], float]]:
         """Rows of every micro-batch of an epoch, and the answer tokens of the mini-batch each belongs to."""
@@ -451,7 +512,7 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
     def _micro_batch(self, rollout: dict[str, Any], rows: list[int], n_tokens: float) -> dict[str, Any]:
         packed: Sequences = rollout["packed"].part(rows)
         at, width = torch.tensor(rows, device=packed.ids.device), packed.rows.shape[1]
-        part = {name: rollout[name][at, :width] for name in ("old_logps", "values", "advantages", "returns")}
+        part = {name: rollout[name][at, :width] for name in _PER_TOKEN}
         return {**part, "packed": packed, "n_tokens": n_tokens}
 
     def _in_parts(self, function: Any, packed: Sequences) -> tuple[Tensor, ...]:
@@ -487,6 +548,7 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
             return self._policy(self.model, packed)
 
     def _values(self, packed: Sequences) -> Tensor:
+        self.critic_model.train(self.args.activation_checkpointing and torch.is_grad_enabled())
         with self._computing(packed):
             return self.critic(packed)
 
@@ -504,6 +566,8 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Clipped losses of policy and value (PPO, arXiv 1707.06347, eq. 7), means over a mini-batch."""
         mode = "train" if self.model.training else "eval"
+        if self.args.activation_checkpointing:
+            self.model.train(mode == "train")  # transformers computes activations again in this mode alone
         a, packed = self.args, inputs["packed"]
         mask = packed.mask
         n_tokens = inputs["n_tokens"] if mode == "train" else mask.sum().clamp(min=1)
@@ -548,19 +612,31 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
                 },
             )
             if mode == "train" and not self._updated and a.check_first_update:
-                self._check_first_update(numbers)
+                self._check_first_update(logps, inputs)
         return loss
 
-    def _check_first_update(self, numbers: dict[str, Tensor]) -> None:
-        """Before any update policy and sampler are one: a ratio off 1 means wrong masks or dtype."""
+    def _check_first_update(self, logps: Tensor, inputs: dict[str, Any]) -> None:
+        """Before any update, training gives the tokens the probabilities they were sampled with."""
         self._updated = True
-        ratio, kl = float(numbers["val/ratio"]), float(numbers["policy/approxkl_avg"])
-        if not (abs(ratio - 1) < 0.05 and kl < 0.02):
-            raise LabError(
-                f"PPO: before its first update the policy already differs from itself: ratio {ratio:.3f} "
-                f"(should be 1), KL {kl:.3f} nats (should be 0). Look at dropout, number format and masks; "
-                "check_first_update=False trains all the same."
-            )
+        packed: Sequences = inputs["packed"]
+        mask, sampled = packed.mask, inputs["sampled_logps"]
+        precision = "fp32" if self.accelerator.mixed_precision == "no" else "bf16"
+        apart, allowed = float(masked_mean((logps - sampled).abs(), mask)), SAMPLED_TOLERANCE[precision]
+        if apart <= allowed:
+            return
+        model, row = self.model, 0
+        begin, end = packed.prompt_lengths[row], packed.lengths[row]
+        with self.accelerator.autocast(), evaluating(model):
+            own = plain_logits(model, packed.ids[row, :end].tolist())[begin - 1 : -1] / self.temperature
+        own = own.log_softmax(-1).gather(1, packed.ids[row, begin:end, None])[:, 0]
+        n = end - begin
+        of_sampler, of_training = (float((x[row, :n] - own).abs().mean()) for x in (sampled, logps))
+        raise LabError(
+            f"PPO: {name_of(model)} in training differs from itself in sampling by {apart:.2g} nats a token "
+            f"before its first update; {allowed:g} are allowed in {precision}. From its plain forward the "
+            f"sampler is {of_sampler:.2g} off, training {of_training:.2g}. Please report it, it is a fault; "
+            "check_first_update=False trains all the same, on wrong ratios."
+        )
 
     def _ptx_loss(self, model: Any) -> Tensor:
         """Minus the mean log-probability of completions from the ptx data (InstructGPT, section 3.5)."""
@@ -620,7 +696,9 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             weights = own_parameters(self.critic_model).items()
             save_file({name: p.detach().contiguous() for name, p in weights}, folder / "critic.safetensors")
-            (folder / "ppo_state.json").write_text(json.dumps({"kl_coef": self.kl_coef}))
+            (folder / "ppo_state.json").write_text(
+                json.dumps({"kl_coef": self.kl_coef, "rows_at_once": self._rows_at_once})
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with keeping_what_is_trained(self.model):  # PEFT's loading switches adapters, too
@@ -636,7 +714,7 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
                 parameter.copy_(weights[name])
         state = checkpoints.read(folder / "ppo_state.json")
         with checkpoints.damage(folder / "ppo_state.json"):
-            self.kl_coef = float(state["kl_coef"])
+            self.kl_coef, self._rows_at_once = float(state["kl_coef"]), int(state.get("rows_at_once", 0))
         self._updated = True
 
     # ---- numbers ----

@@ -27,7 +27,13 @@ def shared_prefix(prompts: Sequence[Sequence[int]], n_tokens: int) -> int:
 
 
 def hidden_states(
-    base: Any, config: Any, ids: Tensor, lengths: Sequence[int], wanted: Sequence[int], shared: int = 0
+    base: Any,
+    config: Any,
+    ids: Tensor,
+    lengths: Sequence[int],
+    wanted: Sequence[int],
+    shared: int = 0,
+    together: bool = True,
 ) -> Tensor:
     """Hidden states of the last tokens of each row of `ids` by a causal model without head, with gradients.
 
@@ -38,10 +44,14 @@ def hidden_states(
         lengths: tokens of each row.
         wanted: of how many of its last tokens the hidden state is wanted, at least 1.
         shared: so many tokens are the same in every row; none of them is wanted.
+        together: read rows of several lengths at once; else one by one.
 
     Returns:
         (sum of wanted, width), one row's behind the other's.
     """
+    if not together:
+        rows = zip(ids, lengths, wanted, strict=True)
+        return torch.cat([hidden_states(base, config, row[None], [n], [k], 0) for row, n, k in rows])
     if getattr(base, "takes_documents", False):  # a LabGPT: it computes no padding, and only what is wanted
         rows = Ragged([length - shared for length in lengths], ids.device, lead=shared)
         own = rows.unpad(ids[:, shared : shared + rows.shape[1]])

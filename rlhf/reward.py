@@ -7,7 +7,7 @@ from trl.trainer.reward_config import RewardConfig
 
 from lab.device import Compute
 from lab.errors import LabError
-from rlhf import data, models
+from rlhf import models
 from rlhf.config import RLHFRun
 from rlhf.ranking import RankingTrainer, center, init_head
 from rlhf.scoring import RewardScorer, calibration_plot, held_out_report, sequence_classifier
@@ -26,7 +26,8 @@ def train_reward(
     settings: RLHFRun,
     stage: Stage,
     compute: Compute,
-    comparisons: Any,
+    training: Any,
+    held_out: Any,
     demonstrations: Any,
     policy: Path,
 ) -> tuple[Any, Any] | None:
@@ -36,7 +37,7 @@ def train_reward(
     same whatever the reward model.
 
     Args:
-        comparisons: as `data.comparisons` returns them.
+        training, held_out: comparisons, as `data.comparisons` returns them.
         demonstrations: as `data.demonstrations` does.
         policy: the folder of stage 1's model.
 
@@ -44,7 +45,6 @@ def train_reward(
         The model and its tokenizer; None if training was interrupted.
     """
     config = settings.reward
-    training, held_out = data.hold_out(comparisons, config.held_out, settings.seed)
     model, tokenizer = models.open_reward(policy)
     init_head(model, settings.seed)
     trainer = _Trainer(

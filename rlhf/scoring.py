@@ -5,9 +5,10 @@ end of an answer, a score read one token early. So training (`rlhf.ranking`) and
 `tokenize` (`rlhf.tokenization`) and `last_token_scores`. Nothing in here imports TRL, which takes seconds.
 """
 
-import contextlib
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
+from rlhf.agreement import evaluating, first_that_agrees, make_probe, name_of, tolerance
 from rlhf.data import ordered_pairs
 from rlhf.forms import Text
 from rlhf.prefix import hidden_states
@@ -69,9 +71,104 @@ def last_token_scores(classifier: Any, input_ids: Tensor, lengths: Sequence[int]
     Returns:
         (rows, num_labels)
     """
-    only_the_last = [1] * len(lengths)
+    return scores_of_last(classifier, input_ids, lengths, [1] * len(lengths))
+
+
+@dataclass(frozen=True)
+class ScoreReading:
+    """How the rows that a classifier scores are read; see `rlhf.agreement`."""
+
+    shares: bool = True
+    """A beginning that all rows have is read once."""
+    together: bool = True
+    """Rows of several lengths are read together, padded on the right; else one by one."""
+
+
+_READINGS: weakref.WeakKeyDictionary[Any, dict[bool, ScoreReading]] = weakref.WeakKeyDictionary()
+
+
+def scores_of_last(
+    classifier: Any, input_ids: Tensor, lengths: Sequence[int], wanted: Sequence[int], shared: int = 0
+) -> Tensor:
+    """What the `score` layer says of rows' last tokens, (sum of wanted, num_labels); see `hidden_states`.
+
+    Raises:
+        LabError: that is not what the classifier's own forward says.
+    """
+    way = score_reading_of(classifier)
+    return _scores(classifier, input_ids, lengths, wanted, shared if way.shares else 0, way.together)
+
+
+def _scores(
+    classifier: Any,
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    wanted: Sequence[int],
+    shared: int,
+    together: bool,
+) -> Tensor:
     base, config = classifier.base_model, classifier.config
-    return classifier.score(hidden_states(base, config, input_ids, lengths, only_the_last))
+    return classifier.score(hidden_states(base, config, input_ids, lengths, wanted, shared, together))
+
+
+def score_reading_of(classifier: Any) -> ScoreReading:
+    """How a classifier is read, found once: the quickest way that gives what its own forward gives.
+
+    Its own forward scores the last token of a row without padding. What its `score` layer says of the tokens
+    before must be what that forward says of the row cut off there.
+
+    Raises:
+        LabError: no way does: something else than a linear layer stands between body and score.
+    """
+    weight = classifier.score.weight
+    own = getattr(type(classifier), "forward", nn.Module.forward)
+    if weight.device.type == "meta" or own is getattr(nn.Module, "forward", None):
+        return ScoreReading()
+    known = _READINGS.setdefault(classifier, {})
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    if autocast not in known:
+        with torch.autocast(weight.device.type, enabled=False):
+            if False not in known:
+                known[False] = _find_score_reading(classifier, own)
+        if autocast:
+            known[True] = _find_score_reading(classifier, own)
+    return known[autocast]
+
+
+def _find_score_reading(classifier: Any, own: Any) -> ScoreReading:
+    config, device = classifier.config.get_text_config(), classifier.score.weight.device
+    vocab_size = classifier.base_model.get_input_embeddings().weight.shape[0]
+    probe = make_probe(vocab_size, special=[token for token in [config.pad_token_id] if token is not None])
+    lengths = [len(row) - 1 for row in probe.rows]
+    ids, wanted = pad_right([row[:-1] for row in probe.rows]).to(device), [len(a) for a in probe.answers]
+
+    def compute(way: ScoreReading) -> list[Tensor]:
+        shared = probe.shared if way.shares else 0
+        return list(
+            _scores(classifier, ids, lengths, wanted, shared, way.together)[:, 0].float().split(wanted)
+        )
+
+    with evaluating(classifier), torch.no_grad():
+        truth = [
+            torch.stack(
+                [
+                    own(classifier, input_ids=torch.tensor([row[:end]], device=device)).logits[0, 0].float()
+                    for end in range(len(row) - n, len(row))
+                ]
+            )
+            for row, n in zip(probe.rows, wanted, strict=True)
+        ]
+        ways = [ScoreReading(), ScoreReading(shares=False), ScoreReading(shares=False, together=False)]
+        spread = float(torch.cat(truth).std())
+        way, refused = first_that_agrees(
+            ways, compute, truth, max(spread, 1e-3) * tolerance(classifier, truth)
+        )
+    if way is None:
+        raise LabError(
+            f"{name_of(classifier)}: its scores are not what its own forward gives ({refused[-1][1]}), so it "
+            "can be neither reward model nor critic. Name another model."
+        )
+    return way
 
 
 class RewardScorer:
@@ -149,22 +246,12 @@ class RewardScorer:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         device = self._classifier.score.weight.device
         scores = torch.empty(len(rows), device=device)
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
                 chosen = [rows[i] for i in batch]
                 input_ids, lengths = pad_right(chosen).to(device), [len(row) for row in chosen]
                 scores[batch] = last_token_scores(self._classifier, input_ids, lengths)[:, 0].float()
         return (scores.cpu() - self.shift) * self.scale
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def held_out_report(

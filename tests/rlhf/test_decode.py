@@ -96,9 +96,10 @@ def oracle(
 
 
 class Forwards:
-    """Notes the shape of the ids in every call of a model."""
+    """Notes the shape of the ids in every call of a model, once it is known how it is sampled."""
 
     def __init__(self, model: Any) -> None:
+        decode.decoding_of(model)
         self.shapes: list[tuple[int, int]] = []
         model.register_forward_pre_hook(
             lambda _, args, kwargs: self.shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -237,7 +238,7 @@ def test_frozen_weights_are_converted_once_and_stay_frozen(llama: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return sample(llama, prompts, max_new_tokens=6, eos_ids=(), pad_id=PAD, generator=seeded())
 
-    trainable = run()
+    trainable = run()  # which also finds out how the model is sampled
     for parameter in llama.parameters():
         parameter.requires_grad_(False)
     with Conversions(llama.model.layers[0].mlp.down_proj.weight.shape) as conversions:
@@ -256,6 +257,9 @@ def test_the_cache_holds_what_attention_computes_in(llama: Any, monkeypatch: pyt
     caches: list[DynamicCache] = []
     make = decode._cache
     monkeypatch.setattr(decode, "_cache", lambda *args: caches.append(make(*args)) or caches[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        decode.decoding_of(llama)
+    caches.clear()
     options: dict[str, Any] = {"max_new_tokens": 8, "eos_ids": (), "pad_id": PAD}
 
     def run() -> list[list[int]]:
@@ -263,7 +267,7 @@ def test_the_cache_holds_what_attention_computes_in(llama: Any, monkeypatch: pyt
             return sample(llama, some_prompts(4, 2), generator=seeded(), **options)
 
     ours = run()
-    monkeypatch.setattr(decode, "_cache", lambda model, room: DynamicCache(config=model.config))
+    monkeypatch.setattr(decode, "_cache", lambda model, room, way: DynamicCache(config=model.config))
     assert run() == ours
     keys: Any = caches[0].layers[0].keys  # type: ignore[union-attr]
     assert (keys.dtype, tuple(keys.shape)) == (torch.bfloat16, (2, 2, 4 + 7, 8))

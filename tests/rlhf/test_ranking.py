@@ -32,7 +32,7 @@ from rlhf.ranking import (
     pair_weights,
     ranking_loss,
 )
-from rlhf.scoring import RewardScorer, held_out_report, sequence_classifier, tokenize
+from rlhf.scoring import RewardScorer, held_out_report, score_reading_of, sequence_classifier, tokenize
 from tests.host_reads import HostReads
 from tests.rlhf.test_scoring import EOS, PAD, VOCAB, gpt2, ids, labgpt, llama, word_tokenizer
 
@@ -329,6 +329,7 @@ def test_each_answer_passes_the_model_once(tmp_path: Path, loss: Any, rows_expec
         nonlocal rows
         rows += len(kwargs["input_ids"])
 
+    score_reading_of(trainer.model)  # which compares with other passes
     trainer.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()
     assert rows == rows_expected

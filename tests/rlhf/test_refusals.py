@@ -128,7 +128,7 @@ def test_an_empty_data_set_is_found_before_a_stage_begins(lab: Lab, tmp_path: Pa
         ("comparisons", {"prompt": "a", "choosen": "b", "rejected": "c"}, "Did you mean 'chosen'?"),
         ("comparisons", {"prompt": "a", "completion": "b"}, "chosen + rejected"),
         ("prompts", {"promt": "a"}, "Did you mean 'prompt'?"),
-        ("eval_prompts", {"question": "a"}, "prompt"),
+        ("eval_prompts", {"utterance": "a"}, "prompt"),
     ],
 )
 def test_wrong_columns_are_found_before_a_stage_begins(
@@ -162,7 +162,7 @@ def test_one_prompt_cannot_be_held_out(lab: Lab, tmp_path: Path) -> None:
 def test_comparisons_that_all_tie_teach_nothing(lab: Lab, tmp_path: Path) -> None:
     write(tmp_path / "ties.jsonl", [row | {"ranks": [1, 1]} for row in COMPARISONS])
     line = lab(data={"comparisons": "ties.jsonl"})
-    assert "ties.jsonl: all completions tie in each of its rankings" in line
+    assert "ties.jsonl: all completions tie in each of its comparisons" in line
 
 
 def test_a_labeler_to_whom_all_is_one_teaches_nothing(lab: Lab, tmp_path: Path) -> None:

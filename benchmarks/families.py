@@ -1,0 +1,306 @@
+"""Every causal family of transformers, tiny: does the lab compute what its own forward does?
+
+`python -m benchmarks.families` makes a tiny random model of every family that transformers maps to a causal
+language model, compares sampler, log-probabilities and caches of the lab with the model's own forward, and
+writes benchmarks/results/families.json and docs/families.md. `--only NAME ...` does some, and writes nothing.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.errors import LabError, first_line
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "families.json"
+PAGE = ROOT / "docs" / "families.md"
+VOCABULARY = 96
+MOST_PARAMETERS = 30_000_000
+
+SIZES: dict[str, int | float] = {
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "attention_hidden_size"), 32
+    ),
+    **dict.fromkeys(
+        ("embedding_size", "input_embedding_size", "output_embedding_size", "word_embed_proj_dim"), 32
+    ),
+    **dict.fromkeys(
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "n_inner",
+            "d_inner",
+            "dff",
+            "dim_ff",
+            "ffn_hidden_size",
+            "decoder_ffn_dim",
+        ),
+        48,
+    ),
+    **dict.fromkeys(
+        ("encoder_ffn_dim", "feed_forward_size", "moe_intermediate_size", "intermediate_size_mlp"), 48
+    ),
+    **dict.fromkeys(
+        ("shared_expert_intermediate_size", "dense_intermediate_size", "expert_ffn_hidden_size"), 48
+    ),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 48),
+    **dict.fromkeys(("shared_intermediate_size",), 48),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "swa_num_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups"), 2
+    ),
+    **dict.fromkeys(("head_dim", "swa_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("d_head", "dim_head", "attention_head_size", "linear_head_dim", "global_head_dim"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "index_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("kv_channels", "mamba_head_dim", "mamba_d_head", "mamba_headdim", "d_rel"), 8),
+    "attention_head_dim": 16,
+    "qk_head_dim": 16,
+    **dict.fromkeys(
+        ("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads"), 4
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_layers", "num_encoder_layers", "num_decoder_layers", "num_blocks"), 2),
+    "num_layers_per_stack": 1,
+    **dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size"), 96
+    ),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"), 128
+    ),
+    **dict.fromkeys(("model_max_length", "context_length", "original_max_position_embeddings"), 128),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(
+        ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "zero_expert_num"), 1
+    ),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "hc_lowrank", "laurel_rank", "adapter_rank"), 8
+    ),
+    **dict.fromkeys(
+        ("gated_norm_rank", "time_step_rank", "mamba_dt_rank", "state_size", "ssm_state_size"), 8
+    ),
+    **dict.fromkeys(("mamba_d_state", "hidden_size_per_layer_input", "router_hidden_size", "index_topk"), 8),
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 6),
+    **dict.fromkeys(("local_attention", "attention_chunk_size", "keep_window_size"), 6),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 4),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("n_mamba_heads",), 2),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "n_groups", "o_groups"), 1),
+    "lru_width": 32,
+    "mamba_d_ssm": 64,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "prompt_length": 4,
+    "query_pre_attn_scalar": 8,
+    "ple_embed_dim": 8,
+    "ngram_vocab_size_base": 64,
+    "heads_per_ngram": 2,
+    "split_ngram_parts": 1,
+    "max_window_layers": 1,
+}
+"""What the sizes in a family's config become."""
+PARTICULAR: dict[str, dict[str, Any]] = {
+    "ctrl": {"n_embd": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+}
+"""What a family needs besides."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of a family; numbers are nats, the largest difference at any token."""
+
+    family: str
+    model: str = ""
+    outcome: str = ""
+    """quick path, own forward, refused or not tried."""
+    why: str = ""
+    logprobs: str = ""
+    """How log-probabilities are computed."""
+    logprobs_apart: float | None = None
+    sampler: str = ""
+    """How it is sampled."""
+    sampler_apart: float | None = None
+    rows_selected: bool | None = None
+    """Whether rows of its cache are copied and dropped, which was compared too."""
+    dropout_off: bool | None = None
+    """Whether a pass in training mode, as gradient checkpointing needs it, equals one in eval mode."""
+    bf16_apart: float | None = None
+    """Largest difference over what is allowed, of sampler and log-probabilities in bf16; below 1 is right."""
+    seconds: float = 0.0
+
+
+def tiny_config(family: str) -> Any:
+    """A family's config with everything small.
+
+    Raises:
+        LabError: it cannot be made small by these rules.
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return _shrunk(CONFIG_MAPPING[family], PARTICULAR.get(family, {}))
+    except Exception as error:
+        raise LabError(f"{family}: {type(error).__name__}: {first_line(error)}") from None
+
+
+def _shrunk(kind: Any, particular: dict[str, Any]) -> Any:
+    whole = kind()
+    known: dict[str, Any] = {}
+    names = {**dict.fromkeys(vars(whole)), **getattr(kind, "attribute_map", {})}
+    for name in names:
+        value = getattr(whole, name, None)
+        if name in SIZES and value is not None and not isinstance(value, bool | list):
+            known[getattr(kind, "attribute_map", {}).get(name, name)] = SIZES[name]
+    for name in kind.sub_configs:
+        part = getattr(whole, name, None)
+        if part is not None:
+            known[name] = _shrunk(type(part), {}).to_dict()
+    layers = next(
+        (known[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in known), 2
+    )
+    kinds: dict[str, list[Any]] = {}
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types"):
+        value = getattr(whole, name, None)
+        if isinstance(value, list | tuple) and value:
+            kinds[name] = list(dict.fromkeys(value))
+    if kinds:
+        layers = max(layers, *map(len, kinds.values()))
+        for name, values in kinds.items():
+            known[name] = [values[i % len(values)] for i in range(layers)]
+        for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            if k in known:
+                known[k] = layers
+    known |= particular
+    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tokens = {k: v for k, v in tokens.items() if hasattr(whole, k)}
+    drops = {
+        name: 0.3
+        for name, value in vars(whole).items()
+        if isinstance(value, float) and ("drop" in name or "jitter" in name) and 0 <= value < 1
+    }
+    attempts = [
+        {**known, **tokens, **drops},
+        {**known, **tokens},
+        {k: v for k, v in known.items() if k not in kinds} | tokens,
+    ]
+    for i, options in enumerate(attempts):
+        try:
+            return kind(**options)
+        except Exception:
+            if i == len(attempts) - 1:
+                raise
+    raise AssertionError
+
+
+def tiny_model(family: str) -> Any:
+    """A tiny random causal language model of a family, in eval mode, with weights that make a difference.
+
+    Raises:
+        LabError: there is none by these rules.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(family)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None and hasattr(part, "is_decoder"):
+            part.is_decoder = True  # as its documentation asks for, where a family is an encoder otherwise
+    try:
+        with torch.device("meta"):
+            n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if n > MOST_PARAMETERS:
+            raise ValueError(f"{n:,} parameters")
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval().float()
+    except Exception as error:
+        raise LabError(f"{family}: {type(error).__name__}: {first_line(error)}") from None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # else all tokens are about as likely, and mistakes are not seen
+    return model
+
+
+def families() -> list[str]:
+    """Names of all families that transformers maps to causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
+
+
+def examine(family: str) -> Row:
+    """What the lab makes of a family's tiny model."""
+    began = time.monotonic()
+    try:
+        model = tiny_model(family)
+    except LabError as error:
+        return Row(family, outcome="not tried", why=str(error)[:200])
+    found = _examine(model)
+    return Row(family, type(model).__name__, **found, seconds=round(time.monotonic() - began, 2))
+
+
+def _examine(model: Any) -> dict[str, Any]:
+    from rlhf import agreement, decode, logprobs
+
+    found: dict[str, Any] = {}
+    try:
+        probe = agreement.make_probe(VOCABULARY, special=[0, 1, 2])
+        reading = logprobs.reading_of(model)
+        decoding = decode.decoding_of(model)
+    except Exception as error:
+        return {
+            "outcome": "refused",
+            "why": f"{'' if isinstance(error, LabError) else type(error).__name__ + ': '}{first_line(error)}"[
+                :300
+            ],
+        }
+    with torch.no_grad(), agreement.enlarged(model, agreement.enlargement(model, probe.rows[0])):
+        whole = agreement.plain_logprobs(model, probe)
+        drawn = decode.forced(model, probe, decoding)
+        read = logprobs.read_probe(model, probe, reading)
+    tokens = [w.gather(1, torch.tensor(a)[:, None])[:, 0] for w, a in zip(whole, probe.answers, strict=True)]
+    found["sampler_apart"], found["logprobs_apart"] = apart(drawn, whole), apart(read, tokens)
+    found["sampler"], found["logprobs"] = decoding.left_out or "quick", reading.left_out or "quick"
+    found["rows_selected"] = decoding.cached and decoding.selects
+    quick = found["logprobs"] == "quick" and found["sampler"] == "quick"
+    found["outcome"] = "quick path" if quick else "own forward" if not reading.body else "in part"
+    found["why"] = "; ".join(f"{k}: {found[k]}" for k in ("sampler", "logprobs") if found[k] != "quick")
+    return found
+
+
+def apart(ours: Iterable[Tensor], own: Iterable[Tensor]) -> float:
+    """The largest difference."""
+    return max(float((a - b).abs().max()) for a, b in zip(ours, own, strict=True))
+
+
+def main() -> None:
+    """Examines families and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[])
+    chosen = parser.parse_args().only
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    rows = []
+    for family in chosen or families():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            row = examine(family)
+        rows.append(row)
+        print(json.dumps(asdict(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
