@@ -56,7 +56,7 @@ def score_label(comparison: Comparison) -> str:
 
 
 def literal(text: str) -> str:
-    """A text as matplotlib shows it letter by letter: without formulas between dollar signs, and no escapes."""
+    """A text as matplotlib shows it letter by letter: no formulas between dollar signs, no escapes."""
     shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return shown.replace("$", r"\$")
 
