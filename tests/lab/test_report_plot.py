@@ -1,6 +1,7 @@
 """What people see of a comparison: colors that anybody can tell apart, and plots of many groups."""
 
 import itertools
+import json
 import math
 import re
 from functools import cache
@@ -86,16 +87,22 @@ def test_the_page_has_the_colors_of_the_picture() -> None:
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison of 100 groups of two runs, one of them with a name of another kind."""
     root = tmp_path_factory.mktemp("many")
+    made = make_run(root / "made", [], config={})
     for number in range(100):
-        kind = (
-            "$\\foo$ <!--<script> \x1b[31m \u4e2d"
-            if number == 50
-            else f"a rather long name of a kind {number}"
-        )
+        kind = "$\\foo$ <!--<script> \x1b[31m \u4e2d" if number == 50 else f"a rather long kind {number}"
         for seed in range(2):
-            rows = [(step, {METRIC: number / 10 + step / 50 + seed}) for step in range(0, 100, 10)]
-            config = {"seed": seed, "agent": {"kind": kind}}
-            make_run(root / "runs" / f"r{number}_{seed}", rows, config=config)
+            folder = root / "runs" / f"r{number}_{seed}"
+            folder.mkdir(parents=True)
+            about = {
+                "id": folder.name,
+                "name": folder.name,
+                "config": {"seed": seed, "agent": {"kind": kind}},
+            }
+            (folder / "run.json").write_text(json.dumps({**made.info, **about, "seed": seed}))
+            rows = [
+                {"global_step": step, METRIC: number / 10 + step / 50 + seed} for step in range(0, 100, 10)
+            ]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.main(["compare", str(root / "runs"), f"--metric={METRIC}", "--out", str(root / "out")]) == 0
     return root / "out"
 
