@@ -18,7 +18,7 @@ import numpy as np
 from lab import grouping, statistics
 from lab.errors import LabError, did_you_mean
 from lab.grouping import LABEL_LENGTH, seed_of, task_of
-from lab.records import AXES, Record, Series
+from lab.records import AXES, EVALUATE, Record, Series
 from lab.scores import (
     GOALS,
     SCORES,
@@ -263,6 +263,7 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
         else differences(scores.samples(), baseline, confidence=q.confidence, pairing=q.paired)
     )
     _say_seeds(members, scores, say)
+    _say_conditions(once.records, q, say)
     axis_mixed = _mixed_axes(taking_part, q)
     if axis_mixed:
         say(axis_mixed)
@@ -592,6 +593,17 @@ def _say_seeds(members: Mapping[str, Sequence[Record]], scores: _Scores, say: _N
             say(f"lacks the seeds {named(lacking)}, which other groups have", label)
 
 
+def _say_conditions(records: Sequence[Record], question: Question, say: _Notes) -> None:
+    """Where `lab evaluate` measured the runs by different means."""
+    if not question.metric.startswith(EVALUATE):
+        return
+    of = [record.conditions for record in records if question.metric in record.series]
+    for key in sorted({key for one in of for key in one} - {"game", "checkpoint"}):
+        values = grouping.in_order({one.get(key, grouping.ABSENT) for one in of})
+        if len(values) > 1:
+            say(f"`lab evaluate` measured the runs with different {key}: {named(values)}")
+
+
 def _say_order(groups: Sequence[Group], less: bool, say: _Notes) -> None:
     """Where single outliers decide the order over several tasks."""
     iqm = {g.label: g.estimates["iqm"].point for g in groups if len(g.scores) > 1 and "iqm" in g.estimates}
@@ -620,9 +632,8 @@ def _say_axis(records: Sequence[Record], question: Question, say: _Notes) -> Non
             if question.metric not in record.series:
                 continue
             if falls := record.restarts(axis):
-                say(
-                    f"{axis} falls {falls} time{'s' * (falls > 1)}; it goes on from where it was", record.name
-                )
+                times = "once" if falls == 1 else f"{falls} times"
+                say(f"{axis} falls {times}; it goes on from where it was", record.name)
             if not record.over(question.metric, axis).x.size:
                 say(f"has no {axis}: no curve of it", record.name)
 

@@ -340,7 +340,8 @@ def _without_overlap(x: Array, y: Array) -> Series:
 def _joined(values: Array) -> tuple[Array, int]:
     """A counter that never falls, and how often it did: after each fall it goes on from where it was."""
     falls = np.minimum(np.diff(values, prepend=values[:1]), 0.0)
-    return values - falls.cumsum(), int((falls < 0).sum())
+    # The maximum takes away what rounding leaves.
+    return np.maximum.accumulate(values - falls.cumsum()), int((falls < 0).sum())
 
 
 def _step_metric(rows: Sequence[Mapping[str, Any]], wanted: Iterable[str], laid: Mapping[str, str]) -> str:

@@ -171,6 +171,11 @@ def fingerprint(source: str) -> dict[str, Any]:
     return {"source": source, "sha256": whole}
 
 
+def sha256(source: str) -> str:
+    """The hash of `fingerprint`."""
+    return fingerprint(source)["sha256"]
+
+
 def _choose(split: Split, names: Iterable[str]) -> str | None:
     return next((name for name in _SPLIT_NAMES[split] if name in names), None)
 

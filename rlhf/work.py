@@ -16,7 +16,7 @@ from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
 from lab.tracking import Tracker
-from rlhf import labelers, parts, sources
+from rlhf import labelers, sources, splits
 from rlhf.config import RLHFRun
 from rlhf.pipeline import JOB_TYPES, RESULTS, Recipe, fingerprint, read_settings
 
@@ -133,9 +133,9 @@ def _sft(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf.sft import train_sft
 
     settings = recipe.settings
-    rows = parts.demonstrations(settings)
-    converses = parts.converses(settings)
-    trained = train_sft(settings, stage, compute, rows.train, rows.held_out, converses)
+    rows, held_out = splits.demonstrations(settings)
+    converses = splits.converses(settings)
+    trained = train_sft(settings, stage, compute, rows, held_out, converses)
     return _keep(recipe.of("sft"), trained)
 
 
@@ -149,7 +149,7 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     model, tokenizer = models.open_policy(recipe.result("sft"))
     model.to(compute.device).eval()
     found, too_long = fitting_prompts(
-        parts.prompts(settings).train,
+        splits.training_prompts(settings),
         tokenizer,
         settings.data,
         settings.data.prompts or settings.data.demonstrations,
@@ -189,10 +189,10 @@ def _reward(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     settings = recipe.settings
     collected = settings.data.comparisons == "collect"
     source = str(recipe.result("collect")) if collected else settings.data.comparisons
-    compared = parts.comparisons(settings, source)
-    rows = parts.demonstrations(settings).train
+    compared = splits.load(settings, "comparisons", source).rows
+    rows, _ = splits.demonstrations(settings)
     policy = recipe.result("sft")
-    both = compared.train, compared.held_out
+    both = splits.training_comparisons(settings, compared)
     return _keep(recipe.of("reward"), train_reward(settings, stage, compute, *both, rows, policy))
 
 
@@ -203,7 +203,8 @@ def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     settings = recipe.settings
     gold = gold_labeler(settings) if settings.data.comparisons == "collect" else None
     gold = gold if isinstance(gold, labelers.Scorer) else None
-    rows, asked = parts.demonstrations(settings).train, parts.prompts(settings).train
+    rows, _ = splits.demonstrations(settings)
+    asked = splits.training_prompts(settings)
     policy, reward = recipe.result("sft"), recipe.result("reward")
     trained = train_policy(settings, stage, compute, asked, rows, policy, reward, gold)
     plot = stage.run.media / "overoptimization.png"
@@ -267,8 +268,7 @@ def evaluate_recipe(
 
     settings = recipe.settings
     e = replace(settings.eval, **chosen)
-    asked = parts.prompts(settings)
-    unseen = asked.held_out
+    unseen, trained_on = splits.unseen_prompts(settings)
     policy, tokenizer = models.open_policy(recipe.result("ppo"))
     d = settings.data
     unseen, too_long = fitting_prompts(unseen, tokenizer, d, d.eval_prompts or d.prompts or d.demonstrations)
@@ -289,7 +289,7 @@ def evaluate_recipe(
         seed=settings.seed if seed is None else seed,
         max_prompt=room_for_prompts(settings.data),
     )
-    result |= {"prompts_seen": asked.seen} if asked.seen else {}
+    result |= {"prompts_trained_on": trained_on} if trained_on else {}
     result |= {"prompts_too_long": too_long} if too_long else {}
     if samples is not None:
         write_rows(samples, rows)
