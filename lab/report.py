@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.compare import Comparison, Group, named
-from lab.files import explain_write_errors, write_atomic, written_aside
+from lab.files import explain_write_errors, write_atomic
 from lab.statistics import Interval, ThresholdSteps
 from lab.verdict import MOST_RUNS, POWER, Difference, turned
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-COLORS = ("#2a6fbb", "#c0504d", "#4f9d57", "#8064a2", "#d98b2b", "#3aa6a6", "#a0522d", "#7f7f7f")
-"""Of the groups by their labels, so that a group has one in all plots; they repeat."""
 NAMED = 3
 """Groups of a kind of which the answer says by how much."""
-SEEDS_DRAWN = 60
-"""With more runs than that their single curves would hide the groups'."""
 
 
 def printable(text: str) -> str:
@@ -45,12 +41,6 @@ class _Csv:
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
-
-def colors(comparison: Comparison) -> list[str]:
-    """A color for each group."""
-    labels = [group.label for group in comparison.groups]
-    return [COLORS[sorted(labels).index(label) % len(COLORS)] for label in labels]
 
 
 def number(value: float) -> str:
@@ -462,53 +452,10 @@ def curves_csv(comparisons: Sequence[Comparison]) -> str:
     return rows.getvalue()
 
 
-def draw(comparisons: Sequence[Comparison], paths: Sequence[Path]) -> None:
-    """Curves with their bands and scores with their intervals, a row of plots per metric, as PNG or SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6 * len(comparisons)), layout="constrained", dpi=110)
-    grid = figure.subplots(len(comparisons), 2, squeeze=False, width_ratios=[3, 2])
-    for (left, right), comparison in zip(grid, comparisons, strict=True):
-        q = comparison.question
-        few = sum(group.n for group in comparison.groups) <= SEEDS_DRAWN
-        positions = range(len(comparison.groups))[::-1]
-        for color, group, y in zip(colors(comparison), comparison.groups, positions, strict=True):
-            if group.curve is not None:
-                left.plot(group.curve_x, group.curve.point, color=color, label=f"{group.label} (n={group.n})")
-                left.fill_between(
-                    group.curve_x, group.curve.low, group.curve.high, color=color, alpha=0.2, lw=0
-                )
-            for record in group.records if few else ():
-                series = record.over(q.metric, q.axis)
-                left.plot(series.x, series.y, color=color, alpha=0.25, lw=0.8)
-            scores = [score for task in group.scores.values() for score in task]
-            right.plot(scores, [y] * len(scores), "o", color=color, alpha=0.35, ms=5, mew=0)
-            estimate = group.interval
-            if group.n:
-                if not math.isnan(estimate.low):
-                    right.plot([estimate.low, estimate.high], [y, y], color=color, lw=6, alpha=0.3)
-                right.plot([estimate.point], [y], "|", color=color, ms=18, mew=2.5)
-        left.set(xlabel=comparison.x_label, ylabel=q.metric)
-        right.set(xlabel=f"{q.metric}: runs, mean, {q.confidence:.0%} interval")
-        right.set_yticks(list(positions), [group.label for group in comparison.groups])
-        right.set_ylim(-0.6, len(comparison.groups) - 0.4)
-        if any(group.curve is not None for group in comparison.groups):
-            left.legend(frameon=False, fontsize=9)
-        else:
-            left.text(
-                0.5, 0.5, "no curve: one value a run", ha="center", transform=left.transAxes, color="#666"
-            )
-        for axes in (left, right):
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-    for path in paths:
-        with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
-            figure.savefig(aside, format=path.suffix[1:])
-
-
 def write(comparisons: Sequence[Comparison], folder: Path, title: str, command: str) -> Path:
     """Writes everything to a folder; returns the page."""
     from lab.report_page import page
+    from lab.report_plot import draw
 
     with explain_write_errors(str(folder), "Name another folder with --out."):
         folder.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,7 @@ class RLPipeline:
                     "its checkpoints are of an earlier version of the lab and cannot be continued. Begin "
                     f"another run with its weights: --agent.start_from={folder} --out DIR"
                 )
-            run.refuse_other_config(values, MAY_CHANGE)
+            run.refuse_other_config(settings, MAY_CHANGE)
             run.info["config"] = tracking.scrub(values)
         else:
             run, saved = None, None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lab import checkpoint, config, terminal, tracking
+from lab import checkpoint, terminal, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.pipeline import refuse_options
@@ -48,11 +48,10 @@ class SupervisedPipeline:
             )
         check_without_torch(config_.device)
         folder = folder or Path("runs") / folder_name(config_.run_name)
-        values = config.to_dict(config_)
         run, saved = None, None
         if resume:
             run = Run.resume(folder)
-            run.refuse_other_config(values, MAY_CHANGE + HOW_IT_SAMPLES.get(config_.objective.name, ()))
+            run.refuse_other_config(config_, MAY_CHANGE + HOW_IT_SAMPLES.get(config_.objective.name, ()))
             latest = checkpoint.find(run.checkpoints)
             saved = checkpoint.load(latest) if latest is not None else None
         else:

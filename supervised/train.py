@@ -127,7 +127,9 @@ def _moved(before: Mapping[str, Any], compute: Compute) -> str:
     """A line, where a run goes on with another device, number format or number of threads."""
     now = compute.describe()
     changed = [
-        f"{key} {before[key]}" for key in ("device", "precision", "threads") if before[key] != now[key]
+        f"{key} {before.get(key)}"
+        for key in ("device", "precision", "threads")
+        if before.get(key) != now[key]
     ]
     if not changed:
         return ""
@@ -354,6 +356,7 @@ class _Session:
 
     def _finished(self, progress: Progress) -> None:
         with self.trainer.judged() as players, explain_write_errors(str(self.run.media), ROOM):
+            self.run.media.mkdir(exist_ok=True)
             drawn = self.objective.draw(players, self.held_out.epoch(0), self.run.media)
             for name, path in itertools.chain(self._curve(), drawn):
                 if path.suffix == ".png":

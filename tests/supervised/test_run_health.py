@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,21 @@ def test_data_that_were_moved_are_the_same_data(tmp_path: Path) -> None:
     others = settings_of(tmp_path, data={"source": str(tmp_path / "c.npz")}, max_steps=12)
     with pytest.raises(LabError, match="not what it was when the run began"):
         trained(others, tmp_path / "run", resume=True)
+
+
+def test_a_run_begun_before_there_was_a_key_goes_on(tmp_path: Path) -> None:
+    run = trained(settings_of(tmp_path), tmp_path / "run")
+    info = json.loads((run.folder / "run.json").read_text())
+    for key in ("label", "header", "drop", "bad_rows"):
+        del info["config"]["data"][key]
+    del info["config"]["data"]["augment"]
+    (run.folder / "run.json").write_text(json.dumps(info))
+    shutil.rmtree(run.media)  # nor need its figures be there
+    run = trained(settings_of(tmp_path, max_steps=9), run.folder, resume=True)
+    assert run.info["summary"]["global_step"] == 9
+    (run.folder / "run.json").write_text(json.dumps(info))
+    with pytest.raises(LabError, match=r"was started with data.bad_rows = 'error', now it is 'skip'"):
+        trained(settings_of(tmp_path, max_steps=9, data={"bad_rows": "skip"}), run.folder, resume=True)
 
 
 @pytest.mark.parametrize("key", ["batch_size", "seed", "epochs"])
