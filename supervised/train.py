@@ -127,7 +127,9 @@ def _moved(before: Mapping[str, Any], compute: Compute) -> str:
     """A line, where a run goes on with another device, number format or number of threads."""
     now = compute.describe()
     changed = [
-        f"{key} {before[key]}" for key in ("device", "precision", "threads") if before[key] != now[key]
+        f"{key} {before.get(key)}"
+        for key in ("device", "precision", "threads")
+        if before.get(key) != now[key]
     ]
     if not changed:
         return ""
