@@ -18,7 +18,7 @@ import numpy as np
 from lab import grouping, statistics
 from lab.errors import LabError, did_you_mean
 from lab.grouping import LABEL_LENGTH, seed_of, task_of
-from lab.records import AXES, Record, Series
+from lab.records import AXES, EVALUATE, Record, Series
 from lab.scores import (
     GOALS,
     SCORES,
@@ -30,6 +30,7 @@ from lab.scores import (
     score_of,
     thinned,
     upto,
+    words_of,
 )
 from lab.statistics import Array, Band, Interval
 from lab.verdict import PAIRINGS, Difference, Pairing, Sample, differences, mean_interval
@@ -263,6 +264,9 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
         else differences(scores.samples(), baseline, confidence=q.confidence, pairing=q.paired)
     )
     _say_seeds(members, scores, say)
+    _say_conditions(once.records, q, say)
+    if any(difference.method == "seeds" for difference in found.values()):
+        say(_what_pairs_share(once.records))
     axis_mixed = _mixed_axes(taking_part, q)
     if axis_mixed:
         say(axis_mixed)
@@ -592,6 +596,29 @@ def _say_seeds(members: Mapping[str, Sequence[Record]], scores: _Scores, say: _N
             say(f"lacks the seeds {named(lacking)}, which other groups have", label)
 
 
+def _what_pairs_share(records: Sequence[Record]) -> str:
+    """What runs of one seed have in common: stages that they started from, as far as recorded."""
+    by_seed: dict[str, list[set[str]]] = defaultdict(list)
+    for record in records:
+        parents = {f"{p['stage']} {p['sha256']}" for p in record.parents if {"stage", "sha256"} <= p.keys()}
+        by_seed[seed_of(record)].append(parents)
+    shared = [{one.split()[0] for one in set.intersection(*of)} for of in by_seed.values() if len(of) > 1]
+    stages = sorted(set.intersection(*shared)) if shared else []
+    what = f"started from the same {' and '.join(stages)}" if stages else "share what a seed decides"
+    return f"paired by seed: runs of one seed {what}; --paired off takes all runs as independent"
+
+
+def _say_conditions(records: Sequence[Record], question: Question, say: _Notes) -> None:
+    """Where `lab evaluate` measured the runs by different means."""
+    if not question.metric.startswith(EVALUATE):
+        return
+    of = [record.conditions for record in records if question.metric in record.series]
+    for key in sorted({key for one in of for key in one} - {"game", "checkpoint"}):
+        values = grouping.in_order({one.get(key, grouping.ABSENT) for one in of})
+        if len(values) > 1:
+            say(f"`lab evaluate` measured the runs with different {key}: {named(values)}")
+
+
 def _say_order(groups: Sequence[Group], less: bool, say: _Notes) -> None:
     """Where single outliers decide the order over several tasks."""
     iqm = {g.label: g.estimates["iqm"].point for g in groups if len(g.scores) > 1 and "iqm" in g.estimates}
@@ -620,9 +647,8 @@ def _say_axis(records: Sequence[Record], question: Question, say: _Notes) -> Non
             if question.metric not in record.series:
                 continue
             if falls := record.restarts(axis):
-                say(
-                    f"{axis} falls {falls} time{'s' * (falls > 1)}; it goes on from where it was", record.name
-                )
+                times = "once" if falls == 1 else f"{falls} times"
+                say(f"{axis} falls {times}; it goes on from where it was", record.name)
             if not record.over(question.metric, axis).x.size:
                 say(f"has no {axis}: no curve of it", record.name)
 
@@ -672,7 +698,7 @@ def _group(
         without=sum(not math.isfinite(scores.by_run[record.id]) for record in members),
         diverged=sum(record.id in scores.diverged for record in members),
         mean=statistics.mean(tasks) if tasks else math.nan,
-        interval=Interval(*mean_interval(tasks, q.confidence)) if tasks else nothing,
+        interval=_mean_interval(tasks, q) if tasks else nothing,
         std=math.sqrt(float(np.mean(variances))) if variances else math.nan,
         median=float(np.mean([np.median(task) for task in tasks])) if tasks else math.nan,
         estimates=(
@@ -690,6 +716,15 @@ def _group(
         profile=statistics.performance_profile(tasks, thresholds, **bootstrap) if tasks else None,
         note=note,
     )
+
+
+def _mean_interval(tasks: Sequence[Array], question: Question) -> Interval:
+    """The mean with Student's interval, which for shares such as accuracies ends at 0 and 1."""
+    point, low, high = mean_interval(tasks, question.confidence)
+    is_share = same_unit(question.metric) and all(((task >= 0) & (task <= 1)).all() for task in tasks)
+    if is_share and not {"normalized", "normalised"} & set(words_of(question.metric)):
+        low, high = float(np.maximum(low, 0)), float(np.minimum(high, 1))  # NaN stays
+    return Interval(point, low, high)
 
 
 def _raw_means(members: Sequence[Record], scores: _Scores) -> dict[str, float]:

@@ -56,20 +56,14 @@ def start(
     """
     if config.path != "labgpt":
         examine(config)  # what a later stage would refuse
-        tokenizer = _open_tokenizer(config.tokenizer or config.path)
+        tokenizer = start_tokenizer(config, demonstrations, source)
         # LabGPT computes no padding, and is a tenth faster. Adapters, though, are for the model they name.
         if not config.lora_rank and labgpt.computes(Path(config.path)):
             return _trained_in_fp32(labgpt.load(config.path), tokenizer, config.path), tokenizer
         model = _open_causal_lm(config.path, tokenizer, keep_format)
         heads.check_causal(model, config.path)
         return model, tokenizer
-    tokenizer = (
-        _open_tokenizer(config.tokenizer)
-        if config.tokenizer
-        else reviews.tokenizer()
-        if source == "reviews"
-        else tokenizer_of(_texts(demonstrations))
-    )
+    tokenizer = start_tokenizer(config, demonstrations, source)
     known = [*labgpt.LabGPTConfig().options(), *labgpt.LabGPTConfig.attribute_map]
     for key in config.labgpt:
         if key not in known:  # transformers would keep it, and do nothing about it
@@ -85,6 +79,13 @@ def start(
         raise LabError(f"model.labgpt = {config.labgpt}: {error}") from None
 
 
+def start_tokenizer(config: ModelConfig, demonstrations: Any, source: str) -> Any:
+    """The tokenizer of `start`."""
+    if config.path != "labgpt" or config.tokenizer:
+        return open_tokenizer(config.tokenizer or config.path)
+    return reviews.tokenizer() if source == "reviews" else tokenizer_of(_texts(demonstrations))
+
+
 def open_policy(folder: Path, keep_format: bool = False) -> tuple[Any, Any]:
     """A language model that a stage left (or any transformers folder, or an adapter's) and its tokenizer.
 
@@ -96,7 +97,7 @@ def open_policy(folder: Path, keep_format: bool = False) -> tuple[Any, Any]:
     Raises:
         LabError: no such folder, or no language model in it.
     """
-    tokenizer = _open_tokenizer(str(folder))
+    tokenizer = open_tokenizer(str(folder))
     return _open_causal_lm(str(folder), tokenizer, keep_format), tokenizer
 
 
@@ -106,7 +107,7 @@ def open_reward(folder: Path, keep_format: bool = False) -> tuple[Any, Any]:
     Raises:
         LabError: no such folder, or no model in it.
     """
-    name, tokenizer = str(folder), _open_tokenizer(str(folder))
+    name, tokenizer = str(folder), open_tokenizer(str(folder))
     if _is_labgpt(folder):
         model: Any = labgpt.load(folder, head="reward")
     else:
@@ -176,7 +177,12 @@ def check_chat_template(tokenizer: Any, dataset: Any, source: str) -> None:
         )
 
 
-def _open_tokenizer(name: str) -> Any:
+def open_tokenizer(name: str) -> Any:
+    """A folder's or the Hub's tokenizer, whose padding is not its end token.
+
+    Raises:
+        LabError: there is none, or it has no end token.
+    """
     from transformers import AutoTokenizer
 
     if _is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").is_file():

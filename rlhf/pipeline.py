@@ -15,9 +15,10 @@ from typing import Any
 from lab import checkpoint, config, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
+from lab.files import check_contained
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import data, labelers, sources
+from rlhf import labelers, preflight, sources
 from rlhf.config import STAGES, RLHFRun
 
 # What each stage depends on in the config, and which stages' results it starts from.
@@ -150,6 +151,7 @@ class RLHFPipeline:
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
         refuse_options(options, ("episodes", "epsilon"), "is for games; this run is of a language model")
+        refuse_options(options, ("checkpoint",), "is for other runs; what the stages left is evaluated")
         refuse_options(options, ("part",), "is for models that learned from a data set; this run has prompts")
         quiet_threads()
         from rlhf.work import evaluate_run
@@ -189,8 +191,14 @@ def run_stages(
                 f"command line: no stage {name!r} in this config.{did_you_mean(name, recipe.stages)} "
                 f"It has {', '.join(recipe.stages)}."
             )
+    if recipe.folder.is_dir():
+        check_contained(recipe.folder)
     check_without_torch(settings.device)
-    _check_sources(settings, [only] if only else recipe.stages)
+    again = STAGES[STAGES.index(restart_from) :] if restart_from else ()
+    wanted = [only] if only else recipe.stages
+    due = [stage for stage in wanted if stage in again or recipe.state(stage) != "finished"]
+    if due:
+        _check_sources(recipe, due, restart_from)
     if restart_from:
         _put_aside(recipe, restart_from)
     _check_config(recipe)
@@ -209,28 +217,14 @@ def run_stages(
             return
 
 
-def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
-    """Raises for data that is not there or cannot be used, before anything is trained or written."""
-    d = settings.data
-    for source in (d.demonstrations, d.prompts, d.eval_prompts):
-        if source:
-            sources.has_eval(source)
-    if d.comparisons != "collect":
-        sources.has_eval(d.comparisons)
+def _check_sources(recipe: Recipe, stages: Sequence[str], first_again: str | None) -> None:
+    """Raises for anything that these stages cannot use, before anything is trained, moved or written."""
     if {"collect", "eval"} & set(stages):
-        labelers.make(settings.collect.labeler, "collect.labeler")
-    # A stage that cannot use its data would say so only when those before it have been trained.
-    unsaid = data.Dropped()
-    if {"sft", "reward", "ppo"} & set(stages):
-        rows = data.demonstrations(d.demonstrations, dropped=unsaid)
-        if "ppo" in stages and settings.ppo.ptx_coef and "completion" not in rows.column_names:
-            raise LabError("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
-    if {"collect", "ppo", "eval"} & set(stages):
-        for source in (d.prompts or d.demonstrations, d.eval_prompts):
-            if source:
-                data.prompts(source, dropped=unsaid)
-    if "reward" in stages and d.comparisons != "collect":
-        data.comparisons(d.comparisons, dropped=unsaid)
+        labelers.make(recipe.settings.collect.labeler, "collect.labeler")
+    begins = first_again == "sft" or recipe.state("sft") != "finished"
+    policy = None if begins else recipe.of("sft") / "model"
+    for note in preflight.check(recipe.settings, stages, recipe.folder, policy):
+        print(f"data     {note}", flush=True)
 
 
 def _check_config(recipe: Recipe) -> None:
@@ -287,6 +281,8 @@ def find_model(folder: Path) -> Path:
     Raises:
         LabError: there is none.
     """
+    if any((place / "run.json").exists() for place in (folder, folder / "sft", folder.parent)):
+        check_contained(folder)  # a folder of transformers' cache is all links
     for place in (folder / "ppo" / "model", folder / "sft" / "model", folder / "model", folder):
         if (place / "config.json").exists():
             return place
@@ -295,6 +291,7 @@ def find_model(folder: Path) -> Path:
 
 def read_settings(folder: Path) -> RLHFRun:
     """The config of a stage's or a recipe's folder."""
+    check_contained(folder)
     for place in (folder, folder / "sft", folder.parent / "sft"):
         if (place / "run.json").exists():
             return config.build(RLHFRun, Run.open(place).info["config"], {}, str(place / "run.json"))
