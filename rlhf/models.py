@@ -242,7 +242,10 @@ def _config(name: str) -> Any:
     except LabError:
         raise
     except Exception as error:  # whatever the Hub's client, json or a family's checks raise
-        raise LabError(f"{name}: no model that can be opened: {first_line(error)[:200]}") from None
+        raise LabError(
+            f"{name}: no model that can be opened: {first_line(error)[:200]} Name a transformers folder, or a "
+            "model of the Hub (which must be reachable)."
+        ) from None
 
 
 def _holds_scores(config: Any) -> bool:
