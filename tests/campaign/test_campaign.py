@@ -21,6 +21,7 @@ from tests.campaign.harness import Result, Tally, forked, lab, snapshot
 from tests.conftest import PONG, TINY
 from tests.rlhf.test_refusals import furnish, values
 
+DQN = PONG.with_name("pong_dqn_cpu.yaml")
 SAMPLE = 24
 """Cases of each campaign in the ordinary suite."""
 
@@ -193,7 +194,7 @@ def theirs(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     root = tmp_path_factory.mktemp("theirs")
     runs = {"rl": finished_run}
     scratch = tmp_path_factory.mktemp("scratch")
-    dqn = [str(PONG), *TINY, "--agent.algorithm=dqn", "--tracking.wandb=disabled", "--agent.buffer_size=2000"]
+    dqn = [str(DQN), *TINY, "--tracking.wandb=disabled", "--agent.buffer_size=2000"]
     for name, arguments in {
         "dqn": ["train", *[word for word in dqn if "rollout_steps" not in word and "minibatch" not in word]],
         "supervised": ["train", str(_smallest()), "--smoke"],
@@ -293,7 +294,8 @@ def _pipelines(root: Path) -> dict[str, tuple[list[str], list[str]]]:
     (root / "mlp.yaml").write_text(_smallest().read_text())
     pqn = ["train", str(PONG), *TINY, "--tracking.wandb=disabled", "--out", "RUN"]
     dqn = [word for word in pqn if "rollout_steps" not in word and "minibatch" not in word]
-    dqn += ["--agent.algorithm=dqn", "--agent.buffer_size=2000", "--agent.learning_starts=100"]
+    dqn[1] = str(DQN)
+    dqn += ["--agent.buffer_size=2000", "--agent.learning_starts=100"]
     mlp = ["train", "mlp.yaml", "--epochs=3", "--checkpoint.every_epochs=1", "--tracking.wandb=disabled"]
     rlhf = ["rlhf", "rlhf.yaml", "--out", "RUN", "--trust"]
     return {
