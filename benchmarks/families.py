@@ -23,7 +23,6 @@ from lab.errors import LabError, first_line
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
-VOCABULARY = 96
 MOST_PARAMETERS = 30_000_000
 
 SIZES: dict[str, int | float] = {
@@ -256,7 +255,7 @@ def _examine(model: Any) -> dict[str, Any]:
     from rlhf import agreement, decode, logprobs, randomness
 
     try:
-        probe = agreement.make_probe(VOCABULARY, special=[0, 1, 2])
+        probe = agreement.make_probe(model.config)
         reading, decoding = logprobs.reading_of(model), decode.decoding_of(model)
     except LabError as error:
         return {"outcome": "refused", "why": str(error)}
@@ -315,8 +314,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "Made by `python -m benchmarks.families`: a tiny random model of every family that transformers "
         f"{transformers.__version__} maps to a causal language model, {len(rows)} of them. What the lab "
         "computes is compared with the model's own plain forward, one row at a time, without padding and "
-        f"cache, with logits as large as a trained model's. Largest difference: {worst:.1e} nats in log-probabilities, "
-        f"{worst_sampler:.1e} in the sampler's.",
+        "cache, with logits as large as a trained model's. Largest difference in nats: log-probabilities "
+        f"{worst:.1e}, "
+        f"sampler {worst_sampler:.1e}.",
         "",
         "- **quick path**: sampled with a cache whose rows are copied and dropped, read without the head for "
         f"tokens that do not matter ({counts['quick path']}).",

@@ -203,7 +203,7 @@ def ppo_arguments(settings: RLHFRun, compute: Compute, folder: Path) -> PPOConfi
 
 def _check_same_scores(merged: RewardScorer, shared: RewardScorer, folder: Path) -> None:
     """The reward model as an adapter of the policy must score as the one in its folder does."""
-    probe = make_probe(merged.vocab_size)
+    probe = make_probe(merged.config)
     ours, own = (scorer.score_ids(probe.prompts, probe.answers) for scorer in (shared, merged))
     apart = float((ours - own).abs().max())
     if not apart <= tolerance(merged.model, [own]) * max(1.0, float(own.std())):

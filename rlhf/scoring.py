@@ -136,8 +136,8 @@ def score_reading_of(classifier: Any) -> ScoreReading:
 
 
 def _find_score_reading(classifier: Any) -> ScoreReading:
-    config, device = classifier.config.get_text_config(), classifier.score.weight.device
-    probe = make_probe(config.vocab_size, special=[x for x in [config.pad_token_id] if x is not None])
+    device = classifier.score.weight.device
+    probe = make_probe(classifier.config)
     lengths = [len(row) - 1 for row in probe.rows]
     ids, wanted = pad_right([row[:-1] for row in probe.rows]).to(device), [len(a) for a in probe.answers]
 
@@ -200,9 +200,9 @@ class RewardScorer:
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     @property
-    def vocab_size(self) -> int:
-        """Of the tokens it may be asked about."""
-        return int(self._classifier.config.get_text_config().vocab_size)
+    def config(self) -> Any:
+        """Of the reward model."""
+        return self._classifier.config
 
     def score_ids(
         self,
