@@ -10,7 +10,6 @@ import argparse
 import json
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from lab.errors import LabError
 from lab.files import write_json
 from lab.run import Run
 from lab.tracking import read_metrics
+from rl.config import unseen_seed
 
 RESULTS = Path(__file__).parent / "results"
-UNSEEN_SEED = 20_000
 
 
 def record(folder: Path, name: str, episodes: int, results: Path = RESULTS) -> dict[str, Any]:
@@ -37,7 +36,8 @@ def record(folder: Path, name: str, episodes: int, results: Path = RESULTS) -> d
     quiet_threads()
     from rl.evaluate import evaluate_run, run_config
 
-    unseen = evaluate_run(run, "best", replace(run_config(run).eval, episodes=episodes, seed=UNSEEN_SEED))
+    e = run_config(run).eval
+    unseen = evaluate_run(run, "best", episodes, e.epsilon, unseen_seed(e, episodes))
     rows = read_metrics(run.metrics)
     seconds = {r["global_step"]: r["time/elapsed_seconds"] for r in rows if "time/elapsed_seconds" in r}
     curve = [
@@ -78,13 +78,13 @@ def _save_film_frame(run: Run, path: Path) -> None:
     import imageio_ffmpeg
     from PIL import Image
 
-    from rl.evaluate import load_player
+    from rl.evaluate import load_player, run_config
     from rl.film import film
 
     player, _, _ = load_player(run, "best")
     with tempfile.TemporaryDirectory() as scratch:
         movie = Path(scratch) / "film.mp4"
-        film(player, movie, UNSEEN_SEED, 0.001, max_steps=400)
+        film(player, movie, unseen_seed(run_config(run).eval, 1), 0.001, max_steps=400)
         reader = imageio_ffmpeg.read_frames(str(movie))
         width, height = next(reader)["size"]  # type: ignore[index]
         frames = list(reader)

@@ -132,7 +132,7 @@ def _build_parser() -> _Parser:
         "--seed", type=int, help="seed of the first game (game i has seed + i) or of sampling"
     )
     evaluate.add_argument(
-        "--part", help="of the data a model learned from, e.g. test; default as in the run's config"
+        "--part", help="of a model's data: train, held_out or one by its name; default the test part, if any"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 

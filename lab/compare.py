@@ -1,11 +1,12 @@
 """Which is better, by how much, how sure, and what was different: runs in groups, one metric at a time.
 
-From `lab.records` (the same records wherever runs were kept) and `lab.statistics` to a `Comparison`, which
-`lab.report` shows. Nothing is dropped in silence: what does not count is in `notes`.
+From `lab.records` (the same records wherever runs were kept) to a `Comparison`, which `lab.report` shows:
+`lab.grouping` says which runs are one group, `lab.scores` what a run's curve comes down to and up to where it
+counts, `lab.verdict` whether the groups differ, `lab.statistics` how well each is known. Nothing is dropped
+in silence: what does not count is in `notes`.
 """
 
 import itertools
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,23 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from lab import statistics
+from lab import grouping, statistics
 from lab.errors import LabError, did_you_mean
-from lab.records import AXES, Record, Series
+from lab.grouping import LABEL_LENGTH, seed_of, task_of
+from lab.records import AXES, EVALUATE, Record, Series
+from lab.scores import (
+    GOALS,
+    SCORES,
+    Budget,
+    budget,
+    direction,
+    diverged,
+    same_unit,
+    score_of,
+    thinned,
+    upto,
+)
 from lab.statistics import Array, Band, Interval
+from lab.verdict import PAIRINGS, Difference, Pairing, Sample, differences, mean_interval
 
-IGNORED = ("seed", "name", "tracking.", "device.", "wandb", "group")
-"""Config keys that do not make another group: the seed, and what changes no result."""
-TASKS = ("env.game", "env_id", "env.id", "task", "dataset", "data.name")
-"""Config keys that name the task, the first of which counts that differs between runs."""
-FIELDS = ("group", "name", "job_type", "state", "id")
-"""What runs can be grouped by besides the keys of their config."""
-FALLING = ("loss", "error", "kl", "perplexity", "bits", "fid", "distance")
-"""Words in a metric's name that say that less is better."""
-GOALS = ("maximize", "minimize")
-SCORES = ("final", "last", "best", "auc")
-FINAL_SHARE = 0.1
 POINTS = 200
+NORMALIZATIONS = ("auto", "range", "none")
+END = "end"
+"""As `Question.until`: each run counts to its own end."""
+NAMED = 3
+"""Runs or groups that a note names; the others are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +48,20 @@ class Question:
 
     metric: str
     by: tuple[str, ...] = ()
-    """Config keys (or `FIELDS`) that make the groups; none: all of the config but the seed."""
+    """Config keys (or `grouping.FIELDS`) that make the groups; none: all settings but the seed."""
+    where: tuple[str, ...] = ()
+    """KEY=VALUE that the config of a run must have to take part."""
     baseline: str = ""
-    """The group the others are compared with; empty: the one that came out last."""
+    """The group the others are compared with; empty: the first by name."""
     score: str = "final"
     """What a run's curve comes down to: final, the mean over the last tenth of its x; last, best, or auc."""
     goal: str = ""
-    """maximize or minimize; empty: by the metric's name."""
+    """maximize or minimize; empty: as W&B was told (`define_metric`), else by the metric's name."""
+    until: str = ""
+    """The last step that counts: a number; end, each run's own; empty: the largest that all runs reached."""
+    paired: Pairing = "auto"
+    normalize: str = "auto"
+    """Of several tasks' scores: range (by a task's lowest and highest run), none, auto (if units differ)."""
     axis: str = "step"
     """One of `AXES`."""
     threshold: float | None = None
@@ -60,7 +76,14 @@ class Question:
     """Of the bootstrap."""
 
     def __post_init__(self) -> None:
-        for name, known in (("score", SCORES), ("goal", GOALS), ("axis", tuple(AXES))):
+        choices = {
+            "score": SCORES,
+            "goal": GOALS,
+            "axis": tuple(AXES),
+            "paired": PAIRINGS,
+            "normalize": NORMALIZATIONS,
+        }
+        for name, known in choices.items():
             value = getattr(self, name)
             if value and value not in known:
                 raise LabError(
@@ -68,14 +91,17 @@ class Question:
                 )
         if not 0 < self.confidence < 1:
             raise LabError(f"--confidence {self.confidence:g}: must lie between 0 and 1, e.g. 0.95.")
+        if self.until not in ("", END) and self.last_step is None:
+            raise LabError(f"--until {self.until}: must be a step, or {END}.")
 
     @property
-    def lower_is_better(self) -> bool:
-        """Whether less of the metric is better."""
-        if self.goal:
-            return self.goal == "minimize"
-        words = self.metric.lower().replace("/", "_").split("_")
-        return any(word in FALLING for word in words)
+    def last_step(self) -> float | None:
+        """`until` as a number; None if it is none."""
+        try:
+            step = float(self.until)
+        except ValueError:
+            return None
+        return step if math.isfinite(step) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,26 +111,38 @@ class Group:
     label: str
     records: tuple[Record, ...]
     scores: dict[str, Array]
-    """By task: a score per run, NaN and infinities included."""
+    """By task: a score per run that has one, as compared: normalised where the question says so."""
+    by_run: dict[str, float]
+    """By the ids of the records: the score of each in the metric's own unit; NaN if it has none."""
+    compared: dict[str, float]
+    """By the ids of those that have one: what `scores` holds of each."""
+    task_means: dict[str, float]
+    """By task, in the metric's own unit."""
     seeds: int
-    """Different ones."""
+    """Different ones; runs whose config names none count as different."""
     unfinished: dict[str, int]
     """Runs that did not finish, by state."""
     without: int
-    """Runs that have not one value of the metric."""
+    """Runs that have no score."""
+    diverged: int
+    """Runs that ended in NaN or infinities; they count with the worst score of their task."""
     mean: float
+    """Over tasks, of the means over runs: what the verdict is about."""
+    interval: Interval
+    """The mean with Student's interval."""
     std: float
-    """Over all runs, n - 1; NaN for one run."""
+    """Over runs, n - 1, averaged over tasks (by squares); NaN for one run."""
     median: float
+    """Over runs, averaged over tasks."""
     estimates: Mapping[statistics.Aggregate, Interval]
-    """iqm, mean, median and optimality_gap over tasks, with bootstrap intervals."""
-    better_than_baseline: Interval | None
-    """Probability that a run of it is better than one of the baseline; None of the baseline itself."""
+    """iqm, mean, median and optimality_gap over tasks, with bootstrap intervals corrected for few runs."""
+    difference: Difference | None
+    """Its mean less the baseline's; None of the baseline itself."""
     auc: float
     threshold_steps: statistics.ThresholdSteps | None
     threshold_seconds: statistics.ThresholdSteps | None
     win_rate: Interval | None
-    """Of win rates: Wilson's interval over all comparisons of all its runs."""
+    """Of a single run that gives its win rate with an interval over its prompts: that."""
     curve_x: Array
     curve: Band | None
     """Mean over the runs, and over tasks; None if there is no curve."""
@@ -115,7 +153,7 @@ class Group:
     @property
     def n(self) -> int:
         """Runs that have a score."""
-        return sum(int(np.isfinite(task).sum()) for task in self.scores.values())
+        return sum(task.size for task in self.scores.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +171,21 @@ class Comparison:
     """The answer."""
 
     question: Question
+    lower_is_better: bool
+    why_direction: str
+    """Where the direction is from: asked for, told to W&B, or by its name."""
     groups: tuple[Group, ...]
     """The best first."""
     baseline: str
+    why_baseline: str
     task_key: str
     tasks: tuple[str, ...]
+    normalized: bool
+    """Whether scores are shares of each task's range."""
+    until: dict[str, float]
+    """By task, the last step that counts; infinity: all."""
+    comparable: str
+    """Why nothing can be said of which is better, whatever the numbers; empty if it can."""
     x_label: str
     differences: dict[str, dict[str, str]]
     """Config keys that differ: the values of each group, by its label."""
@@ -149,9 +197,33 @@ class Comparison:
     notes: tuple[str, ...] = field(default=())
 
 
+class _Notes:
+    """What is to be said, the same of several told once."""
+
+    def __init__(self, notes: Iterable[str]) -> None:
+        self._by_text: dict[str, list[str]] = {}
+        for note in notes:
+            self(note)
+
+    def __call__(self, text: str, who: str = "") -> None:
+        whom = self._by_text.setdefault(text, [])
+        if who and who not in whom:
+            whom.append(who)
+
+    def __iter__(self) -> Any:
+        for text, whom in self._by_text.items():
+            yield f"{named(whom)}: {text}" if whom else text
+
+
+def named(names: Sequence[str]) -> str:
+    """A few names, and how many more there are."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def wanted_metrics(questions: Iterable[Question]) -> list[str]:
     """The metrics that records must be read with."""
-    return [name for q in questions for name in (q.metric, f"{q.metric}_n")]
+    return [f"{q.metric}{end}" for q in questions for end in ("", "_n", "_low", "_high")]
 
 
 def compare(records: Sequence[Record], question: Question, notes: Sequence[str] = ()) -> Comparison:
@@ -162,227 +234,384 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
         notes: what is known to be wrong already.
 
     Raises:
-        LabError: no run has the metric, or a key, a baseline or an axis does not exist.
+        LabError: no run has the metric, it is not known which way it is better, or a key, a baseline or an
+            axis does not exist.
     """
-    said = [*notes, *(note for record in records for note in record.notes)]
-    taking_part = _with_metric(records, question, said)
-    tasks_by = question.task or _task_key(taking_part, question.by)
-    _check_keys(taking_part, [*question.by, *([question.task] if question.task else [])])
-    members = _grouped(taking_part, question.by)
-    tasks = _common_tasks(members, tasks_by, said)
-    members = {
-        label: [r for r in group if not tasks or _task(r, tasks_by) in tasks]
-        for label, group in members.items()
-    }
-    scores = {label: _scores(group, question, tasks_by) for label, group in members.items()}
-    for label, by_task in scores.items():
-        bad = sum(int((~np.isfinite(task)).sum()) for task in by_task.values())
-        missing = sum(int(question.metric not in r.series) for r in members[label])
-        if bad - missing:
-            said.append(
-                f"{label}: {bad - missing} of {len(members[label])} scores are NaN or infinite; not counted"
-            )
-    order = sorted(members, key=lambda label: _rank(scores[label], question.lower_is_better))
-    baseline = _baseline(question.baseline, order)
-    x_label = _x_label(taking_part, question)
-    axis_mixed = _mixed_axes(taking_part, question)
+    q = question
+    say = _Notes(notes)
+    for record in records:
+        for note in record.notes:
+            who, _, text = note.partition(": ")
+            say(text, who) if text else say(note)
+    taking_part = _with_metric(grouping.selected(records, q.where), q, say)
+    less, why_direction = _lower_is_better(taking_part, q)
+    grouping.check_keys(taking_part, q.by, "--by")
+    grouping.check_keys(taking_part, [q.task] if q.task else [], "--task")
+    once = grouping.without_repeats(taking_part, q.metric)
+    _say_repeats(once, say)
+    tasks_by = q.task or grouping.task_key(once.records, q.by)
+    grouped = grouping.grouped(once.records, q.by, tasks_by)
+    if grouped.unused:
+        say(f"not made into groups, as they name or place a run: {named(grouped.unused)}")
+    members, comparable = _common_tasks(grouped.groups, tasks_by, say)
+    scores = _Scores(members, q, tasks_by, less, say, comparable=not comparable)
+    order = sorted(grouping.in_order(members), key=lambda label: _rank(scores.of[label], less))
+    baseline, why_baseline = _baseline(q.baseline, members, scores)
+    found = (
+        {}
+        if comparable
+        else differences(scores.samples(), baseline, confidence=q.confidence, pairing=q.paired)
+    )
+    _say_seeds(members, scores, say)
+    _say_conditions(once.records, q, say)
+    axis_mixed = _mixed_axes(taking_part, q)
     if axis_mixed:
-        said.append(axis_mixed)
-    everything = np.concatenate([task for by_task in scores.values() for task in by_task.values()])
-    finite = everything[np.isfinite(everything)]
+        say(axis_mixed)
+    _say_axis(taking_part, q, say)
+    finite = np.concatenate([np.empty(0), *(s.values for of in scores.of.values() for s in of.values())])
     thresholds = np.linspace(finite.min(), finite.max(), 101) if finite.size else np.empty(0)
     groups = tuple(
-        _group(
-            label,
-            members[label],
-            scores,
-            baseline,
-            question,
-            tasks_by,
-            thresholds,
-            curves=not axis_mixed,
-            said=said,
-        )
+        _group(label, members[label], scores, found.get(label), q, thresholds, curves=not axis_mixed, say=say)
         for label in order
     )
+    _say_order(groups, less, say)
     links, names = _lineage(records)
     return Comparison(
-        question=question,
+        question=q,
+        lower_is_better=less,
+        why_direction=why_direction,
         groups=groups,
         baseline=baseline,
+        why_baseline=why_baseline,
         task_key=tasks_by,
-        tasks=tuple(sorted({task for by_task in scores.values() for task in by_task})),
-        x_label=x_label,
+        tasks=tuple(scores.tasks),
+        normalized=scores.normalized,
+        until={task: one.until for task, one in scores.budgets.items()},
+        comparable=comparable,
+        x_label=_x_label(taking_part, q),
         differences=_differences(members),
         links=links,
         names=names,
         thresholds=thresholds,
-        notes=tuple(dict.fromkeys(said)),
+        notes=tuple(say),
     )
 
 
 # ---- who takes part ----
 
 
-def _with_metric(records: Sequence[Record], question: Question, said: list[str]) -> list[Record]:
+def _with_metric(records: Sequence[Record], question: Question, say: _Notes) -> list[Record]:
     """Runs of the kinds that log the metric: a recipe's other stages are not missing it."""
-    kinds = {record.job_type for record in records if question.metric in record.series}
+    metric = question.metric
+    kinds = {record.job_type for record in records if metric in record.series}
     if not kinds:
-        known = sorted({name for record in records for name in record.metrics})
+        known = sorted({name for record in records for name in record.metrics | record.said})
+        if metric in known:
+            raise LabError(f"--metric {metric}: is text in all of the {len(records)} runs, not a number.")
         some = ", ".join(known[:12]) + (" ..." if len(known) > 12 else "")
         raise LabError(
-            f"--metric {question.metric}: none of the {len(records)} runs has it."
-            f"{did_you_mean(question.metric, known)} They have {some or 'none'}."
+            f"--metric {metric}: none of the {len(records)} runs has it."
+            f"{did_you_mean(metric, known)} They have {some or 'none'}."
         )
     others = Counter(record.job_type or "other" for record in records if record.job_type not in kinds)
     if others:
         kind = ", ".join(f"{count} {name}" for name, count in others.items())
-        said.append(f"left out, since no run of their kind has {question.metric}: {kind}")
-    return [record for record in records if record.job_type in kinds]
+        say(f"left out, since no run of their kind has {metric}: {kind}")
+    taking_part = [record for record in records if record.job_type in kinds]
+    for record in taking_part:
+        if metric not in record.series:
+            near = did_you_mean(metric, sorted(record.metrics | record.said))
+            say(f"has no value of {metric}.{near}".removesuffix("."), record.name)
+    return taking_part
 
 
-def _value(record: Record, key: str) -> Any:
-    return getattr(record, key) if key in FIELDS and key not in record.config else record.config.get(key)
+def _lower_is_better(records: Sequence[Record], question: Question) -> tuple[bool, str]:
+    """Whether less is better, and who says so.
+
+    Raises:
+        LabError: nobody does.
+    """
+    metric = question.metric
+    if question.goal:
+        return question.goal == "minimize", "asked for"
+    told = {record.goals[metric] for record in records if metric in record.goals}
+    if len(told) == 1:
+        return told == {"minimize"}, "told to W&B"
+    if goal := direction(metric):
+        return goal == "minimize", "by its name"
+    raise LabError(
+        f"--metric {metric}: its name does not say which way is better. "
+        "Add --goal maximize or --goal minimize."
+    )
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+def _say_repeats(once: grouping.Merged, say: _Notes) -> None:
+    if once.again:
+        names = named([record.name for record in once.again])
+        say(f"{len(once.again)} runs repeat the seed of one with the same config, and count once: {names}")
+    if once.continued:
+        names = named([record.name for record in once.continued])
+        say(f"{len(once.continued)} runs go on with one of the same config and seed, and are joined: {names}")
 
 
-def _check_keys(records: Sequence[Record], keys: Sequence[str]) -> None:
-    known = sorted({key for record in records for key in record.config} | set(FIELDS))
-    for key in keys:
-        if key not in known:
-            raise LabError(f"--by {key}: no run has such a key in its config.{did_you_mean(key, known)}")
-
-
-def _grouped(records: Sequence[Record], by: Sequence[str]) -> dict[str, list[Record]]:
-    """The runs by the label of their group."""
-
-    def keys_of(record: Record) -> Iterable[str]:
-        return by or [key for key in record.config if not key.startswith(IGNORED)]
-
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        groups[json.dumps({key: _text(_value(record, key)) for key in sorted(keys_of(record))})].append(
-            record
-        )
-    described = {mark: json.loads(mark) for mark in groups}
-    all_keys = sorted({key for values in described.values() for key in values})
-    differing = [key for key in all_keys if len({values.get(key, "-") for values in described.values()}) > 1]
-    labels: dict[str, list[Record]] = {}
-    for mark, group in groups.items():
-        values = described[mark]
-        if len(by) == 1 and _is_word(values[by[0]]):
-            label = values[by[0]]
-        elif by or differing:
-            label = ", ".join(f"{_short(key, all_keys)}={values.get(key, '-')}" for key in (by or differing))
-        else:
-            label = group[0].group or group[0].name
-        labels.setdefault(label, []).extend(group)
-    return labels
-
-
-def _is_word(value: str) -> bool:
-    """Whether a value says by itself what it is of, as an algorithm's name does and a number does not."""
-    try:
-        json.loads(value)
-    except ValueError:
-        return True
-    return False
-
-
-def _short(key: str, keys: Sequence[str]) -> str:
-    """The end of a dotted key that is still its alone."""
-    parts = key.split(".")
-    for length in range(1, len(parts)):
-        end = ".".join(parts[-length:])
-        if sum(other == end or other.endswith(f".{end}") for other in keys) == 1:
-            return end
-    return key
-
-
-def _task_key(records: Sequence[Record], by: Sequence[str]) -> str:
-    for key in TASKS:
-        if key not in by and len({_text(r.config[key]) for r in records if key in r.config}) > 1:
-            return key
-    return ""
-
-
-def _task(record: Record, key: str) -> str:
-    return _text(record.config.get(key, "-")) if key else ""
-
-
-def _common_tasks(members: Mapping[str, Sequence[Record]], key: str, said: list[str]) -> set[str]:
-    """The tasks that all groups were run on; empty: there is but one, or none is common to all."""
+def _common_tasks(
+    groups: Mapping[str, Sequence[Record]], key: str, say: _Notes
+) -> tuple[dict[str, list[Record]], str]:
+    """The groups on the tasks that all of them were run on, and why there are none."""
+    members = {label: list(group) for label, group in groups.items()}
     if not key:
-        return set()
-    of = {label: {_task(record, key) for record in group} for label, group in members.items()}
-    common = set.intersection(*of.values())
-    everything = set.union(*of.values())
-    if common == everything:
-        return common
+        return members, ""
+    of = {label: {task_of(record, key) for record in group} for label, group in members.items()}
+    common, everything = set.intersection(*of.values()), set.union(*of.values())
     if not common:
-        said.append(f"no {key} is common to all groups: their numbers are of different tasks")
-        return set()
-    out = ", ".join(sorted(everything - common))
-    said.append(f"compared on the {len(common)} {key} that all groups have; left out: {out}")
-    return common
+        why = f"no {key} is common to all groups: their numbers are of different tasks"
+        say(f"{why}. --where {key}=... compares those that share one")
+        return members, why
+    if common != everything:
+        out = grouping.in_order(everything - common)
+        say(f"compared on the {len(common)} {key} that all groups have; left out: {named(out)}")
+    kept = {label: [r for r in group if task_of(r, key) in common] for label, group in members.items()}
+    return kept, ""
 
 
 # ---- scores ----
 
 
-def score_of(series: Series, how: str, lower_is_better: bool = False) -> float:
-    """What a curve comes down to; see `Question.score`. NaN if it is empty."""
-    x, y = series
-    if not x.size:
-        return math.nan
-    if how == "last":
-        return float(y[-1])
-    if how == "best":
-        usable = y[np.isfinite(y)]
-        return math.nan if not usable.size else float(usable.min() if lower_is_better else usable.max())
-    if how == "auc":
-        return statistics.area_under_curve(x, y) if x.size > 1 else math.nan
-    return float(y[x >= x[-1] - FINAL_SHARE * (x[-1] - x[0])].mean())
+class _Scores:
+    """The score of each run at the budget of its task, and what the groups' scores are compared as."""
+
+    def __init__(
+        self,
+        members: Mapping[str, Sequence[Record]],
+        question: Question,
+        key: str,
+        less: bool,
+        say: _Notes,
+        *,
+        comparable: bool,
+    ) -> None:
+        self.question, self.key, self.less = question, key, less
+        everyone = [record for group in members.values() for record in group]
+        self.tasks = sorted({task_of(record, key) for record in everyone})
+        by_task = {task: [r for r in everyone if task_of(r, key) == task] for task in self.tasks}
+        self.budgets = {task: self._budget(of, say) for task, of in by_task.items()}
+        self.grids = {task: self._grid(of, task, say) for task, of in by_task.items()}
+        self.by_run: dict[str, float] = {}
+        self.diverged: set[str] = set()
+        for task, of in by_task.items():
+            self._score(of, task, say)
+        several = len(self.tasks) > 1
+        wanted = question.normalize == "range" or (
+            question.normalize == "auto" and not same_unit(question.metric)
+        )
+        self.normalized = comparable and several and wanted
+        if self.normalized:
+            self._say_normalized(everyone, say)
+        elif comparable and several and not same_unit(question.metric):
+            say(f"scores of different {key or 'tasks'} are averaged as they are, whatever their units")
+        self.scales = {task: self._scale(of) for task, of in by_task.items()}
+        self.of: dict[str, dict[str, Sample]] = {
+            label: {task: self._sample(group, task) for task in self.tasks}
+            for label, group in members.items()
+        }
+
+    def samples(self) -> dict[str, dict[str, Sample]]:
+        """By label and task, of groups that have a score."""
+        return {
+            label: {task: sample for task, sample in of.items() if sample.values.size}
+            for label, of in self.of.items()
+        }
+
+    def compared(self, members: Sequence[Record]) -> dict[str, float]:
+        """By the ids of runs that have a score: what is compared of it."""
+        found = {}
+        for record in members:
+            less, by = self.scales[task_of(record, self.key)]
+            if math.isfinite(self.by_run[record.id]):
+                found[record.id] = (self.by_run[record.id] - less) / by
+        return found
+
+    def curve(self, record: Record, axis: str = "step") -> Series:
+        """A run's values up to its budget, over one of `AXES`."""
+        task = task_of(record, self.key)
+        steps = record.over(self.question.metric, "step")
+        kept = steps.x <= self.budgets[task].until
+        if (grid := self.grids[task]) is not None and axis == "step":
+            return thinned(Series(steps.x[kept], steps.y[kept]), grid)
+        series = record.over(self.question.metric, axis)
+        return Series(series.x[kept], series.y[kept]) if series.x.size == kept.size else series
+
+    def _budget(self, records: Sequence[Record], say: _Notes) -> Budget:
+        q = self.question
+        found = budget(records, q.metric)
+        where = f" on {task_of(records[0], self.key)}" if self.key else ""
+        if q.until == END:
+            if found.limited_by:
+                first, last = (f"{step:,.12g}" for step in found.reached)
+                say(f"unequal budgets{where}: runs count to their own ends, from {first} to {last} steps")
+            return Budget(until=math.inf, reached=found.reached, limited_by=())
+        if q.last_step is not None:
+            return Budget(until=q.last_step, reached=found.reached, limited_by=())
+        if found.limited_by:
+            first, last = (f"{step:,.12g}" for step in found.reached)
+            say(
+                f"compared up to step {first}{where}, the largest that all runs reached: "
+                f"{named(found.limited_by)} ended there, others went on to {last}. "
+                f"--until STEP compares those that came further"
+            )
+        elif found.uneven:
+            first, last = (f"{step:,.12g}" for step in found.reached)
+            say(f"the runs' single values{where} are of different steps, from {first} to {last}")
+        return found
+
+    def _grid(self, records: Sequence[Record], task: str, say: _Notes) -> Array | None:
+        """Of the best of unequal numbers of evaluations: the steps of the run with the fewest."""
+        q, until = self.question, self.budgets[task].until
+        curves = [upto(r.series[q.metric], until) for r in records if q.metric in r.series]
+        curves = [curve for curve in curves if curve.x.size]
+        sizes = [curve.x.size for curve in curves]
+        if not sizes or max(sizes) < 1.5 * min(sizes):
+            return None
+        where = f" on {task}" if task else ""
+        told = f"evaluated {min(sizes)} to {max(sizes)} times{where}"
+        if q.score != "best":
+            say(f"{told}: the runs with fewer are the noisier")
+            return None
+        say(f"{told}: the best of as many counts of each run, those at the steps of the one with the fewest")
+        return min(curves, key=lambda curve: curve.x.size).x
+
+    def _score(self, records: Sequence[Record], task: str, say: _Notes) -> None:
+        """Scores of one task. Runs that diverged get the worst of all, those that stopped too early none."""
+        q, until = self.question, self.budgets[task].until
+        asked = q.last_step is not None
+        for record in records:
+            series = record.series.get(q.metric)
+            gone = diverged(record, q.metric)
+            short = series is not None and math.isfinite(until) and series.x[-1] < until * 0.99
+            score = score_of(self.curve(record), q.score, self.less) if series is not None else math.nan
+            if short and asked and not gone:
+                score = math.nan
+                say(f"did not reach step {until:,.12g}; not counted", record.name)
+            elif series is not None and (not math.isfinite(score) or (gone and (short or q.score != "best"))):
+                self.diverged.add(record.id)
+                score = math.nan
+            self.by_run[record.id] = score
+        usable = [self.by_run[r.id] for r in records if math.isfinite(self.by_run[r.id])]
+        gone_here = [record for record in records if record.id in self.diverged]
+        if not gone_here:
+            return
+        if not usable:
+            self.diverged -= {record.id for record in gone_here}
+            say("all values are NaN or infinite", named([record.name for record in gone_here]))
+            return
+        worst = max(usable) if self.less else min(usable)
+        for record in gone_here:
+            self.by_run[record.id] = worst
+        say(
+            f"diverged (NaN or infinity at the end); counts with the worst score of all, {worst:.4g}, "
+            "the least that a failure costs",
+            named([record.name for record in gone_here]),
+        )
+
+    def _say_normalized(self, everyone: Sequence[Record], say: _Notes) -> None:
+        text = (
+            f"scores of each {self.key or 'task'} are scaled to 0 for its lowest run and 1 for its highest, "
+            "as their units may differ; --normalize none averages them as they are"
+        )
+        other = "eval/human_normalized"
+        if all(other in record.metrics for record in everyone):
+            text += f". {other} has one unit for all of them"
+        say(text)
+
+    def _scale(self, records: Sequence[Record]) -> tuple[float, float]:
+        """What is taken off a task's scores, and what they are divided by."""
+        usable = [self.by_run[r.id] for r in records if math.isfinite(self.by_run[r.id])]
+        if not self.normalized or not usable:
+            return 0.0, 1.0
+        return min(usable), (max(usable) - min(usable)) or 1.0
+
+    def _sample(self, group: Sequence[Record], task: str) -> Sample:
+        less, by = self.scales[task]
+        there = [
+            record
+            for record in group
+            if task_of(record, self.key) == task and math.isfinite(self.by_run[record.id])
+        ]
+        seeds = tuple(seed_of(record) for record in there)
+        known = all(seeds) and len(set(seeds)) == len(seeds)
+        values = np.array([(self.by_run[record.id] - less) / by for record in there], np.float64)
+        return Sample(values, seeds if known else ())
 
 
-def _scores(group: Sequence[Record], question: Question, task_key: str) -> dict[str, Array]:
-    by_task: dict[str, list[float]] = defaultdict(list)
-    for record in group:
-        series = record.over(question.metric, "step")
-        by_task[_task(record, task_key)].append(score_of(series, question.score, question.lower_is_better))
-    return {task: np.array(scores) for task, scores in sorted(by_task.items())}
+def _full(of: Mapping[str, Sample]) -> list[Array]:
+    return [sample.values for sample in of.values() if sample.values.size]
 
 
-def _finite(by_task: Mapping[str, Array]) -> list[Array]:
-    """The finite scores of each task that has some."""
-    tasks, _ = statistics.finite(list(by_task.values()))
-    return [task for task in tasks if task.size]
-
-
-def _rank(by_task: Mapping[str, Array], lower_is_better: bool) -> float:
+def _rank(of: Mapping[str, Sample], less: bool) -> float:
     """For sorting: the best first, those without a score last."""
-    tasks = _finite(by_task)
+    tasks = _full(of)
     if not tasks:
         return math.inf
-    value = statistics.iqm(tasks)
-    return value if lower_is_better else -value
+    value = statistics.mean(tasks)
+    return value if less else -value
 
 
-def _baseline(wanted: str, labels: Sequence[str]) -> str:
+def _baseline(wanted: str, labels: Iterable[str], scores: _Scores) -> tuple[str, str]:
+    """The group that the others are compared with, and why it is."""
+    labels = grouping.in_order(labels)
     if not wanted:
-        return labels[-1]
-    fitting = [label for label in labels if label == wanted or label.endswith(f"={wanted}")] or [
-        label for label in labels if wanted in label
-    ]
+        first = next((label for label in labels if _full(scores.of[label])), labels[0])
+        return first, "the first by name"
+    fitting = (
+        [label for label in labels if label == wanted]
+        or [label for label in labels if label.endswith(f"={wanted}")]
+        or [label for label in labels if wanted in label]
+    )
     if len(fitting) != 1:
         what = "is no group" if not fitting else f"fits {len(fitting)} groups"
-        raise LabError(
-            f"--baseline {wanted}: {what}.{did_you_mean(wanted, labels)} There are: {'; '.join(labels)}."
-        )
-    return fitting[0]
+        there = "; ".join(labels[:12]) + (" ..." if len(labels) > 12 else "")
+        raise LabError(f"--baseline {wanted}: {what}.{did_you_mean(wanted, labels)} There are: {there}.")
+    return fitting[0], "asked for"
+
+
+def _say_seeds(members: Mapping[str, Sequence[Record]], scores: _Scores, say: _Notes) -> None:
+    """Runs without a seed, and seeds that some groups have and others lack."""
+    everyone = [record for group in members.values() for record in group]
+    nameless = [record for record in everyone if not seed_of(record)]
+    if nameless and len(nameless) < len(everyone):
+        say(f"{len(nameless)} of {len(everyone)} runs name no seed; they count as different ones")
+    elif nameless and len(everyone) > len(members):
+        say("no run names its seed: whether some are the same run cannot be seen")
+    if nameless or len(members) < 2:
+        return
+    of = {label: {seed_of(record) for record in group} for label, group in members.items()}
+    everything = set.union(*of.values())
+    if not set.intersection(*of.values()):  # nobody meant them to be the same
+        return
+    for label, seeds in of.items():
+        if lacking := grouping.in_order(everything - seeds):
+            say(f"lacks the seeds {named(lacking)}, which other groups have", label)
+
+
+def _say_conditions(records: Sequence[Record], question: Question, say: _Notes) -> None:
+    """Where `lab evaluate` measured the runs by different means."""
+    if not question.metric.startswith(EVALUATE):
+        return
+    of = [record.conditions for record in records if question.metric in record.series]
+    for key in sorted({key for one in of for key in one} - {"game", "checkpoint"}):
+        values = grouping.in_order({one.get(key, grouping.ABSENT) for one in of})
+        if len(values) > 1:
+            say(f"`lab evaluate` measured the runs with different {key}: {named(values)}")
+
+
+def _say_order(groups: Sequence[Group], less: bool, say: _Notes) -> None:
+    """Where single outliers decide the order over several tasks."""
+    iqm = {g.label: g.estimates["iqm"].point for g in groups if len(g.scores) > 1 and "iqm" in g.estimates}
+    if len(iqm) < 2:
+        return
+    best = (min if less else max)(iqm, key=lambda label: iqm[label])
+    if best != groups[0].label:
+        say(f"by the IQM, which a few outliers do not move, {best} is first, not {groups[0].label}")
 
 
 def _mixed_axes(records: Sequence[Record], question: Question) -> str:
@@ -395,6 +624,20 @@ def _mixed_axes(records: Sequence[Record], question: Question) -> str:
     )
 
 
+def _say_axis(records: Sequence[Record], question: Question, say: _Notes) -> None:
+    """Runs whose axis falls, or that do not have it."""
+    axes = {question.axis, "time"} if question.threshold is not None else {question.axis}
+    for axis in sorted(axes - {"step"}):
+        for record in records:
+            if question.metric not in record.series:
+                continue
+            if falls := record.restarts(axis):
+                times = "once" if falls == 1 else f"{falls} times"
+                say(f"{axis} falls {times}; it goes on from where it was", record.name)
+            if not record.over(question.metric, axis).x.size:
+                say(f"has no {axis}: no curve of it", record.name)
+
+
 def _x_label(records: Sequence[Record], question: Question) -> str:
     if question.axis == "step":
         kinds = {record.x_axis for record in records} - {""}
@@ -405,57 +648,54 @@ def _x_label(records: Sequence[Record], question: Question) -> str:
 def _group(
     label: str,
     members: Sequence[Record],
-    scores: Mapping[str, Mapping[str, Array]],
-    baseline: str,
+    scores: _Scores,
+    difference: Difference | None,
     question: Question,
-    task_key: str,
     thresholds: Array,
     *,
     curves: bool,
-    said: list[str],
+    say: _Notes,
 ) -> Group:
-    q, tasks = question, _finite(scores[label])
+    q, of = question, scores.of[label]
+    tasks = _full(of)
     bootstrap: dict[str, Any] = {"reps": q.reps, "confidence": q.confidence, "seed": q.seed}
-    together = np.concatenate(tasks) if tasks else np.empty(0)
-    better = None
-    if label != baseline and tasks:
-        both = [t for t in scores[label] if t in scores[baseline]]
-        pairs = [
-            (own, other)
-            for t in both
-            for own, other in [(_only_finite(scores[label][t]), _only_finite(scores[baseline][t]))]
-            if own.size and other.size
-        ]
-        if pairs:
-            sign = -1 if q.lower_is_better else 1
-            better = statistics.probability_of_improvement(
-                [sign * own for own, _ in pairs], [sign * other for _, other in pairs], **bootstrap
-            )
     steps = seconds = None
     if q.threshold is not None:
-        steps, seconds = (_threshold(members, q, q.threshold, axis) for axis in (q.axis, "time"))
-    curve_x, curve = _curve(members, q, task_key) if curves else (np.empty(0), None)
-    areas = [score_of(record.over(q.metric, q.axis), "auc") for record in members]
+        steps, seconds = (_threshold(members, q, q.threshold, axis, scores.less) for axis in (q.axis, "time"))
+    curve_x, curve = _curve(members, q, scores.key) if curves else (np.empty(0), None)
+    areas = [score_of(scores.curve(record, q.axis), "auc") for record in members]
     areas = [area for area in areas if math.isfinite(area)]
     note = statistics.few_seeds_note(min(task.size for task in tasks), len(tasks)) if tasks else None
     if note:
-        said.append(f"{label}: {note}")
+        say(note, label)
+    nothing = Interval(math.nan, math.nan, math.nan)
+    variances = [task.var(ddof=1) for task in tasks if task.size > 1]
+    raw = _raw_means(members, scores)
     return Group(
         label=label,
         records=tuple(members),
-        scores=dict(scores[label]),
-        seeds=len({_text(record.seed) for record in members}),
+        scores={task: sample.values for task, sample in of.items()},
+        by_run={record.id: scores.by_run[record.id] for record in members},
+        compared=scores.compared(members),
+        task_means=raw,
+        seeds=len({seed_of(record) or record.id for record in members}),
         unfinished=dict(Counter(record.state for record in members if record.state != "finished")),
-        without=sum(q.metric not in record.series for record in members),
-        mean=float(together.mean()) if together.size else math.nan,
-        std=float(together.std(ddof=1)) if together.size > 1 else math.nan,
-        median=float(np.median(together)) if together.size else math.nan,
-        estimates=statistics.stratified_bootstrap(tasks, gamma=q.gamma, **bootstrap) if tasks else {},
-        better_than_baseline=better,
+        without=sum(not math.isfinite(scores.by_run[record.id]) for record in members),
+        diverged=sum(record.id in scores.diverged for record in members),
+        mean=statistics.mean(tasks) if tasks else math.nan,
+        interval=Interval(*mean_interval(tasks, q.confidence)) if tasks else nothing,
+        std=math.sqrt(float(np.mean(variances))) if variances else math.nan,
+        median=float(np.mean([np.median(task) for task in tasks])) if tasks else math.nan,
+        estimates=(
+            statistics.stratified_bootstrap(tasks, gamma=q.gamma, few_seeds=True, **bootstrap)
+            if tasks
+            else {}
+        ),
+        difference=difference,
         auc=float(np.mean(areas)) if areas else math.nan,
         threshold_steps=steps,
         threshold_seconds=seconds,
-        win_rate=_win_rate(members, q),
+        win_rate=_win_rate(members, q, say),
         curve_x=curve_x,
         curve=curve,
         profile=statistics.performance_profile(tasks, thresholds, **bootstrap) if tasks else None,
@@ -463,37 +703,54 @@ def _group(
     )
 
 
-def _only_finite(scores: Array) -> Array:
-    return scores[np.isfinite(scores)]
+def _raw_means(members: Sequence[Record], scores: _Scores) -> dict[str, float]:
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for record in members:
+        if math.isfinite(scores.by_run[record.id]):
+            by_task[task_of(record, scores.key)].append(scores.by_run[record.id])
+    return {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
 
 
 def _threshold(
-    members: Sequence[Record], question: Question, threshold: float, axis: str
+    members: Sequence[Record], question: Question, threshold: float, axis: str, less: bool
 ) -> statistics.ThresholdSteps | None:
     curves = [record.over(question.metric, axis) for record in members]
     curves = [curve for curve in curves if curve.x.size]
     if not curves:
         return None
-    return statistics.median_steps_to_threshold(curves, threshold, lower_is_better=question.lower_is_better)
+    return statistics.median_steps_to_threshold(curves, threshold, lower_is_better=less)
 
 
-def _win_rate(members: Sequence[Record], question: Question) -> Interval | None:
-    """Wilson's interval over all comparisons, of metrics that come with their number as METRIC_n."""
-    pairs = [(r.series.get(question.metric), r.series.get(f"{question.metric}_n")) for r in members]
-    counted = [(float(rate.y[-1]), float(n.y[-1])) for rate, n in pairs if rate is not None and n is not None]
-    if not counted:
+def _win_rate(members: Sequence[Record], question: Question, say: _Notes) -> Interval | None:
+    """A single run's win rate with the interval that it gives itself, over its prompts.
+
+    Comparisons of several runs are not put together: how much runs differ is not in them. Nor is the number
+    of comparisons a sample size, since answers to one prompt are alike: without `METRIC_low` and
+    `METRIC_high` the number of prompts is.
+    """
+    if len(members) != 1 or f"{question.metric}_n" not in members[0].series:
         return None
-    total = sum(n for _, n in counted)
-    return statistics.wilson_interval(sum(rate * n for rate, n in counted), int(total), question.confidence)
+    (record,) = members
+    rate, low, high = (record.series.get(f"{question.metric}{end}") for end in ("", "_low", "_high"))
+    if rate is None:
+        return None
+    if low is not None and high is not None:
+        return Interval(float(rate.y[-1]), float(low.y[-1]), float(high.y[-1]))
+    prompts = record.config.get("eval.prompts")
+    if not isinstance(prompts, int) or prompts < 1 or not 0 <= rate.y[-1] <= 1:
+        say(f"gives no interval over its prompts ({question.metric}_low and _high)", record.name)
+        return None
+    say(f"gives no interval of its own; Wilson's counts each of its {prompts} prompts once", record.name)
+    return statistics.wilson_interval(float(rate.y[-1]) * prompts, prompts, question.confidence)
 
 
-def _curve(members: Sequence[Record], question: Question, task_key: str) -> tuple[Array, Band | None]:
+def _curve(members: Sequence[Record], question: Question, key: str) -> tuple[Array, Band | None]:
     """The group's mean curve on the x that all its runs have."""
     by_task: dict[str, list[Series]] = defaultdict(list)
     for record in members:
         series = record.over(question.metric, question.axis)
         if series.x.size > 1:
-            by_task[_task(record, task_key)].append(series)
+            by_task[task_of(record, key)].append(series)
     curves = [curve for task in by_task.values() for curve in task]
     if not curves:
         return np.empty(0), None
@@ -506,6 +763,7 @@ def _curve(members: Sequence[Record], question: Question, task_key: str) -> tupl
         reps=question.reps,
         confidence=question.confidence,
         seed=question.seed,
+        few_seeds=True,
     )
     return grid, band
 
@@ -514,18 +772,28 @@ def _curve(members: Sequence[Record], question: Question, task_key: str) -> tupl
 
 
 def _differences(members: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, str]]:
-    """The config keys that are not the same in all runs, but for the seed: each group's value or values."""
+    """The settings that are not the same in all runs: each group's value or values."""
     everyone = list(itertools.chain(*members.values()))
-    keys = sorted({key for record in everyone for key in record.config})
+    usable, _ = grouping.settings(everyone)
     table = {}
-    for key in keys:
-        if key in ("seed", "name") or len({_text(record.config.get(key)) for record in everyone}) < 2:
+    for key in usable:
+        values = {grouping.value_of(record, key) for record in everyone}
+        if len(values) < 2:
             continue
         table[key] = {
-            label: " | ".join(sorted({_text(record.config.get(key, "-")) for record in group}))
+            label: _cell([grouping.value_of(record, key) for record in group])
             for label, group in members.items()
         }
     return table
+
+
+def _cell(values: Sequence[str | None]) -> str:
+    """The different values of a group, as far as a cell goes."""
+    different = grouping.in_order({grouping.shown(value) for value in values})
+    text = " | ".join(different[:NAMED]) + (
+        f" | and {len(different) - NAMED} more" if len(different) > NAMED else ""
+    )
+    return text if len(text) <= LABEL_LENGTH else f"{text[: LABEL_LENGTH - 3]}..."
 
 
 def _lineage(records: Sequence[Record]) -> tuple[tuple[Link, ...], dict[str, str]]:

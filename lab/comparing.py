@@ -1,14 +1,17 @@
 """The command `lab compare`: what was asked, where the runs are, and where the answer goes."""
 
 import argparse
+import json
 import os
 import shlex
+import sys
 import webbrowser
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.errors import LabError
+from lab.errors import LabError, did_you_mean
 
 if TYPE_CHECKING:
     from lab.records import Found
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 USUAL_METRICS = ("eval/mean_reward", "eval/win_rate", "eval/accuracy", "eval/loss", "train/loss")
 """The first that a run has is compared if none is named."""
 DEFAULT_FOLDER = Path("runs/comparison")
+_REPEATED = ("metric", "where", "goal")
 WIDTH_OF_A_FILE = 160
 """Of the tables, in columns, where no terminal says how many it has."""
 
@@ -29,10 +33,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a run folder, a folder or glob of them, a W&B offline folder, or wandb:entity/project?filters",
     )
-    add("--metric", action="append", metavar="NAME", help="e.g. eval/mean_reward; may be given several times")
+    add(
+        "--metric",
+        action="append",
+        metavar="NAME",
+        help="e.g. eval/mean_reward; evaluate/NAME (by `lab evaluate`), summary/NAME; may be repeated",
+    )
     add("--by", metavar="KEY[,KEY]", help="config keys that make the groups; default: all but the seed")
     add(
-        "--baseline", default="", metavar="GROUP", help="what the others are compared with; default: the last"
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs whose config has it (VALUE,VALUE: either); may be given several times",
+    )
+    add(
+        "--baseline",
+        default="",
+        metavar="GROUP",
+        help="what the others are compared with; default: the first by name",
     )
     add(
         "--score",
@@ -40,13 +59,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="of a run: final (mean of the last tenth), last, best, auc",
     )
-    add("--goal", default="", metavar="GOAL", help="maximize or minimize; default: by the metric's name")
+    add(
+        "--goal",
+        action="append",
+        default=[],
+        metavar="[METRIC=]GOAL",
+        help="maximize or minimize; default: as W&B was told, else by the metric's name",
+    )
+    add(
+        "--until",
+        default="",
+        metavar="STEP",
+        help="compare up to a step, or `end`: each run to its own; default: the largest all reached",
+    )
+    add("--at", default="", metavar="STEP", help="compare the values at a step: --until STEP --score last")
+    add("--paired", default="auto", metavar="HOW", help="by seed: auto (where the same), on, off")
+    add("--normalize", default="auto", metavar="HOW", help="scores of several tasks: auto, range, none")
     add("--axis", default="step", metavar="AXIS", help="of the curves: step, frames, tokens, episodes, time")
     add("--threshold", type=float, metavar="VALUE", help="show how long it took to come so far")
     add("--task", default="", metavar="KEY", help="config key of the task; default: the game or data set")
     add("--gamma", type=float, default=1.0, metavar="VALUE", help="goal of the optimality gap (1)")
     add("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
     add("--out", type=Path, metavar="DIR", help="write the page, plots, tables and CSV files to a folder")
+    add("--json", action="store_true", help="print the answer as JSON, for programs")
     add("--open", action="store_true", help=f"show the page; without --out it is written to {DEFAULT_FOLDER}")
     add("--publish", action="store_true", help="make a report and a saved view of the runs at W&B")
 
@@ -62,7 +97,10 @@ def do(options: argparse.Namespace) -> int:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH_OF_A_FILE
     comparisons = [compare.compare(found.records, question, found.notes) for question in questions]
-    for number, comparison in enumerate(comparisons):
+    if options.json:
+        print(json.dumps(report.as_json(comparisons), indent=2, allow_nan=False))
+        console.file = sys.stderr
+    for number, comparison in enumerate(() if options.json else comparisons):
         if number:
             console.print()
         report.show(comparison, console)
@@ -94,24 +132,37 @@ def _ask(options: argparse.Namespace) -> "tuple[list[Any], Found]":
             wishes |= records.parse_query(source).wishes
     metrics = options.metric or ([wishes["metric"]] if "metric" in wishes else list(USUAL_METRICS))
     by = options.by if options.by is not None else wishes.get("by", "")
+    if options.at and options.until:
+        raise LabError("command line: --at and --until both name the last step. Give one of them.")
+    if options.at and options.score not in ("final", "last"):
+        raise LabError(
+            f"command line: --at takes the value at a step, --score {options.score} another. Use --until."
+        )
+    goals = _goals(options.goal, metrics)
     question = compare.Question(
         metric=metrics[0],
         by=tuple(key.strip() for key in by.split(",") if key.strip()),
+        where=tuple(options.where),
         baseline=options.baseline,
-        score=options.score,
-        goal=options.goal,
+        score="last" if options.at else options.score,
+        until=options.at or options.until,
+        paired=options.paired,
+        normalize=options.normalize,
         axis=options.axis,
         threshold=options.threshold,
         task=options.task or wishes.get("task", ""),
         gamma=options.gamma,
         confidence=options.confidence,
     )
-    questions = [replace(question, metric=metric) for metric in dict.fromkeys(metrics)]
+    questions = [
+        replace(question, metric=metric, goal=goals.get(metric, goals.get("", "")))
+        for metric in dict.fromkeys(metrics)
+    ]
     found = records.load(options.sources, compare.wanted_metrics(questions))
     if options.metric is None and "metric" not in wishes:
         there = [q for q in questions if any(q.metric in record.series for record in found.records)]
         if not there:
-            known = sorted({name for record in found.records for name in record.metrics})
+            known = sorted({name for record in found.records for name in record.metrics | record.said})
             raise LabError(
                 f"command line: name a --metric. The runs have {', '.join(known[:12]) or 'none'}"
                 f"{' ...' if len(known) > 12 else ''}."
@@ -120,15 +171,30 @@ def _ask(options: argparse.Namespace) -> "tuple[list[Any], Found]":
     return questions, found
 
 
+def _goals(given: list[str], metrics: Sequence[str]) -> dict[str, str]:
+    """By metric, and for all others by the empty name.
+
+    Raises:
+        LabError: a goal of a metric that is not asked for.
+    """
+    goals = {}
+    for text in given:
+        metric, equals, goal = text.rpartition("=")
+        if equals and metric not in metrics:
+            raise LabError(f"--goal {text}: {metric} is not asked for.{did_you_mean(metric, metrics)}")
+        goals[metric] = goal
+    return goals
+
+
 def command(options: argparse.Namespace) -> str:
     """The command line that asks the same again."""
     words = ["lab", "compare", *options.sources]
     defaults = argparse.ArgumentParser()
     add_arguments(defaults)
     for name, value in vars(options).items():
-        if name in ("sources", "out", "open", "publish", "metric") or not hasattr(options, name):
+        if name in ("sources", "out", "open", "publish", "json", *_REPEATED) or not hasattr(options, name):
             continue
         if name in vars(defaults.parse_args(["x"])) and value != defaults.get_default(name):
             words.append(f"--{name}={value}")
-    words += [f"--metric={metric}" for metric in options.metric or ()]
+    words += [f"--{name}={value}" for name in _REPEATED for value in getattr(options, name) or ()]
     return shlex.join(words)

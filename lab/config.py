@@ -225,6 +225,25 @@ def config_hash(values: Mapping[str, Any], without: Sequence[str] = NOT_RESULTS)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def with_defaults(values: Mapping[str, Any], like: Any) -> dict[str, Any]:
+    """The values of a config that an older version wrote, and the keys that came since at their defaults.
+
+    Args:
+        values: as `to_dict` gave them then.
+        like: a config of today's class.
+    """
+    filled = dict(values)
+    for key in dataclasses.fields(like):
+        if key.name not in filled:
+            default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+            if default is not dataclasses.MISSING:
+                whole = dataclasses.is_dataclass(default) and not isinstance(default, type)
+                filled[key.name] = to_dict(default) if whole else json.loads(json.dumps(default))
+        elif dataclasses.is_dataclass(here := getattr(like, key.name)) and isinstance(filled[key.name], dict):
+            filled[key.name] = with_defaults(filled[key.name], here)
+    return filled
+
+
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, tuple[Any, Any]]:

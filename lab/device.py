@@ -203,6 +203,11 @@ def resolve(
 
     refuse_several_processes()
     if before is not None:
+        threads = before.get("threads")
+        if before.get("precision") not in PRECISIONS or not isinstance(threads, int) or threads < 1:
+            raise LabError("run.json: `compute`, how the run computed, is damaged. Restore it from a copy.")
+        if threads > MOST_THREADS:
+            raise LabError(f"run.json: compute.threads = {threads:,} are too many. Restore it from a copy.")
         precision = before["precision"] if config.precision == "auto" else config.precision
         config = replace(config, precision=precision)
     wanted = config.device

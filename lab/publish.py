@@ -1,6 +1,6 @@
 """`lab compare --publish`: the comparison at Weights & Biases, for others to read.
 
-W&B's own charts know mean and spread, but no IQM, no bootstrap interval and no probability of improvement.
+W&B's own charts know mean and spread, but no interval, no test and no correction for several groups.
 So what was computed here goes there. In the project of the runs are made:
 
 - a report: our statistics, plots and notes; below them W&B's line plots, a run set per group with exactly
@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lab import report, report_page
-from lab.compare import FIELDS, IGNORED, Comparison, score_of
+from lab import report, report_page, report_plot
+from lab.compare import Comparison
 from lab.errors import LabError
+from lab.grouping import FIELDS, is_bookkeeping
 from lab.records import AXES, STEP, Record, flatten
 from lab.sync_server import Server, _says
 from lab.tracking import FINISH_SECONDS, unrecorded
@@ -58,7 +59,7 @@ PANELS = (
 _ATTRIBUTES = {
     **{"group": "group", "name": "displayName", "job_type": "jobType", "state": "state", "id": "name"},
 }
-"""W&B's names for `compare.FIELDS`."""
+"""W&B's names for `grouping.FIELDS`."""
 
 
 class Published(NamedTuple):
@@ -212,7 +213,7 @@ def _grouping(comparisons: Sequence[Comparison], runs: _Runs) -> list[tuple[str,
         names = set().union(*groups) - {None, ""}
         if any(len(group) > 1 for group in groups) or len(names) < len(groups):
             differing = dict.fromkeys(key for comparison in comparisons for key in comparison.differences)
-            keys = tuple(key for key in differing if key in runs.keys and not key.startswith(IGNORED))
+            keys = tuple(key for key in differing if key in runs.keys and not is_bookkeeping(key))
     return [_wandb_key(key, runs) for key in keys]
 
 
@@ -239,13 +240,8 @@ def _x(comparison: Comparison, runs: _Runs) -> str:
 
 def _baseline_run(comparison: Comparison, runs: _Runs) -> str | None:
     """Of the baseline's runs at W&B the one nearest to its median: W&B compares with a run, not a group."""
-    q = comparison.question
     group = next(group for group in comparison.groups if group.label == comparison.baseline)
-    scores = {
-        record.id: score_of(record.over(q.metric, "step"), q.score, q.lower_is_better)
-        for record in group.records
-        if record.id in runs.there
-    }
+    scores = {record.id: group.by_run[record.id] for record in group.records if record.id in runs.there}
     return min(scores, key=lambda id_: (abs(scores[id_] - group.median), id_), default=None)
 
 
@@ -268,7 +264,7 @@ def _publish(
 
     name = title(comparisons)
     plots, page = scratch / "comparison.png", scratch / "comparison.html"
-    report.draw(comparisons, [plots])
+    report_plot.draw(comparisons, [plots])
     page.write_text(report_page.page(comparisons, name, command), encoding="utf-8")
     asked = [dataclasses.asdict(comparison.question) for comparison in comparisons]
     question = json.dumps([asked, sorted(record.id for record in runs.records)])

@@ -2,9 +2,13 @@
 
 A source is a run folder, a folder or a glob of them, a W&B offline folder or `*.wandb` file, or
 `wandb:entity/project?filters`. Metrics are read whole: nothing is sampled, nothing dropped in silence.
+
+Besides what was logged, a run has `evaluate/NAME`, the last of what `lab evaluate` measured of it, and
+`summary/NAME`, what its summary says at the end (in run.json, or at W&B).
 """
 
 import contextlib
+import fnmatch
 import glob
 import json
 import os
@@ -41,6 +45,10 @@ AXES = {
 """What may stand on a curve's x axis, by the metric that counts it."""
 _CLOCK = "_time"
 """Seconds since 1970 of every row; W&B's name for it is _timestamp."""
+EVALUATE, SUMMARY = "evaluate/", "summary/"
+"""Before the names of what was measured by `lab evaluate`, and of what a summary says."""
+_CONDITIONS = ("game", "data", "part", "checkpoint", "episodes", "epsilon", "seed", "prompts", "samples")
+"""Of what `lab evaluate` says, what it measured with: not a result."""
 PARALLEL_BYTES = 32 * 2**20
 """From so much metrics on, all cores read."""
 PAGE = 1000
@@ -58,6 +66,8 @@ _PATIENCE = {
     "WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "8",
     "WANDB_X_GRAPHQL_TIMEOUT_SECONDS": str(API_SECONDS),
 }
+_ROWS = "logged rows"
+"""What the steps of a W&B run count that names none."""
 _FILTERS = {
     **{"tag": "tags", "user": "username", "group": "group", "state": "state", "job_type": "jobType"},
     **{"name": "display_name", "id": "name", "seed": "config.seed.value"},
@@ -98,6 +108,14 @@ class Record:
     """Of the metrics asked for, those it has."""
     metrics: frozenset[str] = frozenset()
     """Names of metrics it has; of a large run, of those near its beginning and end."""
+    said: frozenset[str] = frozenset()
+    """Names of what its summary says, but for the last values of metrics, and `lab evaluate`."""
+    goals: dict[str, str] = field(default_factory=dict)
+    """minimize or maximize, of the metrics of which W&B was told so (`define_metric`)."""
+    conditions: dict[str, str] = field(default_factory=dict)
+    """With what its last `lab evaluate` measured: episodes, seed, checkpoint ..."""
+    error: str = ""
+    """Why it failed, if that is recorded."""
     notes: tuple[str, ...] = ()
     """What is wrong with it, one line each."""
 
@@ -111,13 +129,30 @@ class Record:
         of = self.series.get(metric, Series(np.empty(0), np.empty(0)))
         if axis == "step" or not of.x.size:
             return of
+        scale = self._scale(axis)
+        if scale is None or not scale.x.size:
+            return Series(np.empty(0), np.empty(0))
+        rising, _ = _joined(scale.y)
+        return Series(np.interp(of.x, scale.x, rising), of.y)
+
+    def restarts(self, axis: str) -> int:
+        """How often the counter of an axis falls: a clock set back, or a count begun again after a resume.
+
+        `over` goes on from where it was.
+        """
+        scale = self._scale(axis) if axis != "step" else None
+        return 0 if scale is None else _joined(scale.y)[1]
+
+    def _scale(self, axis: str) -> Series | None:
+        """The axis over the steps, finite."""
         scale = self.series.get(AXES[axis])
         if scale is None and axis == "time":
             scale = self.series.get(_CLOCK)
             scale = scale and Series(scale.x, scale.y - scale.y[0])
-        if scale is None or not scale.x.size:
-            return Series(np.empty(0), np.empty(0))
-        return Series(np.interp(of.x, scale.x, scale.y), of.y)
+        if scale is None:
+            return None
+        usable = np.isfinite(scale.y)
+        return Series(scale.x[usable], scale.y[usable])
 
 
 class Found(NamedTuple):
@@ -205,32 +240,92 @@ def _whole(value: Any) -> Any:
 # ---- rows ----
 
 
+class Columns(NamedTuple):
+    """The metrics of a run, and what of them does not count or was placed by inference."""
+
+    series: dict[str, Series]
+    notes: list[str]
+
+
 def columns_of(rows: Iterable[Mapping[str, Any]], wanted: Collection[str]) -> dict[str, Series]:
-    """The metrics of `wanted` that the rows have; a row's step is its global_step, else W&B's own."""
-    kept: dict[str, tuple[list[Any], list[Any]]] = {name: ([], []) for name in wanted}
+    """The metrics of `wanted` that the rows have; see `read_columns`."""
+    return read_columns(rows, wanted).series
+
+
+def read_columns(rows: Iterable[Mapping[str, Any]], wanted: Collection[str], axis: str = STEP) -> Columns:
+    """The metrics of `wanted` that the rows have, all over the one count of steps that `axis` names.
+
+    Rows that lack it stand between the rows around them that have it, by W&B's own count of rows (`_step`);
+    where no row has it, that count takes its place.
+    """
+    kept: dict[str, tuple[list[Any], list[Any], list[Any]]] = {name: ([], [], []) for name in wanted}
     pairs = list(kept.items())
+    known: list[tuple[Any, Any]] = []
     for row in rows:
-        step = row.get(STEP)
-        if step is None:
-            step = row.get("_step")
-        for name, (steps, values) in pairs:
+        step, own = row.get(axis), row.get("_step")
+        if step is not None and own is not None:
+            known.append((own, step))
+        for name, (steps, owns, values) in pairs:
             value = row.get(name)
             if value is None and name == _CLOCK:
                 value = row.get("_timestamp")
-            if value is not None and step is not None:
+            if value is not None:
                 steps.append(step)
+                owns.append(own)
                 values.append(value)
-    return {name: series for name, pair in pairs if (series := _series(*pair)).x.size}
+    series: dict[str, Series] = {}
+    notes: list[str] = []
+    for name, (steps, owns, values) in pairs:
+        asked = name not in (*AXES.values(), _CLOCK)  # of the axes one need not hear
+        if None in steps:
+            lacking = sum(step is None for step in steps)
+            steps, values = _placed(steps, owns, values, known)
+            if asked and known:
+                notes.append(f"{lacking} values of {name} without {axis} stand between those that have it")
+            elif asked and len(values) < len(owns):
+                notes.append(f"{len(owns) - len(values)} values of {name} have no step and do not count")
+        found, repeated = _series(steps, values)
+        if found.x.size:
+            series[name] = found
+        if asked and repeated:
+            notes.append(
+                f"steps of {name} begin again at {found.x[0]:,.12g}: "
+                f"{repeated} values logged before do not count"
+            )
+    return Columns(series, notes)
 
 
-def _series(steps: list[Any], values: list[Any]) -> Series:
+def _placed(
+    steps: list[Any], owns: list[Any], values: list[Any], known: Sequence[tuple[Any, Any]]
+) -> tuple[list[Any], list[Any]]:
+    """Gives a step to the values that have none, if W&B's own count tells where they belong."""
+    if not known:
+        usable = [index for index, own in enumerate(owns) if own is not None or steps[index] is not None]
+        return [owns[i] if steps[i] is None else steps[i] for i in usable], [values[i] for i in usable]
+    pairs = sorted({own: step for own, step in known if _number(step) is not None}.items())
+    places, counts = (np.array([float(pair[i]) for pair in pairs]) for i in (0, 1))
+    usable = [index for index, own in enumerate(owns) if own is not None or steps[index] is not None]
+    placed = [np.interp(owns[i], places, counts) if steps[i] is None else steps[i] for i in usable]
+    return placed, [values[i] for i in usable]
+
+
+def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int]:
+    """Steps and values as numbers, rising, and how many went if even the first was logged again.
+
+    A resumed run repeats the steps since its checkpoint, which is as it should be.
+    """
     try:
         x, y = np.array(steps, np.float64), np.array(values, np.float64)
     except (TypeError, ValueError):  # "NaN", or a metric that is no number
         numbers = [(_number(step), _number(value)) for step, value in zip(steps, values, strict=True)]
         pairs = [(a, b) for a, b in numbers if a is not None and b is not None]
         x, y = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
-    return _without_overlap(x, y)
+    usable = np.isfinite(x)
+    if not usable.all():
+        x, y = x[usable], y[usable]
+    found = _without_overlap(x, y)
+    begun_again = x.size > 0 and bool((x[1:] <= x[0]).any())
+    return found, (x.size - found.x.size) if begun_again else 0
 
 
 def _without_overlap(x: Array, y: Array) -> Series:
@@ -240,6 +335,26 @@ def _without_overlap(x: Array, y: Array) -> Series:
         kept = np.append(x[:-1] < least_after[1:], True)
         x, y = x[kept], y[kept]
     return Series(x, y)
+
+
+def _joined(values: Array) -> tuple[Array, int]:
+    """A counter that never falls, and how often it did: after each fall it goes on from where it was."""
+    falls = np.minimum(np.diff(values, prepend=values[:1]), 0.0)
+    # The maximum takes away what rounding leaves.
+    return np.maximum.accumulate(values - falls.cumsum()), int((falls < 0).sum())
+
+
+def _step_metric(rows: Sequence[Mapping[str, Any]], wanted: Iterable[str], laid: Mapping[str, str]) -> str:
+    """What counts the steps of a W&B run: what the first of `wanted` was laid over, else global_step.
+
+    Args:
+        laid: names or patterns of metrics, and what W&B lays them over.
+    """
+    for name in wanted:
+        axis = laid.get(name) or next((laid[p] for p in laid if fnmatch.fnmatchcase(name, p)), "")
+        if axis and any(name in row for row in rows) and any(axis in row for row in rows):
+            return axis
+    return STEP
 
 
 def _number(value: Any) -> float | None:
@@ -331,7 +446,64 @@ def _read_folder(folder: Path, wanted: Collection[str]) -> Record | str:
     if about["state"] == "running" and not locks.is_locked(folder / ".lock"):
         about["state"] = "crashed"
     series, metrics, notes = _read_metrics(folder / "metrics.jsonl", wanted)
-    return Record(**about, source=str(folder), series=series, metrics=metrics, notes=notes)
+    said, conditions, damaged = _evaluated(folder)
+    said |= _prefixed(SUMMARY, info["summary"])
+    return Record(
+        **about,
+        source=str(folder),
+        series=_with_said(series, said, wanted),
+        metrics=metrics,
+        said=_worth_naming(said, metrics),
+        notes=(*notes, *damaged),
+        conditions=conditions,
+        error=str(sessions[-1].get("error", "")),
+    )
+
+
+def _evaluated(folder: Path) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+    """What `lab evaluate` last said of a run, with what it measured, and what is wrong with the file."""
+    path = folder / "evaluations.jsonl"
+    if not path.is_file():
+        return {}, {}, ()
+    try:
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    except OSError as error:
+        return {}, {}, (f"{path}: cannot be read: {error.strerror}",)
+    for line in reversed(lines):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            if isinstance(row := orjson.loads(line), dict):
+                result = {key: row.pop(key) for key in ("eval",) if isinstance(row.get(key), dict)}
+                conditions = {key: str(row.pop(key)) for key in _CONDITIONS if row.get(key) is not None}
+                row = {key: value for key, value in row.items() if key not in ("scores", "compute")}
+                return _prefixed(EVALUATE, {**row, **result.get("eval", {})}), conditions, ()
+    return {}, {}, (f"{path}: damaged: no line of it can be read",) if lines else ()
+
+
+def _prefixed(prefix: str, values: Any) -> dict[str, Any]:
+    """The numbers of a nested mapping by `prefix` and their dotted keys."""
+    flat = flatten(values) if isinstance(values, Mapping) else {}
+    return {
+        f"{prefix}{key}": value
+        for key, value in flat.items()
+        if not key.startswith("_") and not isinstance(value, bool) and isinstance(value, int | float)
+    }
+
+
+def _with_said(
+    series: dict[str, Series], said: Mapping[str, Any], wanted: Collection[str]
+) -> dict[str, Series]:
+    """Adds what was said once of a run. A summary's value may be named without its prefix."""
+    for name in wanted:
+        value = said.get(name, said.get(f"{SUMMARY}{name}"))
+        if value is not None and name not in series:
+            series[name] = Series(np.zeros(1), np.array([float(value)]))
+    return series
+
+
+def _worth_naming(said: Iterable[str], metrics: Collection[str]) -> frozenset[str]:
+    """The names of what was said but for the last values of metrics, which W&B repeats in its summary."""
+    known = {*metrics, STEP}
+    return frozenset(name for name in said if name.removeprefix(SUMMARY).split(".")[0] not in known)
 
 
 def _parents(value: Any) -> tuple[dict[str, str], ...]:
@@ -344,6 +516,8 @@ def _read_metrics(
 ) -> tuple[dict[str, Series], frozenset[str], tuple[str, ...]]:
     """The metrics of a metrics.jsonl: those wanted, the names of all, and what was wrong."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            return {}, frozenset(), (f"{path}: is no file",)
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         return {}, frozenset(), (f"{path}: cannot be read: {error.strerror}",)
@@ -367,13 +541,12 @@ def _read_metrics(
                 names.update(row)
             yield row
 
-    series = columns_of(rows(), wanted)
-    what = f"{len(damaged)} lines are damaged, the first is line {damaged[0]}" if damaged else ""
-    return (
-        series,
-        _metric_names(names | set(series)),
-        ((f"{path}: {what}; the others count",) if damaged else ()),
-    )
+    series, found = read_columns(rows(), wanted)
+    notes = [f"{path}: {note}" for note in found]
+    if damaged:
+        what = f"{len(damaged)} lines are damaged, the first is line {damaged[0]}"
+        notes.append(f"{path}: {what}; the others count")
+    return series, _metric_names(names | set(series)), tuple(notes)
 
 
 def _metric_names(keys: Iterable[str]) -> frozenset[str]:
@@ -416,6 +589,10 @@ class _Fragment(NamedTuple):
     rows: list[dict[str, Any]]
     exit_code: int | None
     notes: tuple[str, ...]
+    laid: dict[str, str]
+    """Metrics, or patterns of them, and what W&B lays them over."""
+    goals: dict[str, str]
+    summary: dict[str, Any]
 
 
 def _read_fragment(file: Path) -> _Fragment | str:
@@ -429,6 +606,9 @@ def _read_fragment(file: Path) -> _Fragment | str:
     info: dict[str, Any] = {}
     config: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
+    laid: dict[str, str] = {}
+    goals: dict[str, str] = {}
+    summary: dict[str, Any] = {}
     exit_code = None
     for line in done.stdout.splitlines():
         try:
@@ -443,13 +623,30 @@ def _read_fragment(file: Path) -> _Fragment | str:
             config |= body.get("update", {})
         elif kind == "history":
             rows.append(body["item"])
+        elif kind == "summary":
+            summary |= body.get("update", {})
+        elif kind == "metric":
+            name = body.get("name") or body.get("glob_name", "")
+            if axis := body.get("step_metric"):
+                laid[name] = axis
+            if goal := _goal(body.get("summary", {}), body.get("goal")):
+                goals[name] = goal
         elif kind == "exit":
             exit_code = body.get("exit_code", 0)
     if "run_id" not in info:
         why = done.stderr.decode(errors="replace").strip().splitlines()
         return f"{file}: damaged: no run can be read from it{f' ({why[-1][:120]})' if why else ''}"
     cut = (f"{file}: cut off after {len(rows)} rows; those count",) if done.returncode else ()
-    return _Fragment(file, info, config, rows, exit_code, cut)
+    return _Fragment(file, info, config, rows, exit_code, cut, laid, goals, summary)
+
+
+def _goal(summary: Any, goal: Any) -> str:
+    """Which way W&B was told that a metric gets better: by its goal, or by what its summary keeps."""
+    if goal in (1, "GOAL_MINIMIZE", "minimize") or (isinstance(summary, Mapping) and summary.get("min")):
+        return "minimize"
+    if goal in (2, "GOAL_MAXIMIZE", "maximize") or (isinstance(summary, Mapping) and summary.get("max")):
+        return "maximize"
+    return ""
 
 
 def _join(parts: Sequence[_Fragment], wanted: Collection[str]) -> Record:
@@ -457,6 +654,7 @@ def _join(parts: Sequence[_Fragment], wanted: Collection[str]) -> Record:
     rows = [row for part in parts for row in part.rows]
     states = {None: "crashed", 0: "finished", INTERRUPTED: "interrupted"}
     names = frozenset(key for row in (*rows[:100], *rows[-100:]) for key in row)
+    laid, goals, summary = ({k: v for part in parts for k, v in of(part).items()} for of in _DEFINED)
     return _of_wandb(
         id=first.info["run_id"],
         name=last.info.get("display_name") or first.info["run_id"],
@@ -466,10 +664,17 @@ def _join(parts: Sequence[_Fragment], wanted: Collection[str]) -> Record:
         state=states.get(last.exit_code, "failed"),
         started=first.info.get("start_time", ""),
         config=last.config,
-        series=columns_of(rows, wanted),
+        rows=rows,
+        wanted=wanted,
+        laid=laid,
+        goals=goals,
+        summary=summary,
         metrics=names,
         notes=tuple(note for part in parts for note in part.notes),
     )
+
+
+_DEFINED = (lambda part: part.laid, lambda part: part.goals, lambda part: part.summary)
 
 
 def _wandb_command() -> str:
@@ -480,16 +685,35 @@ def _wandb_command() -> str:
     return found
 
 
-def _of_wandb(*, config: Mapping[str, Any], metrics: Iterable[str], **fields: Any) -> Record:
+def _of_wandb(
+    *,
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    wanted: Collection[str],
+    laid: Mapping[str, str],
+    summary: Mapping[str, Any],
+    metrics: Iterable[str],
+    notes: Sequence[str],
+    **fields: Any,
+) -> Record:
     """A record whose config is what the tracker told W&B: ours, with what else it knows of the run."""
     ours = {
         key: value for key, value in config.items() if key not in ("_wandb", "x_axis", "parents", "compute")
     }
+    axis = _step_metric(rows, wanted, laid)
+    series, found = read_columns(rows, wanted, axis)
+    names = _metric_names(metrics)
+    said = _prefixed(SUMMARY, summary)
+    if axis == STEP and series and not any(STEP in row for row in rows):
+        axis = _ROWS
     return Record(
         config=_config(ours),
-        x_axis=str(config.get("x_axis") or ""),
+        x_axis=str(config.get("x_axis") or (axis if axis != STEP else "")),
         parents=_parents(config.get("parents")),
-        metrics=_metric_names(metrics),
+        series=_with_said(series, said, wanted),
+        metrics=names,
+        said=_worth_naming(said, names),
+        notes=(*notes, *(f"{fields['name']}: {note}" for note in found)),
         **fields,
     )
 
@@ -626,8 +850,8 @@ def _online_run(run: Any, query: Query, wanted: Sequence[str], columns: Collecti
     names = {there: wanted[0], f"{there}_n": f"{wanted[0]}_n"} if there and there not in wanted else {}
     config, summary = dict(run.config), dict(run.summary)
     known = set((run.history_keys or {}).get("keys") or summary)
-    rows, notes = _online_rows(run, known, [*columns, *names])
-    series = {names.get(name, name): s for name, s in columns_of(rows, [*columns, *names]).items()}
+    laid, goals = _definitions(config.get("_wandb"))
+    rows, notes = _online_rows(run, known, [*columns, *names, *laid.values()])
     record = _of_wandb(
         id=run.id,
         name=run.name or run.id,
@@ -637,11 +861,39 @@ def _online_run(run: Any, query: Query, wanted: Sequence[str], columns: Collecti
         state=summary.get(ENDED, run.state) if run.state == "failed" else _STATES.get(run.state, run.state),
         started=str(run.created_at or ""),
         config=config,
-        series=series,
+        rows=rows,
+        wanted=[*columns, *names],
+        laid=laid,
+        goals=goals,
+        summary=summary,
         metrics=known | {names[name] for name in names if name in known},
         notes=notes,
     )
-    return _as_wished(record, query.words)
+    series = {names.get(name, name): one for name, one in record.series.items()}
+    return _as_wished(replace(record, series=series), query.words)
+
+
+def _definitions(told: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """What `define_metric` told W&B's server: over what metrics lie, and which way they get better.
+
+    It keeps W&B's messages with numbers for names: 1 the metric or 2 a pattern, 4 its step metric or 5 the
+    place of that in the list, 7 what its summary keeps (1 min, 2 max), 8 its goal (1 minimize, 2 maximize).
+    """
+    entries = told.get("m") if isinstance(told, Mapping) else None
+    entries = [one for one in entries if isinstance(one, Mapping)] if isinstance(entries, list) else []
+    laid, goals = dict[str, str](), dict[str, str]()
+    for entry in entries:
+        name, place = entry.get("1") or entry.get("2") or "", entry.get("5")
+        axis = entry.get("4")
+        if isinstance(place, int) and 0 < place <= len(entries):
+            axis = entries[place - 1].get("1")
+        if axis:
+            laid[name] = axis
+        kept = entry.get("7")
+        kept = kept if isinstance(kept, list) else []
+        if goal := _goal({"min": 1 in kept, "max": 2 in kept}, entry.get("8")):
+            goals[name] = goal
+    return laid, goals
 
 
 def _online_rows(

@@ -5,25 +5,18 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lab.compare import Comparison, Group
-from lab.files import explain_write_errors, write_atomic, written_aside
+from lab.compare import Comparison, Group, named
+from lab.files import explain_write_errors, write_atomic
 from lab.statistics import Interval, ThresholdSteps
+from lab.verdict import MOST_RUNS, POWER, Difference, turned
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-COLORS = ("#2a6fbb", "#c0504d", "#4f9d57", "#8064a2", "#d98b2b", "#3aa6a6", "#a0522d", "#7f7f7f")
-"""Of the groups by their labels, so that a group has one in all plots; they repeat."""
-SEEDS_DRAWN = 60
-"""With more runs than that their single curves would hide the groups'."""
-
-
-def colors(comparison: Comparison) -> list[str]:
-    """A color for each group."""
-    labels = [group.label for group in comparison.groups]
-    return [COLORS[sorted(labels).index(label) % len(COLORS)] for label in labels]
+NAMED = 3
+"""Groups of a kind of which the answer says by how much."""
 
 
 def number(value: float) -> str:
@@ -59,27 +52,28 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     q, groups = comparison.question, comparison.groups
     several_tasks = len(comparison.tasks) > 1
     percent = f"{q.confidence:.0%}"
-    heads = ["group", "runs", "mean", "std", "median", f"IQM [{percent}]"]
-    if len(groups) > 1:
-        heads.append(f"P(better than {comparison.baseline})")
+    compared = len(groups) > 1 and not comparison.comparable
+    base = comparison.baseline if len(comparison.baseline) <= 20 else "the baseline"
+    win_rates = any(group.win_rate for group in groups)
+    heads = ["group", "runs", f"mean [{percent}]", "std", "median"]
+    if compared:
+        heads += [f"difference to {base} [{percent}]", "verdict", "pairs won"]
     if several_tasks:
-        heads.append(f"optimality gap to {q.gamma:g}")
+        heads += [f"IQM [{percent}]", f"optimality gap to {q.gamma:g}"]
     heads.append("area")
-    if any(group.win_rate for group in groups):
-        heads.append(f"Wilson [{percent}]")
+    if win_rates:
+        heads.append("over its prompts [95%]")
     if q.threshold is not None:
         heads += [f"{comparison.x_label} to {q.threshold:g}", f"seconds to {q.threshold:g}"]
     rows = []
     for group in groups:
-        row = [group.label, runs(group), number(group.mean), number(group.std), number(group.median)]
-        row.append(interval(group.estimates.get("iqm")))
-        if len(groups) > 1:
-            baseline = group.label == comparison.baseline
-            row.append("baseline" if baseline else interval(group.better_than_baseline))
+        row = [group.label, runs(group), interval(group.interval), number(group.std), number(group.median)]
+        if compared:
+            row += _against(group, comparison)
         if several_tasks:
-            row.append(interval(group.estimates.get("optimality_gap")))
+            row += [interval(group.estimates.get(name)) for name in ("iqm", "optimality_gap")]
         row.append(number(group.auc))
-        if any(other.win_rate for other in groups):
+        if win_rates:
             row.append(interval(group.win_rate))
         if q.threshold is not None:
             row += [reached(group.threshold_steps), reached(group.threshold_seconds)]
@@ -87,36 +81,136 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
+def _against(group: Group, comparison: Comparison) -> list[str]:
+    """The cells of a group about the baseline: difference, verdict, pairs won."""
+    of = group.difference
+    if of is None:
+        return ["baseline", "", ""]
+    won = of.pairs - of.wins if comparison.lower_is_better else of.wins
+    pairs = f"{number(won)} of {of.pairs}" if of.pairs else "-"
+    return [interval(Interval(of.point, of.low, of.high)), verdict(of, comparison.lower_is_better), pairs]
+
+
+def verdict(difference: Difference, lower_is_better: bool) -> str:
+    """better, worse, or not settled: of a group against the baseline."""
+    if not difference.settled:
+        return "not settled"
+    return "better" if (difference.point < 0) == lower_is_better else "worse"
+
+
 def runs(group: Group) -> str:
     """How many runs count, of how many seeds, and what became of the others."""
     text = f"{group.n}"
-    if group.seeds != group.n:
+    if group.seeds < group.n:
         text += f" of {group.seeds} seed{'s' if group.seeds != 1 else ''}"
-    aside = [f"{count} {state}" for state, count in group.unfinished.items()]
+    aside = [f"{group.diverged} diverged"] if group.diverged else []
+    aside += [f"{count} {state}" for state, count in group.unfinished.items()]
     if group.without:
         aside.append(f"{group.without} without a value")
     return f"{text} ({', '.join(aside)})" if aside else text
 
 
 def headline(comparison: Comparison) -> str:
-    """The answer in a sentence."""
+    """The answer in a sentence or two."""
     groups = comparison.groups
     best = groups[0]
     scored = [group for group in groups if group.n]
-    if len(scored) < 2:
-        return f"{best.label}: {interval(best.estimates.get('iqm'))}; there is nothing to compare it with."
-    other = next(group for group in groups if group.label == comparison.baseline)
-    chance = best.better_than_baseline
-    if other is best:
-        other = scored[1]
-        reverse = other.better_than_baseline
-        chance = reverse and Interval(1 - reverse.point, 1 - reverse.high, 1 - reverse.low)
-    text = f"{best.label} is better than {other.label} with probability {interval(chance)}"
-    if chance is None or math.isnan(chance.low):
-        sure = ", from too few runs to say how sure that is"
-    else:
-        sure = "" if chance.low > 0.5 or chance.high < 0.5 else ": the runs do not say which is better"
-    return f"{text}{sure}."
+    if len(groups) < 2:
+        return f"{best.label}: {interval(best.interval)}; there is nothing to compare it with."
+    if comparison.comparable:
+        return f"Not comparable: {comparison.comparable}."
+    base = next(group for group in groups if group.label == comparison.baseline)
+    if not base.n or len(scored) < 2:
+        without = named([group.label for group in groups if not group.n])
+        return f"Nothing can be compared: {without} has no score."
+    others = [(group, group.difference) for group in scored if group.difference is not None]
+    if len(others) == 1:
+        (other, difference) = others[0]
+        return _of_two(other, base, difference, comparison)
+    return _of_many(others, comparison)
+
+
+def _of_two(other: Group, base: Group, difference: Difference, comparison: Comparison) -> str:
+    less = comparison.lower_is_better
+    if not difference.settled:
+        scores = " and ".join(
+            f"{group.label} {number(group.mean)}" for group in comparison.groups if group in (other, base)
+        )
+        return f"Not settled: {scores}{_how(difference, comparison)}. {_remedy(difference)}"
+    winner, loser = (other, base) if verdict(difference, less) == "better" else (base, other)
+    if winner is base:
+        difference = turned(difference)
+    return (
+        f"{winner.label} is better than {loser.label} by {number(abs(difference.point))}"
+        f" ({_evidence(difference, comparison)}).{_condition(comparison)}"
+    )
+
+
+def _of_many(others: Sequence[tuple[Group, Difference]], comparison: Comparison) -> str:
+    less, base = comparison.lower_is_better, comparison.baseline
+    sides: dict[str, list[str]] = {"better": [], "worse": [], "not settled": []}
+    for group, difference in others:
+        side = verdict(difference, less)
+        text = group.label
+        if side != "not settled" and len(sides[side]) < NAMED:
+            size = number(abs(difference.point))
+            text += f" by {size} ({_evidence(difference, comparison)})"
+        sides[side].append(text)
+    parts = [f"{side} than {base}: {named(sides[side])}" for side in ("better", "worse") if sides[side]]
+    if open_ := sides["not settled"]:
+        parts.append(f"not settled against {base}: {named(open_)}")
+    text = "; ".join(parts)
+    text = f"{text[0].upper()}{text[1:]}."
+    closest = [d for _, d in others if not d.settled]
+    if len(closest) == len(others):
+        text += f" {_remedy(min(closest, key=lambda d: d.runs_needed or MOST_RUNS + 1))}"
+    return text + _condition(comparison)
+
+
+def _how(difference: Difference, comparison: Comparison) -> str:
+    return f"; difference {number(abs(difference.point))} ({_evidence(difference, comparison)})"
+
+
+def _evidence(difference: Difference, comparison: Comparison) -> str:
+    """The interval, turned so that the difference is positive, and how it was made."""
+    of = turned(difference) if difference.point < 0 else difference
+    parts = []
+    if not math.isnan(of.low):
+        parts.append(f"{comparison.question.confidence:.0%} {number(of.low)} to {number(of.high)}")
+    tasks = f" over {difference.tasks} {comparison.task_key or 'tasks'}" if difference.tasks > 1 else ""
+    methods = {
+        "welch": f"Welch{tasks}",
+        "seeds": f"paired by seed{tasks}",
+        "tasks": f"paired by {comparison.task_key or 'task'}, of which there are {difference.tasks}",
+    }
+    if difference.method:
+        parts.append(methods[difference.method])
+    if difference.family > 1:
+        parts.append(f"Holm over {difference.family}")
+    return ", ".join(parts) or "no interval"
+
+
+def _remedy(difference: Difference) -> str:
+    """What would settle it."""
+    if difference.why:
+        return f"For a verdict there are too few runs: {difference.why}."
+    if math.isnan(difference.low):
+        return "Too few runs for scores that are all alike."
+    if difference.runs_needed is None:
+        return f"More than {MOST_RUNS:,} seeds each would be needed to show a difference of this size."
+    return (
+        f"About {difference.runs_needed} seeds each would show a difference of this size "
+        f"(with {POWER:.0%} power)."
+    )
+
+
+def _condition(comparison: Comparison) -> str:
+    """What the verdict leaves out or takes for granted."""
+    failed = sum(group.diverged for group in comparison.groups)
+    missing = sum(group.without for group in comparison.groups)
+    total = sum(len(group.records) for group in comparison.groups)
+    text = f" {failed} of {total} runs diverged and count as the worst." if failed else ""
+    return text + (f" {missing} of {total} runs have no value and do not count." if missing else "")
 
 
 def lineage(comparison: Comparison) -> list[str]:
@@ -129,13 +223,34 @@ def lineage(comparison: Comparison) -> list[str]:
     return lines
 
 
+def question(comparison: Comparison) -> str:
+    """What was asked, with which way is better and what the others are compared with."""
+    q = comparison.question
+    way = f"{'less' if comparison.lower_is_better else 'more'} is better, {comparison.why_direction}"
+    base = (
+        f"; baseline {comparison.baseline}: {comparison.why_baseline}" if len(comparison.groups) > 1 else ""
+    )
+    scaled = f", scaled by each {comparison.task_key}'s range" if comparison.normalized else ""
+    return f"{q.metric} ({q.score} value of each run{scaled}; {way}{base})"
+
+
+def task_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The mean of each group on each task, in the metric's own unit; no rows if there is one task."""
+    if len(comparison.tasks) < 2:
+        return [], []
+    heads = [comparison.task_key or "task", *(group.label for group in comparison.groups)]
+    rows = [
+        [task, *(number(group.task_means.get(task, math.nan)) for group in comparison.groups)]
+        for task in comparison.tasks
+    ]
+    return heads, rows
+
+
 def show(comparison: Comparison, console: "Console") -> None:
     """Prints table, answer, differences and notes."""
     from rich.table import Table
 
-    q = comparison.question
-    less = ", less is better" if q.lower_is_better else ""
-    console.print(f"{q.metric} ({q.score} value of each run{less})", style="bold", highlight=False)
+    console.print(question(comparison), style="bold", highlight=False, markup=False)
     heads, rows = table(comparison)
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for head in heads:
@@ -144,6 +259,15 @@ def show(comparison: Comparison, console: "Console") -> None:
         shown.add_row(*row)
     console.print(shown, highlight=False, markup=False)
     console.print(headline(comparison), highlight=False, markup=False)
+    heads, rows = task_table(comparison)
+    if rows:
+        console.print("\nmean of each task", style="bold")
+        tasks = Table(box=None, pad_edge=False, header_style="dim")
+        for head in heads:
+            tasks.add_column(head, justify="left" if head == heads[0] else "right", overflow="fold")
+        for row in rows:
+            tasks.add_row(*row)
+        console.print(tasks, highlight=False, markup=False)
     if comparison.differences and len(comparison.groups) > 1:
         console.print("\nconfig keys that differ", style="bold")
         differences = Table(box=None, pad_edge=False, header_style="dim")
@@ -161,7 +285,11 @@ def markdown(comparisons: Sequence[Comparison], figure: str = "") -> str:
     parts = []
     for number_, comparison in enumerate(comparisons):
         heads, rows = table(comparison)
-        parts += [f"## {comparison.question.metric}", headline(comparison), _markdown_table(heads, rows)]
+        parts += [f"## {comparison.question.metric}", headline(comparison)]
+        parts += [f"{question(comparison)}:", _markdown_table(heads, rows)]
+        task_heads, task_rows = task_table(comparison)
+        if task_rows:
+            parts += ["### Mean of each task", _markdown_table(task_heads, task_rows)]
         if figure and not number_:
             parts.append(f"![curves and intervals]({figure})")
         if comparison.differences and len(comparison.groups) > 1:
@@ -190,21 +318,34 @@ def groups_csv(comparisons: Sequence[Comparison]) -> str:
     rows = csv.writer(out, lineterminator="\n")
     estimates = ("iqm", "mean", "median", "optimality_gap")
     rows.writerow(
-        ["metric", "group", "runs", "seeds", "unfinished", "without_value", "mean", "std", "median"]
+        ["metric", "group", "runs", "seeds", "unfinished", "without_value", "diverged"]
+        + ["mean", "mean_low", "mean_high", "std", "median"]
         + [f"{name}{end}" for name in estimates for end in ("_over_tasks", "_low", "_high")]
-        + ["p_better", "p_better_low", "p_better_high", "area_under_curve"]
+        + ["baseline", "difference", "difference_low", "difference_high", "p_holm", "verdict", "method"]
+        + ["runs_needed", "pairs_won", "pairs", "area_under_curve"]
         + ["win_rate", "win_rate_low", "win_rate_high"]
         + ["threshold", "steps_to_threshold", "seconds_to_threshold", "reached"]
     )
     nothing = Interval(math.nan, math.nan, math.nan)
     for comparison in comparisons:
         for group in comparison.groups:
-            steps, seconds = group.threshold_steps, group.threshold_seconds
+            steps, seconds, of = group.threshold_steps, group.threshold_seconds, group.difference
+            against: list[object] = [""] * 10
+            if of is not None:
+                against = [comparison.baseline, of.point, of.low, of.high, of.p]
+                against += [
+                    verdict(of, comparison.lower_is_better),
+                    of.method,
+                    of.runs_needed,
+                    of.wins,
+                    of.pairs,
+                ]
             rows.writerow(
                 [comparison.question.metric, group.label, group.n, group.seeds]
-                + [sum(group.unfinished.values()), group.without, group.mean, group.std, group.median]
+                + [sum(group.unfinished.values()), group.without, group.diverged]
+                + [*group.interval, group.std, group.median]
                 + [value for name in estimates for value in group.estimates.get(name, nothing)]
-                + [*(group.better_than_baseline or nothing), group.auc, *(group.win_rate or nothing)]
+                + [*against, group.auc, *(group.win_rate or nothing)]
                 + [comparison.question.threshold, steps and steps.median, seconds and seconds.median]
                 + [steps and steps.reached]
             )
@@ -216,16 +357,63 @@ def runs_csv(comparisons: Sequence[Comparison]) -> str:
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(["metric", "group", "run", "name", "seed", "state", "source", "score"])
-    from lab.compare import score_of
-
     for comparison in comparisons:
-        q = comparison.question
         for group in comparison.groups:
             for record in group.records:
-                score = score_of(record.over(q.metric, "step"), q.score, q.lower_is_better)
                 about = [record.id, record.name, record.seed, record.state, record.source]
-                rows.writerow([q.metric, group.label, *about, score])
+                rows.writerow([comparison.question.metric, group.label, *about, group.by_run[record.id]])
     return out.getvalue()
+
+
+def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """The same for programs, one entry a metric; what is not known is null."""
+    return [_finite(_entry(comparison)) for comparison in comparisons]
+
+
+def _entry(comparison: Comparison) -> dict[str, Any]:
+    q = comparison.question
+    return {
+        **{"metric": q.metric, "score": q.score, "confidence": q.confidence},
+        **{"goal": "minimize" if comparison.lower_is_better else "maximize"},
+        **{"goal_from": comparison.why_direction, "answer": headline(comparison)},
+        **{"baseline": comparison.baseline, "baseline_from": comparison.why_baseline},
+        **{"tasks": list(comparison.tasks), "normalized": comparison.normalized},
+        "until": {task: until for task, until in comparison.until.items() if math.isfinite(until)},
+        "groups": [_group_entry(group, comparison) for group in comparison.groups],
+        **{"differences": comparison.differences, "notes": list(comparison.notes)},
+    }
+
+
+def _group_entry(group: Group, comparison: Comparison) -> dict[str, Any]:
+    of = group.difference
+    entry: dict[str, Any] = {
+        **{"label": group.label, "runs": group.n, "seeds": group.seeds, "diverged": group.diverged},
+        **{"unfinished": group.unfinished, "without_value": group.without},
+        **{"mean": group.interval._asdict(), "std": group.std, "median": group.median},
+        "estimates": {name: interval_._asdict() for name, interval_ in group.estimates.items()},
+        "task_means": group.task_means,
+        "scores": [
+            {"run": r.id, "name": r.name, "seed": r.seed, "score": group.by_run[r.id]} for r in group.records
+        ],
+        "area_under_curve": group.auc,
+    }
+    if of is not None:
+        entry["against_baseline"] = {
+            **{"difference": of.point, "low": of.low, "high": of.high, "p_holm": of.p},
+            **{"verdict": verdict(of, comparison.lower_is_better), "method": of.method},
+            **{"comparisons": of.family, "runs_needed": of.runs_needed, "why": of.why},
+            **{"pairs_won": of.wins, "pairs": of.pairs},
+        }
+    return entry
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def curves_csv(comparisons: Sequence[Comparison]) -> str:
@@ -241,53 +429,10 @@ def curves_csv(comparisons: Sequence[Comparison]) -> str:
     return out.getvalue()
 
 
-def draw(comparisons: Sequence[Comparison], paths: Sequence[Path]) -> None:
-    """Curves with their bands and scores with their intervals, a row of plots per metric, as PNG or SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6 * len(comparisons)), layout="constrained", dpi=110)
-    grid = figure.subplots(len(comparisons), 2, squeeze=False, width_ratios=[3, 2])
-    for (left, right), comparison in zip(grid, comparisons, strict=True):
-        q = comparison.question
-        few = sum(group.n for group in comparison.groups) <= SEEDS_DRAWN
-        positions = range(len(comparison.groups))[::-1]
-        for color, group, y in zip(colors(comparison), comparison.groups, positions, strict=True):
-            if group.curve is not None:
-                left.plot(group.curve_x, group.curve.point, color=color, label=f"{group.label} (n={group.n})")
-                left.fill_between(
-                    group.curve_x, group.curve.low, group.curve.high, color=color, alpha=0.2, lw=0
-                )
-            for record in group.records if few else ():
-                series = record.over(q.metric, q.axis)
-                left.plot(series.x, series.y, color=color, alpha=0.25, lw=0.8)
-            scores = [score for task in group.scores.values() for score in task]
-            right.plot(scores, [y] * len(scores), "o", color=color, alpha=0.35, ms=5, mew=0)
-            estimate = group.estimates.get("iqm")
-            if estimate is not None:
-                if not math.isnan(estimate.low):
-                    right.plot([estimate.low, estimate.high], [y, y], color=color, lw=6, alpha=0.3)
-                right.plot([estimate.point], [y], "|", color=color, ms=18, mew=2.5)
-        left.set(xlabel=comparison.x_label, ylabel=q.metric)
-        right.set(xlabel=f"{q.metric}: runs, IQM, {q.confidence:.0%} interval")
-        right.set_yticks(list(positions), [group.label for group in comparison.groups])
-        right.set_ylim(-0.6, len(comparison.groups) - 0.4)
-        if any(group.curve is not None for group in comparison.groups):
-            left.legend(frameon=False, fontsize=9)
-        else:
-            left.text(
-                0.5, 0.5, "no curve: one value a run", ha="center", transform=left.transAxes, color="#666"
-            )
-        for axes in (left, right):
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-    for path in paths:
-        with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
-            figure.savefig(aside, format=path.suffix[1:])
-
-
 def write(comparisons: Sequence[Comparison], folder: Path, title: str, command: str) -> Path:
     """Writes everything to a folder; returns the page."""
     from lab.report_page import page
+    from lab.report_plot import draw
 
     with explain_write_errors(str(folder), "Name another folder with --out."):
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from lab import checkpoint, locks
-from lab.config import differences
+from lab.config import differences, to_dict, with_defaults
 from lab.errors import LabError, did_you_mean
 from lab.files import explain_write_errors, read_json, write_json
 from lab.tracking import Tracker, rewind, scrub, scrub_argv
@@ -168,9 +168,10 @@ class Run:
             raise LabError(f"{self.folder}: no checkpoint {which!r}. {there}")
         return path
 
-    def refuse_other_config(self, values: Mapping[str, Any], may_change: tuple[str, ...]) -> None:
-        """Raises a `LabError` if the run was started with another config, but for keys that begin so."""
-        old, new = self.info["config"], scrub(dict(values))
+    def refuse_other_config(self, settings: Any, may_change: tuple[str, ...]) -> None:
+        """Raises a `LabError` if the run was started with another config, but for keys that begin so; a key
+        that there was not yet had its default."""
+        old, new = with_defaults(self.info["config"], settings), scrub(to_dict(settings))
         for key, (before, now) in differences(old, new).items():
             if not key.startswith(may_change):
                 self.refuse(

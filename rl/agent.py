@@ -2,12 +2,16 @@
 
 A learner is an iterator: `for agent_steps in agent.iterate(total)` acts and learns, and knows nothing of
 logging, checkpoints or evaluation. Between two items its state is consistent: `capture` takes all of it,
-`restore` goes on bit for bit. SB3's own `learn(total, callback)` drives the same iterator.
+`restore` goes on bit for bit. SB3's own `learn(total, callback)` drives the same iterator and calls
+callbacks when SB3 does; `save` and `load` write and read SB3's zip files. (Those hold pickles: `load` runs
+what is in the file, so load your own. The command `lab` reads none, and writes them for `lab export` alone.)
 """
 
+import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -16,14 +20,16 @@ import torch
 from stable_baselines3 import DQN as SB3DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.preprocessing import maybe_transpose
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.utils import get_device, is_vectorized_observation, set_random_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.device import Compute, spare_core
 from lab.seeding import derive_seed
 from rl.config import AgentConfig, DQNConfig
-from rl.envs import AtariVecEnv
+from rl.envs import AtariVecEnv, training_seed
 from rl.optim import make_optimizer
 from rl.policy import BackboneQPolicy, q_values
 from rl.replay import FrameReplay
@@ -52,24 +58,57 @@ class QLearner(BaseAlgorithm):
     compute: Compute
     exploration_rate: float
 
-    def _prepare(self, config: AgentConfig, compute: Compute, seed: int) -> None:
-        """Called at the end of a subclass's `__init__`, when policy and env exist."""
+    def _begin_init(self, config: AgentConfig, compute: Compute | None, device: torch.device | str) -> None:
+        """Called at the beginning of a subclass's `__init__`."""
+        if compute is None:
+            compute = Compute(get_device(device), "fp32", torch.get_num_threads(), "as torch is set")
         self.config, self.compute = config, compute
-        self.rng = np.random.default_rng(derive_seed(seed, 1))
-        self.policy.set_precision(compute.precision)
+        self._precision = compute.precision
+        self._callback: BaseCallback | None = None
+        self._stopped = False
+        self._in_rollout = False
+
+    def _prepare(self) -> None:
+        """Called at the end of a subclass's `_setup_model`, when the policy exists: all that is not saved."""
+        config, seed = self.config, self.seed or 0
+        self.compute = replace(self.compute, device=self.device, precision=self._precision)
+        if "rng" not in self.__dict__:
+            self.rng = np.random.default_rng(derive_seed(seed, 1))
+        self.policy.set_precision(self._precision)
         self.policy.optimizer = make_optimizer(
             config.optimizer, self.policy.q_net.parameters(), config.learning_rate, config.optimizer_eps
         )
-        self.ep_info_buffer = deque(maxlen=self._stats_window_size)
+        if self.ep_info_buffer is None:
+            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
         self._loss_sum = torch.zeros((), device=self.device)
         self._q_sum = torch.zeros((), device=self.device)
         self._n_summed = 0
-        self._callback: BaseCallback | None = None
-        self._stopped = False
-        self._n_updates = 0
-        self._episode_num = 0
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seeds Python's, numpy's and torch's generators, and the environment with `training_seed`."""
+        if seed is None:
+            return
+        set_random_seed(seed, using_cuda=self.device.type == "cuda")
+        self.action_space.seed(seed)
+        if self.env is not None:
+            self.env.seed(training_seed(seed))
+
+    # ---- SB3's zip files ----
+
+    def _excluded_save_params(self) -> list[str]:
+        """What `save` leaves out: what is made again, and what holds threads or the environment."""
+        passing = ["compute", "_callback", "_loss_sum", "_q_sum", "_n_summed", "_in_rollout"]
+        return [*super()._excluded_save_params(), *passing]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
 
     # ---- the loop ----
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Agent steps of one iteration, all environments together."""
+        return self.n_envs
 
     @abstractmethod
     def _iteration(self) -> None:
@@ -79,42 +118,94 @@ class QLearner(BaseAlgorithm):
         """Trains until `total_timesteps` agent steps; yields their number after every iteration."""
         if self._last_obs is None:
             self._last_obs = self.env.reset()  # type: ignore[assignment]
+            self._games_began()
         while self.num_timesteps < total_timesteps and not self._stopped:
             self._iteration()
             yield self.num_timesteps
+
+    def _setup_learn(self, total_timesteps: int, callback: Any = None, *args: Any, **kwargs: Any) -> Any:
+        before = self._last_obs
+        result = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+        if self._last_obs is not before:  # it reset the environment: SB3 issue 46
+            self._games_began()
+        return result
 
     def learn(  # type: ignore[override]
         self,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 100,
+        log_interval: int | None = 4,
         tb_log_name: str = "run",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
-        """SB3's interface to `iterate`: callbacks see every environment step."""
-        total, self._callback = self._setup_learn(
+        """SB3's interface to `iterate`.
+
+        Callbacks are called when SB3 calls them: a rollout is what is played between two phases of learning.
+        `log_interval` counts games for DQN and rollouts for PQN, as SB3's DQN and PPO count.
+        """
+        total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._stopped = False
-        self._callback.on_training_start(locals(), globals())
-        for count, _ in enumerate(self.iterate(total)):
-            if count % log_interval == 0:
-                for key, value in self.metrics().items():
-                    self.logger.record(key, value)
-                self.logger.dump(self.num_timesteps)
-        self._callback.on_training_end()
+        assert isinstance(callback, BaseCallback)
+        self._callback, self._stopped, self._in_rollout = callback, False, False
+        callback.on_training_start(locals(), globals())
+        logged = self._log_clock()
+        for _ in self.iterate(total_timesteps):
+            if log_interval is not None and self._log_clock() // log_interval > logged // log_interval:
+                logged = self._log_clock()
+                self.dump_logs()
+        if not self._stopped:
+            self._end_rollout()
+        callback.on_training_end()
         self._callback = None
         return self
 
-    def _after_env_step(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        self.num_timesteps += self.env.num_envs
+    def _log_clock(self) -> int:
+        """What `log_interval` counts."""
+        return self._episode_num
+
+    def dump_logs(self) -> None:
+        """Writes `metrics` to SB3's logger."""
+        seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
+        for key, value in self.metrics().items():
+            self.logger.record(key, value)
+        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / seconds))
+        self.logger.record("time/time_elapsed", int(seconds))
+        self.logger.record("time/total_timesteps", self.num_timesteps)
+        self.logger.dump(step=self.num_timesteps)
+
+    def _begin_rollout(self) -> None:
+        if self._callback is not None and not self._in_rollout:
+            self._callback.on_rollout_start()
+        self._in_rollout = True
+
+    def _end_rollout(self) -> None:
+        if self._callback is not None and self._in_rollout:
+            self._callback.on_rollout_end()
+        self._in_rollout = False
+
+    def _games_began(self) -> None:
+        """Fresh games stand in `_last_obs`: what belongs to the ones before must not run on into them."""
+
+    def _after_env_step(self, dones: np.ndarray, infos: list[dict[str, Any]], **seen: Any) -> None:
+        """Counts a step of all environments and tells the callback, with `seen` among its `locals`."""
+        self.num_timesteps += self.n_envs
         ended = [info["episode"] for info in infos if "episode" in info]
         self._episodes().extend(ended)
         self._episode_num += len(ended)
         if self._callback is not None:
-            self._callback.update_locals(locals())
-            self._stopped = not self._callback.on_step()
+            self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+            seen |= {
+                "self": self,
+                "env": self.env,
+                "callback": self._callback,
+                "dones": dones,
+                "infos": infos,
+            }
+            self._callback.update_locals(seen)
+            if not self._callback.on_step():
+                self._stopped = True
 
     def _episodes(self) -> deque[dict[str, Any]]:
         """The last 100 whole games, as `AtariVecEnv` reports them."""
@@ -135,10 +226,10 @@ class QLearner(BaseAlgorithm):
         Rung i of N is base^(1 + 7 i / (N - 1)): some environments try much, others play what was learned
         (Ape-X, arXiv 1803.00933, section 4.1).
         """
-        base, n_envs = self.config.exploration_ladder, self.env.num_envs
-        if base is None:
+        base, n_envs = self.config.exploration_ladder, self.n_envs
+        if base is None or n_envs == 1:  # one rung is no ladder
             return np.full(n_envs, self.exploration_rate)
-        return np.maximum(self.exploration_rate, base ** (1 + 7 * np.arange(n_envs) / max(n_envs - 1, 1)))
+        return np.maximum(self.exploration_rate, base ** (1 + 7 * np.arange(n_envs) / (n_envs - 1)))
 
     def q_values(self, observations: np.ndarray) -> Tensor:
         """Q-values on the device: uint8 (batch, 4, height, width) -> float32 (batch, n_actions)."""
@@ -160,12 +251,22 @@ class QLearner(BaseAlgorithm):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Actions for observations (n, 4, height, width) or one (4, height, width); epsilon-greedy unless
         deterministic."""
-        assert isinstance(observation, np.ndarray)
-        batch = observation if observation.ndim == 4 else observation[None]
+        batch, batched = self._as_batch(observation)
         actions = self.q_values(batch).argmax(1).cpu().numpy()
         if not deterministic:
             actions = self.explore(actions, len(batch), self.exploration_rate)
-        return (actions if observation.ndim == 4 else actions[0]), state
+        return (actions if batched else actions.squeeze(0)), state
+
+    def _as_batch(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[np.ndarray, bool]:
+        """Observations (n, 4, height, width) of one or several, and whether it was several.
+
+        Raises:
+            ValueError: of another shape than the agent's, as of SB3's own.
+        """
+        assert not isinstance(observation, dict)
+        frames = maybe_transpose(np.asarray(observation), self.observation_space)
+        batched = is_vectorized_observation(frames, self.observation_space)
+        return np.ascontiguousarray(frames if batched else frames[None]), batched
 
     # ---- learning ----
 
@@ -221,13 +322,14 @@ class QLearner(BaseAlgorithm):
 
     # ---- checkpoints ----
 
-    def begin_games(self, seed: int) -> None:
-        """Starts fresh games, seeded; the running ones are cut off and count for no statistic."""
-        self._last_obs = self.env.restart(seed)  # type: ignore[assignment]
+    def begin_games(self) -> None:
+        """Starts fresh games; the running ones are cut off and count for no statistic."""
+        self._last_obs = self.env.restart()  # type: ignore[assignment]
+        self._games_began()
 
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
         """Everything needed to go on exactly: tensors by file and name, and JSON values."""
-        env_seed, actions = self.env.capture()
+        games, actions = self.env.capture()
         optimizer = self.policy.optimizer.state_dict()
         tensors: Tensors = {
             "model": dict(self.policy.q_net.state_dict()),
@@ -250,13 +352,15 @@ class QLearner(BaseAlgorithm):
             "episodes": list(self._episodes()),
             "exploration_rate": self.exploration_rate,
             "rng": self.rng.bit_generator.state,
-            "env_seed": env_seed,
+            "games": games,
             "optimizer": optimizer["param_groups"],
         }
         return tensors, state
 
-    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Puts back what `capture` took."""
+    def restore(
+        self, tensors: Tensors, state: dict[str, Any], progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Puts back what `capture` took; `progress` as of `AtariVecEnv.replay`."""
         self.policy.q_net.load_state_dict(tensors["model"])
         parameters = [p for group in self.policy.optimizer.param_groups for p in group["params"]]
         optimizer_state: dict[int, dict[str, Tensor]] = {}
@@ -276,7 +380,8 @@ class QLearner(BaseAlgorithm):
         self._episodes().extend(state["episodes"])
         self.exploration_rate = state["exploration_rate"]
         self.rng.bit_generator.state = state["rng"]
-        self._last_obs = self.env.replay(state["env_seed"], tensors["progress"]["env_actions"].numpy())  # type: ignore[assignment]
+        actions = tensors["progress"]["env_actions"].numpy()
+        self._last_obs = self.env.replay(state["games"], actions, progress)  # type: ignore[assignment]
 
 
 class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride]  (both return self)
@@ -288,14 +393,28 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
     """
 
     config: DQNConfig
+    config_class: ClassVar[type[DQNConfig]] = DQNConfig
     q_policy_class: ClassVar[type[BackboneQPolicy]] = BackboneQPolicy
     replay_class: ClassVar[type[FrameReplay]] = FrameReplay
 
-    def __init__(self, config: DQNConfig, env: AtariVecEnv, compute: Compute, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: DQNConfig | None = None,
+        env: AtariVecEnv | None = None,
+        compute: Compute | None = None,
+        seed: int | None = 0,
+        *,
+        policy: Any = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        """`policy`, `device` and `_init_setup_model` are what SB3's `load` hands over."""
+        config = config or self.config_class()
+        self._begin_init(config, compute, device)
         SB3DQN.__init__(
             self,
             self.q_policy_class,
-            env,
+            env,  # type: ignore[arg-type]
             learning_rate=config.learning_rate,
             buffer_size=config.buffer_size,
             learning_starts=config.learning_starts,
@@ -306,17 +425,25 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
                 "n_steps": config.n_step,
                 "gamma": config.gamma,
                 "storage_device": config.replay_device,
-                "seed": derive_seed(seed, 2),
+                "seed": derive_seed(seed or 0, 2),
             },
-            target_update_interval=max(config.target_update_steps, env.num_envs),
+            target_update_interval=config.target_update_steps,
             policy_kwargs=policy_kwargs(config),
             seed=seed,
-            device=compute.device,
+            device=self.compute.device,
+            _init_setup_model=_init_setup_model,
         )
-        self._prepare(config, compute, seed)
+
+    def _setup_model(self) -> None:
+        self.target_update_interval = max(self.target_update_interval, self.n_envs)  # else SB3 warns
+        super()._setup_model()
+        self._prepare()
         # The target network depends on no update of this step: a CPU with cores to spare asks it beside
         # the online network, a sixth of the time of an update.
-        self._beside = spare_core(compute)
+        self._beside = spare_core(self.compute)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_beside"]
 
     @property
     def replay(self) -> FrameReplay:
@@ -334,14 +461,26 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         actions = self.explore(greedy, n_envs, self.epsilons())
 
         self.env.step_async(actions)
-        if not warming_up:  # learn while the emulators work
+        if not warming_up and not self.replay.empty:  # learn while the emulators work
             self.train(crossings(self.num_timesteps, n_envs, self.config.train_freq), self.config.batch_size)
             if crossings(self.num_timesteps, n_envs, self.config.target_update_steps):
                 self.policy.q_net_target.load_state_dict(self.policy.q_net.state_dict())
+        self._begin_rollout()  # behind the updates, which belong to the one before
         new_observations, rewards, dones, infos = self.env.step_wait()
 
-        self._after_env_step(dones, infos)
+        self._after_env_step(
+            dones,
+            infos,
+            actions=actions,
+            buffer_actions=actions,
+            new_obs=new_observations,
+            rewards=rewards,
+            replay_buffer=self.replay,
+        )
+        # What a callback that stops has seen is stored as well: a later `learn` goes on from here.
         self._store_transition(self.replay, actions, new_observations, rewards, dones, infos)  # type: ignore[arg-type]
+        if not self._stopped and crossings(self.num_timesteps, n_envs, self.config.train_freq):
+            self._end_rollout()
 
     def train(self, gradient_steps: int, batch_size: int = 32) -> None:
         """Makes `gradient_steps` updates of `batch_size` transitions each."""
@@ -387,9 +526,8 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         self.descend(loss)
         self._count(loss, q)
 
-    def begin_games(self, seed: int) -> None:
+    def _games_began(self) -> None:
         self.replay.cut()
-        super().begin_games(seed)
 
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
         tensors, state = super().capture()
@@ -397,8 +535,10 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         state["replay"] = self.replay.state()
         return tensors, state
 
-    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        super().restore(tensors, state)
+    def restore(
+        self, tensors: Tensors, state: dict[str, Any], progress: Callable[[int], None] | None = None
+    ) -> None:
+        super().restore(tensors, state, progress)
         self.policy.q_net_target.load_state_dict(tensors["target"])
         self.replay.set_state(state["replay"])
 

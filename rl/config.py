@@ -7,13 +7,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lab.config import require
+from lab.config import ConfigError, require
 from lab.device import DeviceConfig
 from lab.errors import LabError, did_you_mean
 from lab.tracking import TrackingConfig
 from supervised.backbones import RECURRENT
 
 OPTIMIZERS = ("adam", "radam", "rmsprop")
+EVALUATION_SEEDS = 2**30
+"""Seeds of evaluations lie below this, those of training games from here to 2^31 - 1 (`rl.envs`)."""
+UNSEEN_SEED = 20_000
+"""First seed of `lab evaluate`, whose games choose no checkpoint; it moves where eval.seed is in its way."""
+_STEPS = 10**12
+
+
+def _between(low: float, high: float, prefix: str, owner: Any, *keys: str) -> None:
+    """Requires `low` <= owner.key <= `high` of each key; what is far outside is a slip of the keyboard."""
+    for key in keys:
+        value = getattr(owner, key)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{prefix}{key}", f"{value} must be from {low:,} to {high:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,34 +44,37 @@ class EnvConfig:
     sticky_actions: float = 0.0
     """Probability that the emulator repeats the last action: 0 as in 2015, 0.25 as in Machado et al. 2018."""
     noop_max: int = 30
-    """Up to so many no-ops begin each game."""
+    """Each game begins with a number of no-ops drawn from 0 to below this."""
+    fire_reset: bool = True
+    """Begin each game with FIRE where the game has it, as ale-py does; DQN of 2015 did not. After a lost life
+    the agent itself has to press it."""
     life_loss: bool = False
     """End the learner's episode at each lost life; the game itself goes on."""
     clip_rewards: bool = True
     """Learn from the sign of each reward. Scores are reported unclipped either way."""
     max_episode_frames: int = 108_000
-    """Emulator frames until a game is cut off; 108,000 is 30 minutes."""
+    """Emulator frames until a game is cut off; 108,000 is 30 minutes. A cut is no end: what is learned there
+    counts the value of the last observation (Pardo et al. 2018)."""
     full_action_space: bool = False
     """All 18 actions instead of those the game uses."""
     num_threads: int = 0
-    """Emulator threads; 0 takes one per core."""
+    """Emulator threads; 0 takes one per core. Results do not depend on it."""
+    restart_every_steps: int = 0
+    """Agent steps after which all games are cut off and new ones begin; 0 lets each be played to its end."""
 
     def __post_init__(self) -> None:
-        require(self.n_envs >= 1, "env.n_envs", f"{self.n_envs} must be at least 1")
-        require(8 <= self.image_size <= 210, "env.image_size", f"{self.image_size} must be between 8 and 210")
-        require(self.frame_skip >= 1, "env.frame_skip", f"{self.frame_skip} must be at least 1")
+        _between(1, 4096, "env.", self, "n_envs")
+        _between(8, 210, "env.", self, "image_size")
+        _between(1, 60, "env.", self, "frame_skip")
+        _between(1, 1000, "env.", self, "noop_max")
+        _between(0, 1024, "env.", self, "num_threads")
+        _between(0, _STEPS, "env.", self, "restart_every_steps")
+        _between(self.frame_skip, 2**31 - 2, "env.", self, "max_episode_frames")
         require(
             0 <= self.sticky_actions < 1,
             "env.sticky_actions",
             f"{self.sticky_actions} is a probability: 0 to below 1",
         )
-        require(self.noop_max >= 1, "env.noop_max", f"{self.noop_max} must be at least 1")
-        require(
-            self.max_episode_frames >= self.frame_skip,
-            "env.max_episode_frames",
-            f"{self.max_episode_frames} is less than one agent step",
-        )
-        require(self.num_threads >= 0, "env.num_threads", "must be 0 (one per core) or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +88,9 @@ class AgentConfig:
     backbone_spec: dict[str, Any] = field(default_factory=dict)
     """The backbone's own arguments, e.g. {width: 256}."""
     start_from: str | None = None
-    """A finished run of autoencoding whose backbone's weights this one begins with; of drqn the eyes do."""
+    """A run whose weights this one begins with: another agent's (all of its best network, or that of the
+    checkpoint folder named; optimiser, replay memory and exploration begin as ever), or a finished run of
+    autoencoding (the backbone; of drqn the eyes)."""
     dueling: bool = False
     """Split the head into state value and advantages (Wang et al. 2016)."""
     gamma: float = 0.99
@@ -89,16 +107,16 @@ class AgentConfig:
     """Probability of a random action at the start."""
     exploration_final: float = 0.1
     exploration_steps: int = 1_000_000
-    """Agent steps over which it falls linearly from the one to the other."""
+    """Agent steps over which it falls linearly from the one to the other, counted from step 0: at the end of
+    dqn's learning_starts it has fallen already (in Mnih et al. 2015 it begins to fall only there)."""
     exploration_ladder: float | None = None
     """Ape-X (Horgan et al. 2018): environment i of N explores at least ladder^(1 + 7i/(N-1)), there 0.4."""
 
     def __post_init__(self) -> None:
         require(0 < self.gamma <= 1, "agent.gamma", f"{self.gamma} must be above 0 and at most 1")
         require(self.learning_rate > 0, "agent.learning_rate", f"{self.learning_rate} must be positive")
-        require(
-            self.learning_rate_decay_steps >= 0, "agent.learning_rate_decay_steps", "must not be negative"
-        )
+        require(self.optimizer_eps > 0, "agent.optimizer_eps", f"{self.optimizer_eps} must be positive")
+        _between(0, _STEPS, "agent.", self, "learning_rate_decay_steps", "exploration_steps")
         require(
             self.optimizer in OPTIMIZERS,
             "agent.optimizer",
@@ -111,7 +129,6 @@ class AgentConfig:
         )
         for key in ("exploration_initial", "exploration_final"):
             require(0 <= getattr(self, key) <= 1, f"agent.{key}", f"{getattr(self, key)} is a probability")
-        require(self.exploration_steps >= 0, "agent.exploration_steps", "must not be negative")
         require(
             self.exploration_ladder is None or 0 < self.exploration_ladder < 1,
             "agent.exploration_ladder",
@@ -147,9 +164,10 @@ class DQNConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("n_step", "batch_size", "buffer_size", "train_freq", "target_update_steps"):
-            require(getattr(self, key) >= 1, f"agent.{key}", f"{getattr(self, key)} must be at least 1")
-        require(self.learning_starts >= 1, "agent.learning_starts", "must be at least 1")
+        _between(1, 1000, "agent.", self, "n_step")
+        _between(1, 65_536, "agent.", self, "batch_size")
+        _between(1, 10**10, "agent.", self, "buffer_size")
+        _between(1, _STEPS, "agent.", self, "train_freq", "target_update_steps", "learning_starts")
         require(
             self.batch_size <= self.buffer_size,
             "agent.batch_size",
@@ -178,8 +196,8 @@ class DRQNConfig(DQNConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "algorithm", "drqn")  # also where dqn was given a backbone that remembers
         super().__post_init__()
-        require(self.sequence_steps >= 1, "agent.sequence_steps", "must be at least 1")
-        require(self.burn_in_steps >= 0, "agent.burn_in_steps", "must not be negative")
+        _between(1, 10_000, "agent.", self, "sequence_steps")
+        _between(0, 10_000, "agent.", self, "burn_in_steps")
         known = ", ".join(RECURRENT)
         require(
             self.backbone in RECURRENT, "agent.backbone", f"{self.backbone!r}: of drqn it is one of {known}"
@@ -208,11 +226,35 @@ class PQNConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("rollout_steps", "epochs", "minibatch_size"):
-            require(getattr(self, key) >= 1, f"agent.{key}", f"{getattr(self, key)} must be at least 1")
+        _between(1, 100_000, "agent.", self, "rollout_steps")
+        _between(1, 1000, "agent.", self, "epochs")
+        _between(1, 10**7, "agent.", self, "minibatch_size")
         require(0 <= self.td_lambda <= 1, "agent.td_lambda", f"{self.td_lambda} must be between 0 and 1")
         if self.backbone_spec == PQN_SPEC and self.backbone not in ("nature_cnn", "impala_cnn"):
             object.__setattr__(self, "backbone_spec", {})  # others normalise in their own way
+
+
+MOST_EPISODES = 10_000
+"""Games of one evaluation: each has an emulator of its own, about 2 MB."""
+
+
+def check_seed(key: str, seed: int, games: int) -> None:
+    """Raises `ConfigError` unless the seeds `seed` to `seed + games - 1` are those of evaluations."""
+    last = EVALUATION_SEEDS - games
+    require(0 <= seed <= last, key, f"{seed} must be from 0 to {last:,} for {games:,} games")
+
+
+def unseen_seed(settings: "EvalConfig", episodes: int) -> int:
+    """The first seed of `episodes` games that neither training nor the choice of `best` plays."""
+    seed = UNSEEN_SEED
+    if not is_unseen(settings, seed, episodes):
+        seed = settings.seed + settings.episodes
+    return seed if seed + episodes <= EVALUATION_SEEDS else 0
+
+
+def is_unseen(settings: "EvalConfig", seed: int, episodes: int) -> bool:
+    """Whether no game of these seeds is one of those that choose the best checkpoint."""
+    return seed + episodes <= settings.seed or settings.seed + settings.episodes <= seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,19 +267,22 @@ class EvalConfig:
     epsilon: float = 0.001
     """Probability of a random action: 0.001, or 0.05 as in Mnih et al. 2015."""
     seed: int = 10_000
-    """First seed of the evaluation games; game i has seed + i."""
+    """First seed of the evaluation games; game i has seed + i. They choose the best checkpoint, so `lab
+    evaluate` plays others. Without sticky actions a seed decides no more than the number of no-ops, and games
+    differ by that and by their random actions."""
     stop_at: float | None = None
     """Finish the run once an evaluation's mean return reaches this; null trains to total_steps."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 1, "eval.every_steps", "must be at least 1")
-        require(self.episodes >= 1, "eval.episodes", "must be at least 1")
+        _between(1, _STEPS, "eval.", self, "every_steps")
+        _between(1, MOST_EPISODES, "eval.", self, "episodes")
+        check_seed("eval.seed", self.seed, self.episodes)
         require(0 <= self.epsilon <= 1, "eval.epsilon", f"{self.epsilon} is a probability")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How often to save, and how much to keep. Every checkpoint begins fresh games."""
+    """How often to save, and how much to keep. None of it changes what is learned."""
 
     every_steps: int = 250_000
     """Agent steps between checkpoints."""
@@ -245,8 +290,8 @@ class CheckpointConfig:
     """Newest checkpoints that stay; the best by evaluation stays besides."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 1, "checkpoint.every_steps", "must be at least 1")
-        require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
+        _between(1, _STEPS, "checkpoint.", self, "every_steps")
+        _between(1, 10**6, "checkpoint.", self, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +304,8 @@ class FilmConfig:
     """Agent steps a film shows at most."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 0, "film.every_steps", "must not be negative")
-        require(self.max_steps >= 0, "film.max_steps", "must not be negative; 0 makes no films")
+        _between(0, _STEPS, "film.", self, "every_steps")
+        _between(0, 10**6, "film.", self, "max_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +319,7 @@ class RunConfig:
     """Name of the run and, unless --out says otherwise, of its folder below runs/."""
     seed: int = 0
     total_steps: int = 10_000_000
-    """Agent steps in all."""
+    """Agent steps in all, rounded up to whole steps of all environments (of pqn to whole rollouts)."""
     log_every_steps: int = 5_000
     """Agent steps between rows of metrics."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -285,8 +330,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "seed", f"{self.seed} must be between 0 and 2^31 - 1")
-        require(self.total_steps >= 1, "total_steps", f"{self.total_steps} must be at least 1")
-        require(self.log_every_steps >= 1, "log_every_steps", "must be at least 1")
+        _between(1, _STEPS, "", self, "total_steps", "log_every_steps")
+        require(
+            self.agent.exploration_ladder is None or self.env.n_envs > 1,
+            "agent.exploration_ladder",
+            "has a rung for each environment, and env.n_envs = 1; set it to null, or take several",
+        )
 
     @property
     def run_name(self) -> str:
@@ -299,6 +348,20 @@ class DQNRun(RunConfig):
     """A run of DQN."""
 
     agent: DQNConfig = field(default_factory=DQNConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        c = self.agent
+        require(
+            c.learning_starts < self.total_steps,
+            "agent.learning_starts",
+            f"{c.learning_starts:,} is not below total_steps {self.total_steps:,}: nothing would be learned",
+        )
+        require(
+            self.env.n_envs <= c.buffer_size,
+            "agent.buffer_size",
+            f"{c.buffer_size} is less than one transition of each of env.n_envs = {self.env.n_envs}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

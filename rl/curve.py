@@ -9,11 +9,12 @@ from rl import games
 _BLUE, _ORANGE, _GREY = "#2a6fbb", "#e08a1e", "#666666"
 
 
-def draw_curve(metrics: Path, game: str, title: str, path: Path) -> None:
+def draw_curve(metrics: Path, game: str, frame_skip: int, title: str, path: Path) -> None:
     """Draws training and evaluation returns over agent steps to `path`, a PNG.
 
     Args:
         metrics: the run's metrics.jsonl.
+        frame_skip: emulator frames of an agent step.
         game: for the lines of random play, the human tester and DQN in Mnih et al. 2015.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,7 +45,11 @@ def draw_curve(metrics: Path, game: str, title: str, path: Path) -> None:
             fontsize=8,
             va="center",
         )
-    axes.set(title=title, xlabel="agent steps (4 frames each)", ylabel="return of whole games, unclipped")
+    axes.set(
+        title=title,
+        xlabel=f"agent steps ({frame_skip} frames each)",
+        ylabel="return of whole games, unclipped",
+    )
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
     axes.grid(alpha=0.25)
     if train or evals:

@@ -5,6 +5,7 @@ learns from sequences out of replay, each behind steps that only bring the memor
 that began empty too far back, its Q-values differ from those it acted on (Kapturowski et al. 2019, figure 1).
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -79,14 +80,18 @@ class DRQN(DQN):
     """DQN on sequences, with a memory carried from step to step while it acts."""
 
     config: DRQNConfig
+    config_class = DRQNConfig
     policy: RecurrentQPolicy  # pyright: ignore[reportIncompatibleVariableOverride]
     q_policy_class = RecurrentQPolicy
     replay_class = SequenceReplay
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _setup_model(self) -> None:
+        super()._setup_model()
         self._memory: State | None = None
-        self._begins = np.ones(self.env.num_envs, bool)
+        self._begins = np.ones(self.n_envs, bool)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_memory", "_begins"]
 
     # ---- acting ----
 
@@ -103,8 +108,7 @@ class DRQN(DQN):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """As SB3's recurrent policies: hand `state` on from step to step, and say where episodes start."""
-        assert isinstance(observation, np.ndarray)
-        batch = observation if observation.ndim == 4 else observation[None]
+        batch, batched = self._as_batch(observation)
         begins = np.zeros(len(batch), bool) if episode_start is None else np.asarray(episode_start, bool)
         memory = None if state is None else tuple(torch.from_numpy(s).to(self.device) for s in state)
         q, after = self.policy.q_net.step(batch, memory, begins)
@@ -112,15 +116,15 @@ class DRQN(DQN):
         if not deterministic:
             actions = self.explore(actions, len(batch), self.exploration_rate)
         kept = tuple(tensor.cpu().numpy() for tensor in after)
-        return (actions if observation.ndim == 4 else actions[0]), kept
+        return (actions if batched else actions.squeeze(0)), kept
 
-    def _after_env_step(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+    def _after_env_step(self, dones: np.ndarray, infos: list[dict[str, Any]], **seen: Any) -> None:
         self._begins |= np.asarray(dones, bool)
-        super()._after_env_step(dones, infos)
+        super()._after_env_step(dones, infos, **seen)
 
-    def begin_games(self, seed: int) -> None:
+    def _games_began(self) -> None:
         self._begins[:] = True
-        super().begin_games(seed)
+        super()._games_began()
 
     # ---- learning ----
 
@@ -163,8 +167,10 @@ class DRQN(DQN):
         state["begins"] = self._begins.tolist()
         return tensors, state
 
-    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        super().restore(tensors, state)
+    def restore(
+        self, tensors: Tensors, state: dict[str, Any], progress: Callable[[int], None] | None = None
+    ) -> None:
+        super().restore(tensors, state, progress)
         kept = sorted(key for key in tensors["progress"] if key.startswith("memory_"))
         self._memory = tuple(tensors["progress"][key].to(self.device) for key in kept) or None
         self._begins = np.array(state["begins"], bool)

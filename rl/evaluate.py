@@ -1,6 +1,7 @@
 """Evaluation apart from training: own games and seeds, whole games, raw unclipped scores."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,23 @@ from stable_baselines3.dqn.policies import QNetwork
 from torch import Tensor
 
 from lab import checkpoint, config
-from lab.device import Compute, resolve
+from lab.device import Compute, resolve, usable_cores
+from lab.errors import LabError
+from lab.interrupt import StopRequest
 from lab.run import Run
 from rl import games
-from rl.config import DRQNConfig, EnvConfig, EvalConfig, RunConfig, run_config_class
+from rl.config import DRQNConfig, EnvConfig, RunConfig, is_unseen, run_config_class
 from rl.drqn import RecurrentQNetwork, RecurrentQPolicy
-from rl.envs import AtariVecEnv
+from rl.envs import AtariVecEnv, emulators
 from rl.policy import BackboneQPolicy, q_values
 from supervised.backbones.recurrent import State
+
+AT_ONCE = 64
+"""Games of an evaluation played side by side; each has an emulator and a thread of its own."""
+
+
+class Stopped(Exception):
+    """A stop was requested while games were played for an evaluation or a film."""
 
 
 class Player:
@@ -63,11 +73,12 @@ class Player:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Raw returns and lengths (agent steps) of whole games."""
+    """Raw returns and lengths (agent steps) of whole games, and which of them the time limit cut off."""
 
     game: str
     returns: list[float]
     lengths: list[int]
+    truncated: list[bool]
     epsilon: float
 
     @property
@@ -90,6 +101,7 @@ class Evaluation:
             "eval/std_reward": self.std,
             "eval/mean_ep_length": float(np.mean(self.lengths)),
             "eval/episodes": len(self.returns),
+            "eval/truncated_episodes": sum(self.truncated),
         }
         normalized = self.human_normalized
         return row if normalized is None else row | {"eval/human_normalized": normalized}
@@ -105,6 +117,7 @@ def make_env(env: EnvConfig, n_envs: int, seed: int, *, training: bool, color: b
         frame_skip=env.frame_skip,
         sticky_actions=env.sticky_actions,
         noop_max=env.noop_max,
+        fire_reset=env.fire_reset,
         life_loss=env.life_loss and training,
         clip_rewards=env.clip_rewards and training,
         max_episode_frames=env.max_episode_frames,
@@ -114,36 +127,82 @@ def make_env(env: EnvConfig, n_envs: int, seed: int, *, training: bool, color: b
     )
 
 
+class _Game:
+    """One game in an emulator of its own, which stands still once the game is over."""
+
+    def __init__(self, env: EnvConfig, seed: int) -> None:
+        self._atari = emulators(
+            env.game,
+            1,
+            env.image_size,
+            env.frame_skip,
+            env.sticky_actions,
+            env.noop_max,
+            env.fire_reset,
+            env.full_action_space,
+            num_threads=1,
+        )
+        self._limit = -(-env.max_episode_frames // env.frame_skip)
+        self.observation = self._atari.reset(seed=seed)[0][0]
+        self.score, self.length, self.over, self.truncated = 0.0, 0, False, False
+
+    def send(self, action: int) -> None:
+        self._atari.send(np.array([action]))
+
+    def recv(self) -> None:
+        observations, rewards, terminated, _, _ = self._atari.recv()
+        self.observation = observations[0]
+        self.score += float(rewards[0])
+        self.length += 1
+        self.truncated = self.length >= self._limit and not terminated[0]
+        self.over = bool(terminated[0]) or self.truncated
+
+
 def evaluate(
     player: Player,
     episodes: int,
     epsilon: float,
     seed: int,
     progress: Callable[[int], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> Evaluation:
-    """Plays `episodes` games side by side, each seeded with its own number, and keeps each one's score.
+    """Plays `episodes` games, each seeded with its own number, and keeps each one's score.
 
-    One game per environment: taking the first N games that end would favour short ones.
+    Every game counts: taking the first N that end would favour short ones. What is over is not emulated any
+    more, so that it takes as long as the games are, and at most `max_episode_frames` of each.
+
+    Raises:
+        Stopped: `stop` was requested.
     """
-    env = make_env(player.env, episodes, seed, training=False)
     rng = np.random.default_rng(seed)
-    observations = env.reset()
-    player.begin(episodes)
-    returns: list[float | None] = [None] * episodes
-    lengths = [0] * episodes
-    playing = np.ones(episodes, bool)
-    actions = np.zeros(episodes, np.int64)
-    while playing.any():
-        q = player.q_values(observations[playing], np.flatnonzero(playing))
-        actions[playing] = player.choose(q, epsilon, rng)
-        observations, _, dones, infos = env.step(actions)
-        for i in np.flatnonzero(dones & playing):
-            returns[i], lengths[i] = infos[i]["episode"]["r"], infos[i]["episode"]["l"]
-            playing[i] = False
-            if progress is not None:
-                progress(int(episodes - playing.sum()))
-    env.close()
-    return Evaluation(env.game, [r for r in returns if r is not None], lengths, epsilon)
+    done: list[_Game] = []
+    while len(done) < episodes:
+        now = min(AT_ONCE, episodes - len(done))
+        first = seed + len(done)
+        with ThreadPoolExecutor(usable_cores()) as pool:  # most of the time is loading the ROM
+            wave = list(pool.map(lambda i: _Game(player.env, i), range(first, first + now)))
+        player.begin(now)
+        playing = np.arange(now)
+        while len(playing):
+            if stop:
+                raise Stopped
+            q = player.q_values(np.stack([wave[i].observation for i in playing]), playing)
+            for i, action in zip(playing, player.choose(q, epsilon, rng), strict=True):
+                wave[i].send(action)
+            for i in playing:
+                wave[i].recv()
+            left = playing[[not wave[i].over for i in playing]]
+            if progress is not None and len(left) < len(playing):
+                progress(len(done) + now - len(left))
+            playing = left
+        done += wave
+    return Evaluation(
+        player.env.game,
+        [game.score for game in done],
+        [game.length for game in done],
+        [game.truncated for game in done],
+        epsilon,
+    )
 
 
 def run_config(run: Run) -> RunConfig:
@@ -162,7 +221,7 @@ def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
     path = run.find_checkpoint(which)
     saved = checkpoint.load(path)
     settings = run_config(run)
-    compute = resolve(settings.device, run.info["compute"])
+    compute = resolve(settings.device, run.info["compute"], elsewhere=True)
     env = make_env(settings.env, 1, 0, training=False)
     agent = settings.agent
     policy_class = RecurrentQPolicy if isinstance(agent, DRQNConfig) else BackboneQPolicy
@@ -175,10 +234,27 @@ def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
         dueling=agent.dueling,
     ).to(compute.device)
     env.close()
-    policy.q_net.load_state_dict(saved.tensors("model"))
+    load_weights(policy.q_net, saved.tensors("model"), path)
     policy.set_precision(compute.precision)
     policy.set_training_mode(False)
     return Player(policy.q_net, settings.env), path, compute
+
+
+def load_weights(net: QNetwork, weights: dict[str, Tensor], path: Path) -> None:
+    """Loads a checkpoint's weights.
+
+    Raises:
+        LabError: they are not those of the network that the config describes.
+    """
+    there, wanted = ({name: tuple(t.shape) for name, t in x.items()} for x in (weights, net.state_dict()))
+    for name in {**wanted, **there}:
+        if there.get(name) != wanted.get(name):
+            raise LabError(
+                f"{path / 'model.safetensors'}: does not fit the config in run.json: {name} is "
+                f"{there.get(name, 'missing')}, of this network it is {wanted.get(name, 'no part')}. Restore "
+                "both from one copy."
+            )
+    net.load_state_dict(weights)
 
 
 def score_table(evaluation: Evaluation) -> list[tuple[str, float]]:
@@ -187,11 +263,12 @@ def score_table(evaluation: Evaluation) -> list[tuple[str, float]]:
     return sorted(rows, key=lambda row: row[1])
 
 
-def evaluate_run(run: Run, which: str, override: EvalConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+def evaluate_run(
+    run: Run, which: str, episodes: int, epsilon: float, seed: int, **kwargs: Any
+) -> dict[str, Any]:
     """Evaluates a run's checkpoint and returns what `lab evaluate --json` prints."""
     player, path, compute = load_player(run, which)
-    settings = override or run_config(run).eval
-    result = evaluate(player, settings.episodes, settings.epsilon, settings.seed, **kwargs)
+    result = evaluate(player, episodes, epsilon, seed, **kwargs)
     return {
         "run": str(run.folder),
         "checkpoint": path.resolve().name,
@@ -199,11 +276,13 @@ def evaluate_run(run: Run, which: str, override: EvalConfig | None = None, **kwa
         "game": result.game,
         "episodes": len(result.returns),
         "epsilon": result.epsilon,
-        "seed": settings.seed,
+        "seed": seed,
+        "unseen": is_unseen(run_config(run).eval, seed, episodes),
         "mean_reward": result.mean,
         "std_reward": result.std,
         "returns": result.returns,
         "lengths": result.lengths,
+        "truncated": sum(result.truncated),
         "human_normalized": result.human_normalized,
         "human_table": table.table if (table := games.published(result.game)) else None,
         "scores": dict(score_table(result)),

@@ -7,9 +7,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lab.errors import LabError
-from rl.evaluate import Player, make_env
+from lab.interrupt import StopRequest
+from rl.evaluate import Player, Stopped, make_env
 
-FRAMES_PER_SECOND = 15  # one agent step is 4 of the console's 60 frames a second
+CONSOLE_FRAMES_PER_SECOND = 60
 _SCALE = 2
 _SCREEN = (160 * _SCALE, 210 * _SCALE)
 _PANEL = 304
@@ -23,7 +24,14 @@ _INK, _DIM, _BAR, _CHOSEN, _GROUND = (
 )
 
 
-def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) -> dict[str, Any]:
+def film(
+    player: Player,
+    path: Path,
+    seed: int,
+    epsilon: float,
+    max_steps: int,
+    stop: StopRequest | None = None,
+) -> dict[str, Any]:
     """Plays one game and writes it as an H.264 mp4.
 
     The agent's grey frames and the film's colour frames come from two emulators with one seed and the same
@@ -41,6 +49,7 @@ def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) 
 
     Raises:
         LabError: the film cannot be written.
+        Stopped: `stop` was requested; there is no film then.
     """
     import imageio_ffmpeg
 
@@ -56,7 +65,7 @@ def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) 
     writer = imageio_ffmpeg.write_frames(
         str(aside),
         _SIZE,
-        fps=FRAMES_PER_SECOND,
+        fps=CONSOLE_FRAMES_PER_SECOND / player.env.frame_skip,  # type: ignore[arg-type]  (it takes any)
         codec="libx264",
         quality=7,
         macro_block_size=4,
@@ -66,6 +75,8 @@ def film(player: Player, path: Path, seed: int, epsilon: float, max_steps: int) 
     try:
         writer.send(None)
         while steps < max_steps and not ended:
+            if stop:
+                raise Stopped
             of_actions = player.q_values(observations, np.zeros(1, np.int64))
             actions = player.choose(of_actions, epsilon, rng)
             q = of_actions[0].cpu().numpy()

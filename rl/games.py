@@ -1,8 +1,10 @@
 """The 104 Atari games by name, and the published scores to hold an agent against."""
 
+import difflib
+import re
 from dataclasses import dataclass
 
-from lab.errors import LabError, did_you_mean
+from lab.errors import LabError
 
 # In ale-py's list but only for two players; gymnasium registers none of them.
 _TWO_PLAYER = {"combat", "joust", "maze_craze", "warlords"}
@@ -99,19 +101,39 @@ def names() -> list[str]:
 
 
 def check(game: str) -> str:
-    """Returns the game's canonical name; `MsPacman`, `ms-pacman` and `ALE/MsPacman-v5` are understood.
+    """Returns the game's canonical name.
+
+    `MsPacman`, `ms-pacman`, `ALE/MsPacman-v5`, `MsPacmanNoFrameskip-v4` and `MsPacmanDeterministic-v4` are
+    understood. The protocol is that of the config's keys, whatever name is used.
 
     Raises:
-        LabError: there is no such game; the nearest is named.
+        LabError: there is no such game, or it is no Atari game for one player; what is supported is said.
     """
     known = names()
-    flat = {name.replace("_", ""): name for name in known}
-    plain = game.split("/")[-1].lower().removesuffix("-v5").removesuffix("noframeskip-v4")
-    plain = plain.replace("-", "").replace("_", "").replace(" ", "")
-    if plain in flat:
+    flat = {_plain(name): name for name in known}
+    base, _, version = game.split("/")[-1].rpartition("-v") if re.search(r"-v\d+$", game) else (game, "", "")
+    plain = _plain(re.sub(r"(noframeskip|deterministic|-ram)$", "", base.lower()))
+    if plain in flat and version in ("", "4", "5"):
         return flat[plain]
-    hint = did_you_mean(game.lower(), known)
-    raise LabError(f"env.game = {game!r}: no such game.{hint} `lab list games` shows all {len(known)}.")
+    here = f"env.game = {game!r}:"
+    if plain in flat:
+        raise LabError(
+            f"{here} of version {version} only the names -v4 and -v5 are known. Name the game, "
+            f"env.game={flat[plain]}, and set what differs: env.sticky_actions, env.frame_skip."
+        )
+    if plain in {_plain(name) for name in _TWO_PLAYER}:
+        raise LabError(f"{here} is for two players; the lab trains one. `lab list games` shows {len(known)}.")
+    near = difflib.get_close_matches(plain, flat, n=1, cutoff=0.7)
+    if near:
+        raise LabError(
+            f"{here} no such game. Did you mean {flat[near[0]]!r}? `lab list games` shows all {len(known)}."
+        )
+    other = "is no Atari game, and other environments are not supported" if version else "no such game"
+    raise LabError(f"{here} {other}. `lab list games` shows the {len(known)} there are.")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.lower())
 
 
 def published(game: str) -> Scores | None:

@@ -7,16 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from lab import checkpoint, config, tracking
+from lab.config import ConfigError
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
 from rl import games, pretrained
-from rl.config import DRQNConfig, RunConfig, run_config_class
+from rl.config import (
+    MOST_EPISODES,
+    DRQNConfig,
+    RunConfig,
+    check_seed,
+    run_config_class,
+    unseen_seed,
+)
 from supervised import backbones
 
-# What may change between the sessions of one run: none of it alters what was computed so far.
-MAY_CHANGE = ("total_steps", "eval.stop_at", "tracking.", "checkpoint.keep", "film.", "name")
+MAY_CHANGE = (
+    *(
+        "total_steps",
+        "eval.stop_at",
+        "eval.every_steps",
+        "log_every_steps",
+        "tracking.",
+        "checkpoint.",
+        "film.",
+    ),
+    *("env.num_threads", "device.device", "device.threads", "name"),
+)
+"""What may change between the sessions of one run: none of it alters what is learned.
+
+Another device or thread count computes the same up to rounding. eval.episodes, epsilon and seed may not
+change: scores before and after could not be compared, and the best checkpoint is chosen by comparing them."""
 
 EPSILON = 0.001
 """Of an agent that is filmed."""
@@ -70,10 +92,15 @@ class RLPipeline:
         values = config.to_dict(settings)
         if resume:
             run = Run.resume(folder)
-            run.refuse_other_config(values, MAY_CHANGE)
-            run.info["config"] = tracking.scrub(values)
             latest = checkpoint.find(run.checkpoints)
             saved = checkpoint.load(latest) if latest is not None else None
+            if saved is not None and "due" not in saved.state:
+                run.refuse(
+                    "its checkpoints are of an earlier version of the lab and cannot be continued. Begin "
+                    f"another run with its weights: --agent.start_from={folder} --out DIR"
+                )
+            run.refuse_other_config(settings, MAY_CHANGE)
+            run.info["config"] = tracking.scrub(values)
         else:
             run, saved = None, None
             Run.check_new(folder)
@@ -91,17 +118,19 @@ class RLPipeline:
         refuse_options(
             options, ("prompts", "samples", "part"), "is for models of data and text; this run plays games"
         )
+        if options.episodes is not None and options.episodes > MOST_EPISODES:
+            raise LabError(f"--episodes {options.episodes}: at most {MOST_EPISODES:,}. Ask for fewer.")
+        _check_seed(options.seed, options.episodes or 1)
         run = Run.open(folder)
         checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
         quiet_threads()
         from rl.evaluate import evaluate_run, run_config
 
-        chosen = {
-            key: getattr(options, key)
-            for key in ("episodes", "epsilon", "seed")
-            if getattr(options, key) is not None
-        }
-        result = evaluate_run(run, options.checkpoint, replace(run_config(run).eval, **chosen))
+        e = run_config(run).eval
+        episodes = e.episodes if options.episodes is None else options.episodes
+        epsilon = e.epsilon if options.epsilon is None else options.epsilon
+        seed = unseen_seed(e, episodes) if options.seed is None else options.seed
+        result = evaluate_run(run, options.checkpoint, episodes, epsilon, seed)
         run.keep_evaluation(result)
         return result
 
@@ -109,7 +138,9 @@ class RLPipeline:
         width = max(len(who) for who in result["scores"])
         lines = [
             f"{result['game']}: {result['episodes']} whole games, epsilon {result['epsilon']:g}, "
-            f"seeds from {result['seed']}, checkpoint {result['checkpoint']}",
+            f"seeds from {result['seed']} ("
+            + ("unseen" if result["unseen"] else "some of them chose the best checkpoint")
+            + f"), checkpoint {result['checkpoint']}",
             *(
                 f"  {who:<{width}}  {score:>9.1f}"
                 + (f"  +- {result['std_reward']:.1f}" if who == "this agent" else "")
@@ -118,12 +149,17 @@ class RLPipeline:
         ]
         if result["human_normalized"] is not None:
             lines.append(f"  human-normalised {result['human_normalized']:.0%} ({result['human_table']})")
+        if result["truncated"]:
+            lines.append(f"  {result['truncated']} of the games were cut off by the time limit")
+        if "is not here" in (why := result["compute"]["reason"]):
+            lines.append(f"  computed on {result['compute']['device']}: {why}")
         return "\n".join(lines)
 
     def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
         run = Run.open(folder)
         if options.world_model:
             raise LabError(f"{folder}: is an agent, no world model. Film it without --world-model.")
+        _check_seed(options.seed, 1)
         epsilon = EPSILON if options.epsilon is None else options.epsilon
         checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
         path = options.out or run.media / "play.mp4"
@@ -145,6 +181,15 @@ class RLPipeline:
         from rl.export import export_sb3
 
         return export_sb3(run, options.checkpoint, options.out or folder / "agent_sb3.zip")
+
+
+def _check_seed(seed: int | None, games: int) -> None:
+    """Refuses a --seed that an evaluation cannot have."""
+    if seed is not None:
+        try:
+            check_seed("--seed", seed, games)
+        except ConfigError as error:
+            raise LabError(f"command line: {error}. Choose such a seed.") from None
 
 
 PIPELINE = RLPipeline()

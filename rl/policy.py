@@ -58,7 +58,9 @@ def steady(net: nn.Module) -> nn.Module:
 class DuelingHead(nn.Module):
     """Q(s,a) = V(s) + A(s,a) - mean_a' A(s,a') (Wang et al. 2016, equation 9).
 
-    Both streams are linear over the backbone's features; in the paper each has a hidden layer of its own.
+    Both streams are linear over the backbone's features, which makes it a linear head in other coordinates:
+    what it can express is the same, what an update changes is not. In the paper each stream has a hidden
+    layer of its own.
     """
 
     def __init__(self, num_features: int, n_actions: int) -> None:

@@ -1,5 +1,6 @@
 """PQN: Q-learning on parallel environments, without replay memory and target network (arXiv 2407.04811)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,20 @@ class PQN(QLearner):
 
     config: PQNConfig
 
-    def __init__(self, config: PQNConfig, env: AtariVecEnv, compute: Compute, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: PQNConfig | None = None,
+        env: AtariVecEnv | None = None,
+        compute: Compute | None = None,
+        seed: int | None = 0,
+        *,
+        policy: Any = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        """`policy`, `device` and `_init_setup_model` are what SB3's `load` hands over."""
+        config = config or PQNConfig()
+        self._begin_init(config, compute, device)
         BaseAlgorithm.__init__(
             self,
             BackboneQPolicy,
@@ -33,20 +47,14 @@ class PQN(QLearner):
             learning_rate=config.learning_rate,
             policy_kwargs=policy_kwargs(config),
             seed=seed,
-            device=compute.device,
+            device=self.compute.device,
             supported_action_spaces=(spaces.Discrete,),
             support_multi_env=True,
         )
         self.exploration_rate = config.exploration_initial
-        self._setup_model()
-        self._prepare(config, compute, seed)
-        steps, n_envs = config.rollout_steps, env.num_envs
-        assert env.observation_space.shape is not None
-        shape = (steps, n_envs, *env.observation_space.shape)
-        self._observations = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        self._actions = np.zeros((steps, n_envs), np.int64)
-        self._rewards = np.zeros((steps, n_envs), np.float32)
-        self._shuffle = torch.Generator().manual_seed(derive_seed(seed, 3))
+        self._rollouts = 0
+        if _init_setup_model:
+            self._setup_model()
 
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
@@ -57,13 +65,40 @@ class PQN(QLearner):
             self.lr_schedule,
             **self.policy_kwargs,
         ).to(self.device)
+        self._prepare()
+        steps, n_envs = self.config.rollout_steps, self.n_envs
+        assert self.observation_space.shape is not None
+        shape = (steps, n_envs, *self.observation_space.shape)
+        self._observations = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self._actions = np.zeros((steps, n_envs), np.int64)
+        self._rewards = np.zeros((steps, n_envs), np.float32)
+        self._shuffle = torch.Generator().manual_seed(derive_seed(self.seed or 0, 3))
+
+    def _excluded_save_params(self) -> list[str]:
+        rollout = ["_observations", "_actions", "_rewards", "_shuffle"]
+        return [*super()._excluded_save_params(), *rollout]
+
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.n_envs * self.config.rollout_steps
+
+    def _log_clock(self) -> int:
+        return self._rollouts
 
     def _iteration(self) -> None:
+        self._begin_rollout()
         targets = self._rollout()
-        self.train(targets)
+        if targets is not None:
+            self._end_rollout()
+            self._rollouts += 1
+            self.train(targets)
 
-    def _rollout(self) -> Tensor:
-        """Plays and returns the lambda returns, float32 (rollout_steps, n_envs)."""
+    def _rollout(self) -> Tensor | None:
+        """Plays and returns the lambda returns, float32 (rollout_steps, n_envs); None if a callback stops.
+
+        A life lost or a game over ends a return; a game cut off by the time limit does not, its last
+        observation's value stands for the rest (Pardo et al. 2018, arXiv 1712.00378).
+        """
         steps, n_envs = self._rewards.shape
         next_values = torch.zeros((steps, n_envs), device=self.device)
         terminal = np.zeros((steps, n_envs), np.float32)
@@ -89,8 +124,20 @@ class PQN(QLearner):
                     cut_values.append((t, int(i), infos[i]["terminal_observation"]))
                 else:
                     terminal[t, i] = 1
-            self._after_env_step(dones, infos)
-        self._last_obs = observations  # type: ignore[assignment]
+            self._last_obs = observations  # type: ignore[assignment]
+            self._after_env_step(
+                dones,
+                infos,
+                actions=actions,
+                clipped_actions=actions,
+                new_obs=observations,
+                rewards=self._rewards[t],
+                values=q,
+                n_steps=t + 1,
+                n_rollout_steps=steps,
+            )
+            if self._stopped:
+                return None
         next_values[-1] = self.q_values(observations).amax(1)
         for t, i, last in cut_values:
             next_values[t, i] = self.q_values(last[None]).amax()
@@ -120,8 +167,10 @@ class PQN(QLearner):
         tensors["progress"]["shuffle"] = self._shuffle.get_state()
         return tensors, state
 
-    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        super().restore(tensors, state)
+    def restore(
+        self, tensors: Tensors, state: dict[str, Any], progress: Callable[[int], None] | None = None
+    ) -> None:
+        super().restore(tensors, state, progress)
         self._shuffle.set_state(tensors["progress"]["shuffle"])
 
 

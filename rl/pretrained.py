@@ -1,4 +1,4 @@
-"""A body that has learned to see before it plays: weights from a run of supervised learning."""
+"""Weights to begin with: of another agent, or of a body that has learned to see before it plays."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,43 +17,77 @@ SAME_SIGHT = ("autoencoding",)
 
 
 def find(folder: str) -> tuple[Run, Checkpoint]:
-    """The run that `agent.start_from` names and its best weights, verified; needs no torch.
+    """The run that `agent.start_from` names and its weights, verified; needs no torch.
+
+    Args:
+        folder: a run, whose best weights are meant, or a folder in its checkpoints/.
 
     Raises:
-        LabError: there is no such run, it is of another kind or not finished, or its checkpoint is damaged.
+        LabError: there is no such run, it is of another kind or, of autoencoding, not finished, or its
+            checkpoint is damaged.
     """
-    run = Run.named_by("agent.start_from", Path(folder))
+    path, which = Path(folder), "best"
+    if path.parent.name == "checkpoints" and not (path / "run.json").exists():
+        path, which = path.parent.parent, path.name
+    run = Run.named_by("agent.start_from", path)
     objective = (run.info["config"].get("objective") or {}).get("name")
     kind = objective if run.info["pipeline"] == "supervised" else run.info["pipeline"]
-    if kind not in SAME_SIGHT:
+    if kind not in (*SAME_SIGHT, "rl"):
         raise LabError(
             f"agent.start_from = {folder}: a run of {kind}, whose network does not see pixels as an agent "
-            f"does. Name a run of {' or '.join(SAME_SIGHT)}."
+            f"does. Name an agent's run, or one of {' or '.join(SAME_SIGHT)}."
         )
-    if run.info["state"] != "finished":
+    # An agent's weights are as good as its evaluations say, also where it was stopped or diverged later.
+    if run.info["state"] != "finished" and kind != "rl":
         raise LabError(
             f"agent.start_from = {folder}: the run is {run.info['state']}, not finished. Wait for it, or go "
-            f"on with it: lab train {folder} --resume"
+            f"on with it: lab train {path} --resume"
         )
-    return run, checkpoint.load(run.find_checkpoint("best"))
+    return run, checkpoint.load(run.find_checkpoint(which))
 
 
 def begin(agent: "QLearner") -> dict[str, str]:
-    """Gives the agent's body, of online and target network, the weights of the run its config names.
+    """Gives the agent's networks, online and target, the weights of the run its config names.
 
-    With a memory that body is what comes before it, the eyes.
+    Of another agent's run these are all its weights; of autoencoding those of the body, which in an agent
+    with a hidden state is what comes before it, the eyes.
 
     Returns:
         What run.json says of that run.
 
     Raises:
-        LabError: as `find`, or its backbone is another one.
+        LabError: as `find`, or its network is another one.
     """
+    assert agent.config.start_from is not None
+    run, saved = find(agent.config.start_from)
+    return (_whole if run.info["pipeline"] == "rl" else _body_alone)(agent, run, saved)
+
+
+def _whole(agent: "QLearner", run: Run, saved: Checkpoint) -> dict[str, str]:
+    """All of another agent's Q-network; the game may be another one with as many actions."""
+    where = f"agent.start_from = {agent.config.start_from}"
+    weights, net = saved.tensors("model"), agent.policy.q_net
+    there, here = ({name: tuple(t.shape) for name, t in x.items()} for x in (weights, net.state_dict()))
+    other = next((name for name in {**here, **there} if here.get(name) != there.get(name)), None)
+    if other is not None:
+        theirs = run.info["config"].get("agent") or {}
+        keys = ("backbone", "backbone_spec", "dueling")
+        other_keys = [f"agent.{key}" for key in keys if theirs.get(key) != getattr(agent.config, key)]
+        differ = ", ".join(other_keys) or "env.image_size or the number of actions"
+        raise LabError(
+            f"{where}: its network has {other} as {there.get(other, 'no part')}, this agent's as "
+            f"{here.get(other, 'no part')}. Different: {differ}. Make it the same in both."
+        )
+    net.load_state_dict(weights)
+    if agent.policy.q_net_target is not net:
+        agent.policy.q_net_target.load_state_dict(weights)
+    return {"run_id": run.info["id"], "stage": "agent", "sha256": checkpoint.weights_hash(saved.path)}
+
+
+def _body_alone(agent: "QLearner", run: Run, saved: Checkpoint) -> dict[str, str]:
     from supervised.models import load_backbone
 
     config = agent.config
-    assert config.start_from is not None
-    run, saved = find(config.start_from)
     where = f"agent.start_from = {config.start_from}"
     online, target = (_body(net) for net in (agent.policy.q_net, agent.policy.q_net_target))
     mine = config.backbone

@@ -140,6 +140,11 @@ class FrameReplay(ReplayBuffer):
 
     # ---- reading ----
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever stored, as in an agent that was loaded without its memory."""
+        return not self._written.any()
+
     def size(self) -> int:
         """Transitions that can be sampled now."""
         if int(self._written.max()) > self.slots:

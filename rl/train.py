@@ -1,10 +1,12 @@
 """A training run on Atari: the agent iterates, this file watches, records and saves."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from lab import checkpoint, config
 from lab.checkpoint import Checkpoint
@@ -13,14 +15,15 @@ from lab.errors import LabError
 from lab.interrupt import StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
-from lab.seeding import derive_seed, seed_everything
+from lab.seeding import seed_everything
 from lab.tracking import Tracker
-from rl import pretrained
+from rl import games, pretrained
 from rl.agent import DQN, QLearner, crossings
 from rl.config import DQNConfig, DRQNConfig, EnvConfig, PQNConfig, RunConfig
 from rl.curve import draw_curve
 from rl.drqn import DRQN
-from rl.evaluate import Evaluation, Player, evaluate, make_env
+from rl.envs import STACK, training_seed
+from rl.evaluate import Evaluation, Player, Stopped, evaluate, make_env
 from rl.film import film
 from rl.pqn import PQN
 
@@ -30,14 +33,19 @@ _TENSOR_FILES = {
     "pqn": ("model", "optimizer", "progress"),
 }
 
+REPLAY_SAYS = 500
+"""Steps of the emulators from which on a resumed run says that it plays them again."""
+
 
 def make_agent(settings: RunConfig, compute: Compute) -> QLearner:
     """The agent of a config on its training environments, all seeded."""
     agent = settings.agent
     if isinstance(agent, DQNConfig):
         _check_replay(agent, settings.env, compute)
+    elif isinstance(agent, PQNConfig):
+        _check_rollout(agent, settings.env)
     seed_everything(settings.seed)
-    env = make_env(settings.env, settings.env.n_envs, _games_seed(settings, 0), training=True)
+    env = make_env(settings.env, settings.env.n_envs, training_seed(settings.seed), training=True)
     if isinstance(agent, DRQNConfig):
         return DRQN(agent, env, compute, settings.seed)
     if isinstance(agent, DQNConfig):
@@ -62,10 +70,20 @@ def _check_replay(agent: DQNConfig, env: EnvConfig, compute: Compute) -> None:
         )
 
 
+def _check_rollout(agent: PQNConfig, env: EnvConfig) -> None:
+    """Refuses a rollout that this machine's memory cannot hold."""
+    needed = agent.rollout_steps * env.n_envs * STACK * env.image_size**2
+    if needed > (there := psutil.virtual_memory().total):
+        raise LabError(
+            f"agent.rollout_steps = {agent.rollout_steps}: a rollout of {env.n_envs} environments takes "
+            f"{needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB. Lower it or env.n_envs."
+        )
+
+
 def train(
     settings: RunConfig, folder: Path, run: Run | None, saved: Checkpoint | None, mode: str, why: str
 ) -> Run:
-    """Trains to the end, or to the next SIGINT or SIGTERM.
+    """Trains to the end, or to the next request to stop.
 
     Args:
         settings: the resolved config.
@@ -104,10 +122,7 @@ def train(
         )
         exit_code = 1
         try:
-            session = _Session(settings, compute, agent, run, tracker)
-            if saved is not None:
-                session.restore(saved)
-            session.run_to_end()
+            _Session(settings, compute, agent, run, tracker).run_to_end(saved)
             exit_code = 0 if run.info["state"] == "finished" else 255
         finally:
             tracker.finish(exit_code, run.info["summary"])
@@ -124,58 +139,108 @@ class _Session:
         self.run, self.tracker = run, tracker
         self.player = Player(agent.policy.q_net, settings.env)
         self.best: float | None = None
+        self.due: list[str] = []
         self.seconds_before = 0.0
         self.began = time.monotonic()
 
     # ---- the loop ----
 
-    def run_to_end(self) -> None:
+    def run_to_end(self, saved: Checkpoint | None) -> None:
+        """Trains from the checkpoint `saved`, or from the beginning, until the end or a request to stop."""
         s, agent = self.settings, self.agent
-        start = step = agent.num_timesteps
-        with StopRequest() as stop, Progress(s.total_steps, start) as progress:
-            progress.say(self._headline())
-            for new_step in () if self._solved() else agent.iterate(s.total_steps):
-                stride, step = new_step - step, new_step
-                last = step >= s.total_steps
-
-                if last or crossings(step, stride, s.log_every_steps):
-                    self._log(progress)
-                if last or crossings(step, stride, s.eval.every_steps):
-                    self._evaluate(progress)
-                    last = last or self._solved()
-                if last or (s.film.every_steps and crossings(step, stride, s.film.every_steps)):
-                    self._film(progress)
-                if last or crossings(step, stride, s.checkpoint.every_steps):
-                    # Emulators cannot be saved, so every checkpoint begins fresh games, seeded by its
-                    # step: a run that goes on and one that is resumed here are the same run.
-                    agent.begin_games(_games_seed(s, step))
-                    self._save(progress)
-                elif stop:
-                    # An extra checkpoint must not begin fresh games, or the run would differ from one
-                    # never stopped: it keeps the actions since the last one, to be replayed.
-                    self._save(progress)
-                if stop and not last:
-                    self._interrupted(stop, progress)
-                    return
-                progress.update(step)
-                if last:
-                    break
+        # Whole iterations: what is asked for is rounded up to them.
+        total = -(-s.total_steps // agent.steps_per_iteration) * agent.steps_per_iteration
+        with StopRequest() as stop, Progress(total) as progress:
+            try:
+                if saved is not None:
+                    self._restore(saved, stop, progress)
+                step = agent.num_timesteps
+                progress.begin(step, total)
+                progress.say(self._headline(total))
+                self._do_what_is_due(stop, progress)  # where a stop broke off
+                for new_step in () if self._solved() else agent.iterate(s.total_steps):
+                    stride, step = new_step - step, new_step
+                    self.due = self._becomes_due(step, stride)
+                    self._do_what_is_due(stop, progress)
+                    progress.update(step)
+                    if self._solved():
+                        break
+            except Stopped:
+                self._interrupted(stop, progress)
+                return
             self._finished(progress)
+
+    def _becomes_due(self, step: int, stride: int) -> list[str]:
+        """What is to be done at this step, in this order."""
+        s = self.settings
+        every = {
+            "log": s.log_every_steps,
+            "evaluate": s.eval.every_steps,
+            "film": s.film.every_steps,
+            "restart": s.env.restart_every_steps,
+            "save": s.checkpoint.every_steps,
+        }
+        due = [what for what, interval in every.items() if interval and crossings(step, stride, interval)]
+        return self._also_at_the_end(due) if step >= s.total_steps else due
+
+    @staticmethod
+    def _also_at_the_end(due: list[str]) -> list[str]:
+        """`due`, and what is done at the last step of all; in their order."""
+        wanted = {*due, "log", "evaluate", "film", "save"}
+        return [what for what in ("log", "evaluate", "film", "restart", "save") if what in wanted]
+
+    def _do_what_is_due(self, stop: StopRequest, progress: Progress) -> None:
+        """Does it, one after the other; a checkpoint taken in between says what is left.
+
+        Raises:
+            Stopped: a stop was requested; a checkpoint of this moment is there. An evaluation or a film that
+                was broken off is made again from its beginning when the run goes on.
+        """
+        what = None
+        try:
+            while self.due:
+                what = self.due[0]
+                if what == "log":
+                    self._log(progress)
+                elif what == "evaluate":
+                    self._evaluate(stop, progress)
+                    if self._solved():
+                        self.due = ["evaluate", *self._also_at_the_end(self.due)[2:]]
+                elif what == "film":
+                    self._film(stop, progress)
+                elif what == "restart":
+                    self.agent.begin_games()
+                self.due.pop(0)
+                if what == "save":
+                    self._save(progress)
+            if not stop:
+                return
+        except Stopped:
+            what = None
+        if what != "save":
+            self._save(progress)
+        at_end = self.agent.num_timesteps >= self.settings.total_steps or self._solved()
+        if self.due or not at_end:
+            raise Stopped
 
     def _solved(self) -> bool:
         """An evaluation reached `eval.stop_at`."""
         goal = self.settings.eval.stop_at
         return goal is not None and self.best is not None and self.best >= goal
 
-    def _headline(self) -> str:
+    def _headline(self, total: int) -> str:
         s, c = self.settings, self.compute
+        rounded = "" if total == s.total_steps else f" ({s.total_steps:,} rounded up to whole iterations)"
+        parent = s.agent.start_from
+        begun = f"\nweights {parent} (optimiser and exploration begin as ever)" if parent else ""
         verb = "resuming at" if self.agent.num_timesteps else "training from"
         return (
             f"{s.env.game} with {s.agent.algorithm.upper()}: {verb} agent step {self.agent.num_timesteps:,} "
-            f"of {s.total_steps:,}\n"
+            f"of {total:,}{rounded}\n"
             f"run     {self.run.folder}\n"
             f"device  {c.device}, {c.precision}, {c.threads} threads ({c.reason})\n"
             f"W&B     {self.tracker.mode} ({self.run.info['wandb']['why']})"
+            f"{begun}"
         )
 
     def _elapsed(self) -> float:
@@ -183,6 +248,7 @@ class _Session:
 
     def _log(self, progress: Progress) -> None:
         row: dict[str, Any] = dict(self.agent.metrics())
+        self._refuse_divergence(row.get("train/loss"), row.get("train/q_mean"))
         row["time/fps"] = round(progress.speed, 1)
         row["time/elapsed_seconds"] = round(self._elapsed(), 1)
         self.tracker.log(self.agent.num_timesteps, row)
@@ -190,11 +256,27 @@ class _Session:
         if mean is not None:
             progress.update(self.agent.num_timesteps, f"mean return {mean:.1f}")
 
-    def _evaluate(self, progress: Progress) -> None:
+    def _refuse_divergence(self, *values: float | None) -> None:
+        """Raises a `LabError` if one of these values, or a weight, is no finite number any more."""
+        lost = [value for value in values if value is not None and not math.isfinite(value)]
+        parameters = torch.stack([p.detach().float().sum() for p in self.agent.policy.q_net.parameters()])
+        if lost or not bool(torch.isfinite(parameters).all()):
+            latest = checkpoint.find(self.run.checkpoints)
+            kept = "It has no checkpoint" if latest is None else f"Its last checkpoint is {latest.name}"
+            raise LabError(
+                f"{self.run.folder}: diverged before agent step {self.agent.num_timesteps:,}: the loss or "
+                f"the weights are not finite. {kept}. Train another run with a lower agent.learning_rate "
+                f"than {self.settings.agent.learning_rate:g}."
+            )
+
+    def _evaluate(self, stop: StopRequest, progress: Progress) -> None:
         e = self.settings.eval
+        self._refuse_divergence()
         self.agent.policy.set_training_mode(False)
-        result = evaluate(self.player, e.episodes, e.epsilon, e.seed)
-        self.agent.policy.set_training_mode(True)
+        try:
+            result = evaluate(self.player, e.episodes, e.epsilon, e.seed, stop=stop)
+        finally:
+            self.agent.policy.set_training_mode(True)
         step = self.agent.num_timesteps
         self.tracker.log(step, result.metrics())
         better = self.best is None or result.mean > self.best
@@ -208,6 +290,7 @@ class _Session:
         self._summarize(result, step)
         progress.say(
             f"{step:>10,}  evaluation {result.mean:.1f} +- {result.std:.1f} over {e.episodes} games"
+            + (f", {cut} cut off by the time limit" if (cut := sum(result.truncated)) else "")
             + ("  (best so far)" if better else "")
             + f"  {duration(self._elapsed())}"
         )
@@ -224,12 +307,13 @@ class _Session:
             }
         )
 
-    def _film(self, progress: Progress) -> None:
+    def _film(self, stop: StopRequest, progress: Progress) -> None:
         f, step = self.settings.film, self.agent.num_timesteps
         if f.max_steps == 0:
             return
         path = self.run.media / f"step_{step:012d}.mp4"
-        result = film(self.player, path, self.settings.eval.seed, self.settings.eval.epsilon, f.max_steps)
+        e = self.settings.eval
+        result = film(self.player, path, e.seed, e.epsilon, f.max_steps, stop)
         self.tracker.log_media(step, "media/play", path)
         progress.say(f"{step:>10,}  film {path} ({result['steps']} agent steps, score {result['return']:g})")
 
@@ -237,6 +321,7 @@ class _Session:
 
     def _save(self, progress: Progress) -> None:
         began = time.monotonic()
+        self._refuse_divergence()
         root, agent = self.run.checkpoints, self.agent
         shared: list[Path] = []
         if isinstance(agent, DQN):
@@ -246,6 +331,7 @@ class _Session:
             "agent": state,
             "metrics_bytes": self.tracker.sync(),
             "best": self.best,
+            "due": self.due,
             "elapsed_seconds": self._elapsed(),
         }
         name = checkpoint.step_name(agent.num_timesteps)
@@ -256,14 +342,29 @@ class _Session:
         self._curve()
         progress.say(f"{agent.num_timesteps:>10,}  checkpoint {name} in {time.monotonic() - began:.1f} s")
 
-    def restore(self, saved: Checkpoint) -> None:
-        """Goes back to a checkpoint."""
+    def _restore(self, saved: Checkpoint, stop: StopRequest, progress: Progress) -> None:
+        """Goes back to a checkpoint.
+
+        Raises:
+            Stopped: a stop was requested; the checkpoint is as it was.
+        """
         state, agent = saved.state, self.agent
+        files = _TENSOR_FILES[self.settings.agent.algorithm]
+        tensors = {name: saved.tensors(name) for name in files}
+        n_rows = len(tensors["progress"]["env_actions"])
+        if n_rows > REPLAY_SAYS:
+            progress.say(
+                f"playing the last {n_rows:,} steps of each game again, as emulators cannot be saved"
+            )
+
+        def heard(_: int) -> None:
+            if stop:
+                raise Stopped
+
         if isinstance(agent, DQN):
             agent.replay.restore(self.run.checkpoints / "shared", state["agent"]["replay"]["segments"])
-        files = _TENSOR_FILES[self.settings.agent.algorithm]
-        agent.restore({name: saved.tensors(name) for name in files}, state["agent"])
-        self.best = state["best"]
+        agent.restore(tensors, state["agent"], heard)
+        self.best, self.due = state["best"], list(state["due"])
         self.seconds_before = state["elapsed_seconds"]
 
     # ---- ends ----
@@ -271,7 +372,8 @@ class _Session:
     def _curve(self) -> None:
         s = self.settings
         title = f"{s.env.game}, {s.agent.algorithm.upper()}, seed {s.seed}"
-        draw_curve(self.run.metrics, s.env.game, title, self.run.media / "learning_curve.png")
+        curve = self.run.media / "learning_curve.png"
+        draw_curve(self.run.metrics, s.env.game, s.env.frame_skip, title, curve)
 
     def _interrupted(self, stop: StopRequest, progress: Progress) -> None:
         self.run.end("interrupted", reason=stop.signal_name)
@@ -281,11 +383,24 @@ class _Session:
         self._curve()
         curve = self.run.media / "learning_curve.png"
         self.tracker.log_media(self.agent.num_timesteps, "media/learning_curve", curve)
-        self.run.summarize(**{"time/elapsed_seconds": round(self._elapsed(), 1)})
+        warnings = self._warnings()
+        self.run.summarize(**{"time/elapsed_seconds": round(self._elapsed(), 1), "warnings": warnings})
         self.run.end("finished")
+        for warning in warnings:
+            progress.say(f"Warning: {warning}")
         progress.say(f"finished in {duration(self._elapsed())}. Curve: {curve}")
 
-
-def _games_seed(settings: RunConfig, step: int) -> int:
-    """The seed of the training games begun at `step`."""
-    return derive_seed(settings.seed, 4, step)
+    def _warnings(self) -> list[str]:
+        """What makes the result of a finished run worth little."""
+        s, found = self.settings, []
+        if self.agent._n_updates == 0:
+            found.append("not one update was made: nothing was learned.")
+        scores = games.published(s.env.game)
+        if self.best is not None and scores is not None and self.best <= scores.random:
+            found.append(
+                f"its best evaluation, {self.best:.1f}, is not above random play ({scores.random:g}): it has "
+                "not learned to play."
+            )
+        if not self._solved() and s.eval.stop_at is not None:
+            found.append(f"eval.stop_at = {s.eval.stop_at:g} was not reached: the best is {self.best:.1f}.")
+        return found

@@ -1,31 +1,42 @@
 """How a row is understood: every form of demonstrations, comparisons and prompts that is known, and no other.
 
-    prompt, completion            a demonstration
-    messages                      a demonstration that is a whole conversation
+    prompt, completion            a demonstration; also prompt + response, question + answer, instruction +
+                                  output with input, system and history (Alpaca), instruction + response with
+                                  context (Dolly)
+    prompt, completion, label     unpaired feedback: a demonstration where label is true
+    messages                      a demonstration that is a whole conversation; also conversations (ShareGPT)
     text                          a demonstration that is a whole text
-    prompt, chosen, rejected      a comparison of two completions
+    prompt, chosen, rejected      a comparison of two completions; a tie where score_chosen and
+                                  score_rejected are equal
     chosen, rejected              the same where both begin with the prompt, or are transcripts as in hh-rlhf
-    prompt, completions, ranks    a comparison of two or more: 1 is the best, equal ranks are a tie
+    prompt, completions, ranks    a comparison of two or more: 1 is the best, equal ranks are a tie; also with
+                                  scores instead of ranks, Nectar's answers, UltraFeedback's own completions
+    two answers and a choice      as in SHP, PKU-SafeRLHF, Chatbot Arena, OpenAI's preferred_output
+    a tree of messages            OpenAssistant's, see `rlhf.trees`
     prompt                        a prompt
 
-Prompts and completions are texts or conversations, which are lists of {"role", "content"}.
+Prompts and completions are texts or conversations, which are lists of {"role", "content"}: of {"from",
+"value"} too, with content as a list of parts of text, with tool calls, and in the roles that OpenAI has.
 """
 
+import json
 import re
 import reprlib
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from lab.errors import LabError, did_you_mean
 
-Message: TypeAlias = dict[str, str]
+Message: TypeAlias = dict[str, Any]
+"""`role` and `content`; where there are any, `tool_calls` and `tools` as JSON, `name`, `tool_call_id`, and
+`weight` 0 of an answer that is not to be learned."""
 Text: TypeAlias = str | list[Message]
 """A text, or a conversation."""
 Row: TypeAlias = dict[str, Any]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class BadRow(Exception):
@@ -36,36 +47,79 @@ class BadRow(Exception):
         return f"{self.args[0]}{end} Correct the row or remove it."
 
 
-Parser: TypeAlias = Callable[[Row], Row]
-Parsers: TypeAlias = Mapping[tuple[str, ...], Parser]
-"""Parsers by the columns they need. The first whose columns are there is taken."""
+class NotMeant(Exception):
+    """Why a row that is as it should be is not used; it is counted, and no mistake."""
 
 
-def as_row(value: Any) -> Row:
-    """The value itself, if it is a row at all.
+Parse: TypeAlias = Callable[[Row], Row]
+
+
+class Parser(NamedTuple):
+    """What understands rows of some columns."""
+
+    needs: tuple[str, ...]
+    parse: Parse
+    may: tuple[str, ...] = ()
+    """Columns it reads where there are any."""
+
+
+Parsers: TypeAlias = Sequence[Parser]
+"""The first whose columns are there is taken."""
+
+
+def as_row(value: Any, parsers: Parsers) -> Row:
+    """The value itself, if it is a row at all; a text is a prompt.
 
     Raises:
         BadRow: it is not.
     """
+    if isinstance(value, str) and parsers is PROMPTS:
+        return {"prompt": value}
     if not isinstance(value, dict):
         raise BadRow(f"the row is {_kind(value)}, no object with columns")
     return value
 
 
-def choose_parser(row: Row, parsers: Parsers, place: str) -> Parser:
-    """The parser for a row's columns.
+def columns_of(row: Row) -> tuple[str, ...]:
+    """The columns that decide how a row is understood: those with a value, and a label even without one."""
+    return tuple(name for name, value in row.items() if value is not None or name == "label")
 
-    Raises:
-        LabError: there is none. As the columns are those of all rows, it is no `BadRow`.
-    """
-    for columns, parse in parsers.items():
+
+def choose_parser(row: Row, parsers: Parsers) -> Parser | None:
+    """The parser for a row's columns, None if there is none; columns without a value count if need be."""
+    for names in (set(columns_of(row)), row.keys()):
+        for parser in parsers:
+            if names >= set(parser.needs):
+                return parser
+    return None
+
+
+def unknown_columns(row: Row, parsers: Parsers, place: str) -> LabError:
+    """What is wrong with a row that no parser takes."""
+    for columns, why in _REFUSED.items():
         if row.keys() >= set(columns):
-            return parse
-    forms = "; ".join(" + ".join(columns) for columns in parsers)
-    missing = sorted({column for columns in parsers for column in columns} - row.keys())
-    hint = next(filter(None, (did_you_mean(name, missing) for name in row)), "")
+            return LabError(f"{place}: has the columns {', '.join(columns)}. {why}")
+    forms = "; ".join(dict.fromkeys(" + ".join(parser.needs) for parser in parsers))
+    missing = sorted({column for parser in parsers for column in parser.needs} - row.keys())
+    known = {column for parser in parsers for column in (*parser.needs, *parser.may)}
+    odd = [str(name) for name in row if name not in known]
+    hint = next(filter(None, (did_you_mean(name, missing) for name in odd)), "")
     found = textwrap.shorten(", ".join(row), 200, placeholder=" ...") or "none"
-    raise LabError(f"{place}: has the columns {found}. Name them as in one of: {forms}.{hint}")
+    return LabError(f"{place}: has the columns {found}. Name them as in one of: {forms}.{hint}")
+
+
+_REFUSED = {
+    ("input_ids",): "These are token ids of some tokenizer; name the texts they were made of.",
+    (
+        "completions",
+        "labels",
+    ): "Step by step labels are for process reward models, which are not trained here.",
+    ("prompt", "completion", "label"): (
+        "Unpaired feedback does not say which of two answers is better. Use it as demonstrations, or name "
+        "pairs."
+    ),
+    ("segments",): "Write them as prompt and completion.",
+}
 
 
 def form_of(row: Row) -> str:
@@ -75,16 +129,102 @@ def form_of(row: Row) -> str:
 
 
 def _parse_completion(row: Row) -> Row:
-    prompt = _prompt(_column(row, "prompt"))
-    return {"prompt": prompt, "completion": _completion(_column(row, "completion"), "completion", prompt)}
+    prompt = _prompt(_with_tools(_column(row, "prompt"), row))
+    completion = _column(row, "completion")
+    if isinstance(prompt, list) and isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return {"prompt": prompt, "completion": _completion(completion, "completion", prompt)}
+
+
+def _parse_unpaired(row: Row) -> Row:
+    label = _column(row, "label")
+    label = {"true": True, "false": False, "1": True, "0": False}.get(str(label).lower(), label)
+    if not isinstance(label, bool):
+        raise BadRow(f"label is {reprlib.repr(label)}; it must be true or false")
+    if not label:
+        raise NotMeant("feedback whose label is false")
+    return _parse_completion(row)
+
+
+def _renamed(parse: Parse, **names: str) -> Parse:
+    """A parser of other names for the same columns: name=the other name."""
+
+    def parse_renamed(row: Row) -> Row:
+        try:
+            return parse(row | {name: row.get(other) for name, other in names.items()})
+        except BadRow as bad:  # in the words of the file
+            text = str(bad.args[0])
+            for name, other in names.items():
+                text = re.sub(rf"\b{name}\b", other, text)
+            raise BadRow(text) from None
+
+    return parse_renamed
+
+
+def _instruction(row: Row, *more: str) -> Text:
+    """An instruction and what it is about; a conversation where there is a system message or a history."""
+    parts = [_plain(_column(row, "instruction"), "instruction")]
+    parts += [_plain(row[name], name) for name in more if row.get(name)]
+    text = "\n\n".join(part for part in parts if part.strip())
+    before = _pairs(row["history"], "history") if row.get("history") else []
+    if not before and not row.get("system"):
+        return text
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return [*system, *before, {"role": "user", "content": text}]
+
+
+def _pairs(value: Any, name: str) -> list[Message]:
+    turns: list[Message] = []
+    for pair in _entries(value, name):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(f"{name} is no list of pairs of a question and an answer")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _parse_alpaca(row: Row) -> Row:
+    return _parse_completion(
+        {
+            "prompt": _instruction(row, "input"),
+            "completion": _column(row, "output"),
+            "tools": row.get("tools"),
+        }
+    )
+
+
+def _parse_dolly(row: Row) -> Row:
+    prompt = _instruction(row, "context", "input")
+    return _parse_completion({"prompt": prompt, "completion": _column(row, "response")})
 
 
 def _parse_messages(row: Row) -> Row:
-    messages = _text(_column(row, "messages"), "messages")
+    messages = _text(_with_tools(_column(row, "messages"), row), "messages")
     if isinstance(messages, str):
         raise BadRow("messages is a text; it must be a list of messages")
     _completion(messages[-1:], "messages", prompt=[])
+    if messages[0]["role"] == "assistant" or len(messages) < 2:
+        raise BadRow("messages begins with a turn of assistant; somebody must have asked")
     return {"messages": messages}
+
+
+def _with_tools(value: Any, row: Row) -> Any:
+    """A conversation with the row's `system` and `tools` in it, where it has any."""
+    if not isinstance(value, list) or not value:
+        return value
+    system, tools = row.get("system") or row.get("system_prompt"), row.get("tools")
+    if not isinstance(value[0], dict):
+        return value
+    first = value[0].get("role", value[0].get("from"))
+    if isinstance(system, str) and system.strip() and first != "system":
+        value = [{"role": "system", "content": system}, *value]
+    if tools:
+        try:
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+        except ValueError:
+            raise BadRow("tools is no JSON") from None
+        if tools:
+            value = [value[0] | {"tools": json.dumps(tools)}, *value[1:]]
+    return value
 
 
 def _parse_text(row: Row) -> Row:
@@ -95,11 +235,19 @@ def _parse_text(row: Row) -> Row:
 
 
 def _parse_prompt(row: Row) -> Row:
-    return {"prompt": _prompt(_column(row, "prompt"))}
+    return {"prompt": _prompt(_with_tools(_column(row, "prompt"), row))}
 
 
 def _parse_prompt_of_messages(row: Row) -> Row:
+    messages = _text(_with_tools(_column(row, "messages"), row), "messages")
+    if isinstance(messages, list) and messages and messages[-1]["role"] == "user":
+        return {"prompt": _prompt(messages)}  # nobody has answered yet
     return {"prompt": _prompt(_parse_messages(row)["messages"][:-1])}
+
+
+def _prompt_alone(parse: Parse) -> Parse:
+    """Of a parser of demonstrations the prompt, whatever was thought of the answer."""
+    return lambda row: {"prompt": parse(row)["prompt"]}
 
 
 def _parse_ranking(row: Row) -> Row:
@@ -123,19 +271,119 @@ def _parse_ranking(row: Row) -> Row:
 
 
 def _parse_preference(row: Row) -> Row:
-    chosen, rejected = _text(_column(row, "chosen"), "chosen"), _text(_column(row, "rejected"), "rejected")
+    prompt = row.get("prompt")
+    if prompt is None and row.get("instruction") is not None:
+        prompt = _instruction(row, "input")
+    chosen, rejected = (_text(_as_conversation(_column(row, name)), name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("one of chosen and rejected is a text, the other a conversation")
-    prompt = row.get("prompt")
+    prompt = _with_tools(prompt, row)
     if isinstance(prompt, str) and isinstance(chosen, list):
         # UltraFeedback has whole conversations, and of what the user says in them a copy as the prompt.
-        if prompt.strip() not in [turn["content"].strip() for turn in chosen]:
+        if chosen[:1] and chosen[0]["role"] == "assistant":
+            prompt = [{"role": "user", "content": prompt}]
+        elif prompt.strip() not in [turn["content"].strip() for turn in chosen]:
             raise BadRow("prompt is a text, chosen a conversation without it")
+        else:
+            prompt = None
+    elif isinstance(prompt, list) and isinstance(chosen, str):
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    elif isinstance(prompt, list) and chosen[: len(prompt)] == rejected[: len(prompt)] == _text(
+        prompt, "prompt"
+    ):
         prompt = None
     if prompt is None:
         prompt, chosen, rejected = _split_prompt(chosen, rejected)
     finished = [row.get("chosen_finished"), row.get("rejected_finished")]
-    return _comparison(row, prompt, {"chosen": chosen, "rejected": rejected}, [1, 2], finished, None)
+    scores = next(
+        ([row[a], row[b]] for a, b in SCORES if row.get(a) is not None and row.get(b) is not None), None
+    )
+    ranks = [1, 2]
+    if scores is not None:
+        if not all(map(_is_finite, scores)):
+            raise BadRow(f"the scores are {reprlib.repr(scores)}; they must be finite numbers")
+        if scores[0] < scores[1]:
+            raise BadRow(
+                f"the score of rejected, {scores[1]:g}, is higher than that of chosen, {scores[0]:g}"
+            )
+        ranks = [1, 2] if scores[0] > scores[1] else [1, 1]
+        scores = [float(score) for score in scores]
+    return _comparison(row, prompt, {"chosen": chosen, "rejected": rejected}, ranks, finished, scores)
+
+
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+
+
+def _as_conversation(value: Any) -> Any:
+    """One message as a conversation of one."""
+    return [value] if isinstance(value, dict) else value
+
+
+def _parse_scored(row: Row) -> Row:
+    """A ranking by scores; the highest is the best."""
+    scores = _entries(_column(row, "scores"), "scores")
+    if not all(map(_is_finite, scores)):
+        raise BadRow(f"scores is {reprlib.repr(scores)}; it must be of finite numbers")
+    ranks = [1 + sum(other > score for other in scores) for score in scores]
+    return _parse_ranking(row | {"ranks": ranks})
+
+
+def _listed(answers: str, text: str, rank: str = "", score: str = "") -> Parse:
+    """A ranking whose answers are objects, each with its text and its rank or score."""
+
+    def parse(row: Row) -> Row:
+        entries = _entries(_column(row, answers), answers)
+        if not all(isinstance(entry, dict) and text in entry for entry in entries):
+            raise BadRow(f"{answers} is no list of objects with {text!r}")
+        found = [entry.get(rank or score) for entry in entries]
+        if not all(map(_is_finite, found)):
+            raise BadRow(
+                f"{rank or score} of {answers} is {reprlib.repr(found)}; it must be of finite numbers"
+            )
+        key = 1 if rank else -1
+        ranks = [1 + sum(key * other < key * value for other in found) for value in found]
+        completions = [entry[text] for entry in entries]
+        return _parse_ranking(row | {"completions": completions, "ranks": ranks, "scores": None})
+
+    return parse
+
+
+def _choice(first: str, second: str, chosen: str, meanings: Mapping[Any, int]) -> Parse:
+    """Two answers and which is the better: 1, 2, or 0 for a tie."""
+
+    def parse(row: Row) -> Row:
+        said = _column(row, chosen)
+        said = said.lower() if isinstance(said, str) else said
+        if isinstance(said, list | dict) or said not in meanings:
+            raise BadRow(
+                f"{chosen} is {reprlib.repr(said)}; it must be one of {', '.join(map(str, meanings))}"
+            )
+        ranks = {0: [1, 1], 1: [1, 2], 2: [2, 1]}[meanings[said]]
+        answers = {first: _column(row, first), second: _column(row, second)}
+        prompt = row.get("prompt")
+        if prompt is None:
+            a, b = (_text(answer, name) for name, answer in answers.items())
+            if a == b:
+                raise BadRow(f"{first} and {second} are the same")
+            prompt, *both = _split_prompt(a, b)
+            answers = dict(zip(answers, both, strict=True))
+        return _comparison(row, prompt, answers, ranks, [None, None], None)
+
+    return parse
+
+
+def _parse_openai_preference(row: Row) -> Row:
+    given = _column(row, "input")
+    if not isinstance(given, dict) or "messages" not in given:
+        raise BadRow('input is no object with "messages"')
+    prompt = _with_tools(given["messages"], given)
+    answers = {name: _column(row, name) for name in ("preferred_output", "non_preferred_output")}
+    return _comparison(row, prompt, answers, [1, 2], [None, None], None)
 
 
 def _comparison(
@@ -169,32 +417,101 @@ def _comparison(
     }
 
 
-def _best_of(parse: Parser) -> Parser:
+def _best_of(parse: Parse) -> Parse:
     """Makes of a parser of comparisons one of demonstrations."""
 
     def parse_best(row: Row) -> Row:
         comparison = parse(row)
+        if len(set(comparison["ranks"])) == 1:
+            raise NotMeant("comparisons in which all answers tie")
         best = comparison["ranks"].index(min(comparison["ranks"]))
         return {"prompt": comparison["prompt"], "completion": comparison["completions"][best]}
 
     return parse_best
 
 
-COMPARISONS: dict[tuple[str, ...], Parser] = {
-    ("prompt", "completions", "ranks"): _parse_ranking,
-    ("chosen", "rejected"): _parse_preference,
-}
-DEMONSTRATIONS: Parsers = {
-    ("prompt", "completion"): _parse_completion,
+_SAID = ("system", "system_prompt", "tools")
+_WINNER = {"model_a": 1, "model_b": 2, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
+COMPARISONS: Parsers = (
+    Parser(("prompt", "completions", "ranks"), _parse_ranking, ("finished", "scores", "source", *_SAID)),
+    Parser(("prompt", "completions", "scores"), _parse_scored, ("finished", "source", *_SAID)),
+    Parser(
+        ("instruction", "completions"),
+        _renamed(_listed("completions", "response", score="overall_score"), prompt="instruction"),
+    ),
+    Parser(("prompt", "answers"), _listed("answers", "answer", rank="rank")),
+    Parser(("preferred_output", "non_preferred_output", "input"), _parse_openai_preference),
+    Parser(
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        _renamed(_choice("human_ref_A", "human_ref_B", "labels", {1: 1, 0: 2}), prompt="history"),
+    ),
+    Parser(
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        _choice("response_0", "response_1", "better_response_id", {0: 1, 1: 2, "0": 1, "1": 2}),
+    ),
+    Parser(
+        ("conversation_a", "conversation_b", "winner"),
+        _choice("conversation_a", "conversation_b", "winner", _WINNER),
+    ),
+    Parser(
+        ("prompt", "response_a", "response_b", "winner"),
+        _choice("response_a", "response_b", "winner", _WINNER),
+    ),
+    Parser(
+        ("conversations", "chosen", "rejected"),
+        _renamed(_parse_preference, prompt="conversations"),
+        ("source", *_SAID),
+    ),
+    Parser(
+        ("chosen", "rejected"),
+        _parse_preference,
+        (
+            *("prompt", "instruction", "input", "history", "source", "chosen_finished", "rejected_finished"),
+            *(*_SAID, *(name for names in SCORES for name in names)),
+        ),
+    ),
+)
+_PAIRS = (("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"))
+_PAIRS += (("inputs", "targets"), ("problem", "solution"), ("prompt", "answer"))
+_DEMONSTRATIONS: Parsers = (
+    Parser(("prompt", "completion", "label"), _parse_unpaired, _SAID),
+    Parser(("prompt", "completion"), _parse_completion, _SAID),
+    Parser(("instruction", "output"), _parse_alpaca, ("input", "history", "system", "tools")),
+    Parser(("instruction", "response"), _parse_dolly, ("context", "input", "history", "system")),
+    *(
+        Parser(pair, _renamed(_parse_completion, prompt=pair[0], completion=pair[1]), _SAID)
+        for pair in _PAIRS
+    ),
+)
+_WHOLE = {
     ("messages",): _parse_messages,
-    ("text",): _parse_text,
-    **{columns: _best_of(parse) for columns, parse in COMPARISONS.items()},
+    ("conversations",): _renamed(_parse_messages, messages="conversations"),
+    ("conversation",): _renamed(_parse_messages, messages="conversation"),
 }
-PROMPTS: Parsers = {
-    **COMPARISONS,
+_ASKED = {
     ("messages",): _parse_prompt_of_messages,
-    ("prompt",): _parse_prompt,
+    ("conversations",): _renamed(_parse_prompt_of_messages, messages="conversations"),
+    ("conversation",): _renamed(_parse_prompt_of_messages, messages="conversation"),
 }
+DEMONSTRATIONS: Parsers = (
+    *(Parser(p.needs, _best_of(p.parse), p.may) for p in COMPARISONS),
+    *(Parser(needs, parse, ("prompt", *_SAID)) for needs, parse in _WHOLE.items()),
+    *_DEMONSTRATIONS,
+    Parser(("text",), _parse_text),
+)
+PROMPTS: Parsers = (
+    *(Parser(p.needs, _prompt_alone(p.parse), p.may) for p in COMPARISONS),
+    *(Parser(needs, parse, ("prompt", *_SAID)) for needs, parse in _ASKED.items()),
+    *(
+        Parser(p.needs, _prompt_alone(_parse_completion if p.parse is _parse_unpaired else p.parse), p.may)
+        for p in _DEMONSTRATIONS
+    ),
+    Parser(("prompt",), _parse_prompt, _SAID),
+    Parser(
+        ("instruction",), lambda row: {"prompt": _prompt(_instruction(row, "input"))}, ("input", "system")
+    ),
+    Parser(("question",), _renamed(_parse_prompt, prompt="question")),
+)
 
 
 # ---- texts and conversations ----
@@ -222,17 +539,62 @@ def _text(value: Any, name: str) -> Text:
 
 
 def _message(value: Any, name: str) -> Message:
-    if not isinstance(value, dict) or "role" not in value or "content" not in value:
+    if not isinstance(value, dict):
         raise BadRow(f'{name} is no object with "role" and "content"')
-    role = value["role"]
+    if len(value) == 2 and value.get("role") in ROLES and isinstance(value.get("content"), str):
+        return {"role": value["role"], "content": _plain(value["content"], f"content of {name}")}
+    role = next((value[key] for key in ("role", "from") if value.get(key) is not None), None)
+    if role is None or not value.keys() & {"content", "value", "tool_calls", "function_call", "text"}:
+        raise BadRow(f'{name} is no object with "role" and "content"')
+    role = _OTHER_NAMES.get(str(role).lower(), role)
     if role not in ROLES:
-        meant = _OTHER_NAMES.get(str(role))
-        hint = f" Did you mean {meant!r}?" if meant else did_you_mean(str(role), ROLES)
+        hint = did_you_mean(str(role), ROLES)
         raise BadRow(f"{name} has the role {reprlib.repr(role)}; known are {', '.join(ROLES)}.{hint}")
-    return {"role": role, "content": _plain(value["content"], f"content of {name}")}
+    content = next((value[key] for key in ("content", "value", "text") if value.get(key) is not None), None)
+    message: Message = {"role": role}
+    calls = value.get("tool_calls") or (
+        [{"type": "function", "function": f}] if (f := value.get("function_call")) else None
+    )
+    if calls:
+        message["tool_calls"] = calls if isinstance(calls, str) else json.dumps(calls)
+        content = "" if content is None else content
+    message["content"] = _content(content, f"content of {name}")
+    for key in ("name", "tool_call_id", "tools"):
+        if isinstance(value.get(key), str) and value[key]:
+            message[key] = value[key]
+    weight = value.get("weight", value.get("train", value.get("training")))
+    if role == "assistant" and weight is not None and not weight:
+        message["weight"] = 0  # OpenAI's and axolotl's word for an answer that is there but not to be learned
+    return message
 
 
-_OTHER_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}
+def _content(value: Any, name: str) -> str:
+    """A text; of a list of parts their texts, if they are nothing else."""
+    if not isinstance(value, list):
+        return _plain(value, name)
+    texts = []
+    for part in value:
+        if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
+            texts.append(_plain(part.get("text"), f"a part of {name}"))
+        elif isinstance(part, str):
+            texts.append(_plain(part, name))
+        else:
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            raise BadRow(f"{name} has a part of type {reprlib.repr(kind)}; text alone can be learned")
+    return "".join(texts)
+
+
+_OTHER_NAMES = {
+    **{"human": "user", "prompter": "user", "customer": "user"},
+    **{
+        "gpt": "assistant",
+        "bot": "assistant",
+        "chatgpt": "assistant",
+        "model": "assistant",
+        "ai": "assistant",
+    },
+    **{"function": "tool", "observation": "tool", "ipython": "tool"},
+}
 
 
 def _plain(value: Any, name: str, wanted: str = "a text") -> str:
@@ -249,7 +611,7 @@ def _prompt(value: Any) -> Text:
     prompt = _text(value, "prompt")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise BadRow("prompt is empty")
-    if isinstance(prompt, list) and prompt[-1]["role"] != "user":
+    if isinstance(prompt, list) and prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow(f"prompt ends with a turn of {prompt[-1]['role']}; the last turn must be the user's")
     return prompt
 
@@ -265,7 +627,7 @@ def _completion(value: Any, name: str, prompt: Text, may_be_empty: bool = False)
         for does, turn in zip(("ends", "begins"), end[-1:] + end[:1], strict=False):
             if turn["role"] != "assistant":
                 raise BadRow(f"{name} {does} with a turn of {turn['role']}; it must be the assistant's")
-        end = end[-1]["content"] if end else ""
+        end = (end[-1]["content"] or end[-1].get("tool_calls", "")) if end else ""
     if not end.strip() and not may_be_empty:
         raise BadRow(f"{name} is empty")
     return completion

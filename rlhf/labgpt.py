@@ -560,7 +560,6 @@ def _read_weights(folder: Path, head: Head) -> PreTrainedModel:
             _AUTO[head],
             folder,
             local_files_only=True,
-            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported instead
         )

@@ -17,7 +17,7 @@ from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import data, labelers, sources
+from rlhf import labelers, preflight, sources
 from rlhf.config import STAGES, RLHFRun
 
 # What each stage depends on in the config, and which stages' results it starts from.
@@ -190,7 +190,11 @@ def run_stages(
                 f"It has {', '.join(recipe.stages)}."
             )
     check_without_torch(settings.device)
-    _check_sources(settings, [only] if only else recipe.stages)
+    again = STAGES[STAGES.index(restart_from) :] if restart_from else ()
+    wanted = [only] if only else recipe.stages
+    due = [stage for stage in wanted if stage in again or recipe.state(stage) != "finished"]
+    if due:
+        _check_sources(recipe, due, restart_from)
     if restart_from:
         _put_aside(recipe, restart_from)
     _check_config(recipe)
@@ -209,28 +213,14 @@ def run_stages(
             return
 
 
-def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
-    """Raises for data that is not there or cannot be used, before anything is trained or written."""
-    d = settings.data
-    for source in (d.demonstrations, d.prompts, d.eval_prompts):
-        if source:
-            sources.has_eval(source)
-    if d.comparisons != "collect":
-        sources.has_eval(d.comparisons)
+def _check_sources(recipe: Recipe, stages: Sequence[str], first_again: str | None) -> None:
+    """Raises for anything that these stages cannot use, before anything is trained, moved or written."""
     if {"collect", "eval"} & set(stages):
-        labelers.make(settings.collect.labeler, "collect.labeler")
-    # A stage that cannot use its data would say so only when those before it have been trained.
-    unsaid = data.Dropped()
-    if {"sft", "reward", "ppo"} & set(stages):
-        rows = data.demonstrations(d.demonstrations, dropped=unsaid)
-        if "ppo" in stages and settings.ppo.ptx_coef and "completion" not in rows.column_names:
-            raise LabError("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
-    if {"collect", "ppo", "eval"} & set(stages):
-        for source in (d.prompts or d.demonstrations, d.eval_prompts):
-            if source:
-                data.prompts(source, dropped=unsaid)
-    if "reward" in stages and d.comparisons != "collect":
-        data.comparisons(d.comparisons, dropped=unsaid)
+        labelers.make(recipe.settings.collect.labeler, "collect.labeler")
+    begins = first_again == "sft" or recipe.state("sft") != "finished"
+    policy = None if begins else recipe.of("sft") / "model"
+    for note in preflight.check(recipe.settings, stages, recipe.folder, policy):
+        print(f"data     {note}", flush=True)
 
 
 def _check_config(recipe: Recipe) -> None:

@@ -105,17 +105,17 @@ def train_policy(
         The model and its tokenizer; None if training was interrupted.
     """
     config = settings.ppo
-    model, tokenizer = models.open_policy(policy)
+    model, tokenizer = models.open_policy(policy, models.keeps_frozen_format(settings.model, compute))
     models.check_chat_template(tokenizer, prompts, settings.data.prompts or settings.data.demonstrations)
-    source = settings.data.prompts or settings.data.demonstrations
-    prompts, too_long = fitting_prompts(prompts, tokenizer, settings.data, source)
-    stage.run.summarize(prompts={"rows": len(prompts), "too_long": too_long})
     reward_model, reward_tokenizer = models.open_reward(reward)
     if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise LabError(
             f"{reward}: the reward model has another tokenizer than the policy {policy}, so it cannot score "
             "the policy's tokens. Train both stages from one model."
         )
+    source = settings.data.prompts or settings.data.demonstrations
+    prompts, too_long = fitting_prompts(prompts, tokenizer, settings.data, source)
+    stage.run.summarize(prompts={"rows": len(prompts), "too_long": too_long})
     reward_model.to(compute.device).requires_grad_(False)
     scorer = RewardScorer(reward_model, tokenizer)
     _check_end_token(scorer, prompts, tokenizer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lab.errors import LabError
 from lab.hub import from_pretrained
+from rlhf.heads import read_any_format
 
 
 class AdapterClassifier(nn.Module):
@@ -63,6 +64,7 @@ class AdapterClassifier(nn.Module):
 
         self.config = from_pretrained(AutoConfig, folder)
         self.score = nn.Linear(weights[head[0]].shape[1], 1, bias=False)
+        read_any_format(self.score)
         with torch.no_grad():
             self.score.weight.copy_(weights[head[0]])
         # In a tuple, so that the shared model is no part of this one's state.

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from lab.device import Compute
 from lab.errors import LabError
-from rlhf import models
-from rlhf.checkpoints import PlainCheckpoints
+from rlhf import heads, models
 from rlhf.config import ModelConfig, RLHFRun
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 from rlhf.tokenization import (
+    BATCH,
     cut_left,
     prepare,
-    tokenize_conversation,
-    tokenize_rows,
-    tokenize_text,
+    rows_of_ids,
 )
 
 
@@ -45,7 +43,7 @@ COMPARED = 16
 """Rows that are tokenised by TRL as well."""
 
 
-class _Trainer(StageTrainer, PlainCheckpoints, SFTTrainer):
+class _Trainer(StageTrainer, SFTTrainer):
     """SFTTrainer with the lab's checkpoints, and rows tokenised as in every other stage."""
 
     args: SFTConfig
@@ -90,24 +88,6 @@ class _Trainer(StageTrainer, PlainCheckpoints, SFTTrainer):
         return sum(
             their["input_ids"][: len(our)] != our for their, (our, *_) in zip(theirs, ours, strict=True)
         )
-
-
-BATCH = 1_000
-"""Rows that are tokenised together."""
-
-
-def rows_of_ids(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[tuple[list[int], list[int], bool]]:
-    """Of each demonstration its ids, a mask of what is learned of them, and whether all its answers are."""
-    if "messages" in rows[0]:
-        return [tokenize_conversation(row["messages"], tokenizer) for row in rows]
-    if "text" in rows[0]:
-        texts = [tokenize_text(row["text"], tokenizer) for row in rows]
-        return [(ids, [1] * len(ids), True) for ids in texts]
-    asked = [(row["prompt"], row["completion"], True) for row in rows]
-    return [
-        (prompt + answer, [0] * len(prompt) + [1] * len(answer), True)
-        for prompt, answer in tokenize_rows(asked, tokenizer)
-    ]
 
 
 def tokenized(
@@ -235,7 +215,8 @@ def make_trainer(
         LabError: nothing can be learned from the data, or by the model.
     """
     config, source = settings.sft, settings.data.demonstrations
-    model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed)
+    frozen = models.keeps_frozen_format(settings.model, compute)
+    model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed, frozen)
     notes = prepare(tokenizer, settings.model, converses or holds_conversations(demonstrations), source)
     models.declare_end(model, tokenizer)
     _check_positions(model, settings.data.max_length)
@@ -270,7 +251,7 @@ def holds_conversations(dataset: Any) -> bool:
 
 
 def _check_positions(model: Any, max_length: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = heads.positions(model.config)
     if positions is not None and max_length > positions:
         raise LabError(
             f"data.max_length: {max_length} is more than the model's {positions} positions. Lower it."

@@ -1,29 +1,68 @@
 """Where rows come from: files, folders of files, the Hub, and the tasks made up here.
 
-A source is a .jsonl, .json or .parquet file, a folder of these, `hub:OWNER/NAME` (one split and configuration
-of it: `hub:OWNER/NAME@SPLIT#CONFIG`), or a built-in task, `reviews` or `everyday`. Nothing in a source is
-ever run as code, and what cannot be read is a `LabError` that names file and line.
+A source is a file of rows (.jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt; those of text also packed
+as .gz, .zst, .bz2 or .xz), a folder of these, `hub:OWNER/NAME` (one split and configuration of it:
+`hub:OWNER/NAME@SPLIT#CONFIG`), or a built-in task, `reviews` or `everyday`. Nothing in a source is ever run
+as code, and what cannot be read is a `LabError` that names file and line.
 """
 
+import contextlib
+import csv
 import hashlib
 import json
+import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from lab.errors import LabError, did_you_mean
-from lab.files import sha256_file
+from lab.files import sha256_file, write_atomic
 from lab.hub import hub_or_cache
 from rlhf import everyday, reviews
 from rlhf.reviews import Split
 
 BUILT_IN: Mapping[str, Any] = {"reviews": reviews, "everyday": everyday}
-_SUFFIXES = (".jsonl", ".json", ".parquet")
-_KNOWN = "a .jsonl, .json or .parquet file, a folder of these, hub:OWNER/NAME, reviews or everyday"
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+_TEXTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt")
+_KNOWN = (
+    "a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, also packed (.gz, .zst, .bz2, .xz), "
+    "a folder of these, hub:OWNER/NAME, reviews or everyday"
+)
+_NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What `datasets` writes beside the rows."""
+
+UNPACKED_FREELY = 64 * 2**20
+MAX_RATIO = 200
+"""Packed files may grow to this many times their size, and to `UNPACKED_FREELY` bytes in any case: text
+shrinks to a tenth, and what unpacks to far more is made to fill a memory."""
+LONGEST_LINE = 256 * 2**20
+
+
+class NotJSON(Exception):
+    """Why a line is not JSON."""
+
+
+Numbered: TypeAlias = tuple[int, Any]
+"""The line of a row (or its number, from 1), and the row; a `NotJSON` for one that cannot be parsed."""
+
+
+WORTH_KEEPING = 2**20
+"""Bytes of files from which on hashes and rows are kept: smaller ones are read in no time."""
+
+
+def cache_folder() -> Path:
+    """Where hashes and parsed rows are kept: `rows` in this lab's folder of the user's caches.
+
+    Nothing is lost if it is deleted.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "deep-rl-lab" / "rows"
 
 
 @dataclass(frozen=True)
@@ -33,25 +72,58 @@ class Part:
     name: str
     label: str
     """The `source` of rows that name none."""
-    rows: list[Any]
-    numbers: Sequence[int] = ()
-    """The line of each row; empty where there are no lines."""
+    read: Callable[[], Iterable[Numbered]]
+    """Raises a `LabError` where no more can be read."""
+    unit: str = "line"
+    """What rows are numbered by: line or row."""
     path: Path | None = None
+    mark: str = ""
+    """What the rows are known by where they are no file's; empty: by themselves."""
 
-    def place(self, index: int) -> str:
+    def place(self, number: int) -> str:
         """Where a row stands, for errors."""
-        where = f"line {self.numbers[index]}" if self.numbers else f"row {index + 1}"
-        return f"{self.name}, {where}"
+        return f"{self.name}, {self.unit} {number}"
 
     def sha256(self) -> str:
+        """Of the file; of rows that are in none as lines of JSON."""
         if self.path is not None:
-            return sha256_file(self.path)
-        lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for row in self.rows)
+            return _sha256(self.path)
+        if self.mark:
+            return hashlib.sha256(self.mark.encode()).hexdigest()
+        lines = (json.dumps(row, sort_keys=True, default=str) + "\n" for _, row in self.read())
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _sha256(path: Path) -> str:
+    """Of a file; read once as long as it is not written again."""
+    try:
+        stat = path.stat()
+        return _hashed(path.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    except OSError as error:
+        raise LabError(f"{path}: cannot be read: {_line(error)}. Restore it or name another.") from error
+
+
+@lru_cache(maxsize=1024)
+def _hashed(path: Path, *stat: int) -> str:
+    """A file's hash; that of a large one is kept, by what changes when it is written, as in Git's index."""
+    if stat[1] < WORTH_KEEPING:
+        return sha256_file(path)
+    note = cache_folder() / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.hash.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        noted = json.loads(note.read_text())
+        if noted["stat"] == list(stat) and re.fullmatch("[0-9a-f]{64}", noted["sha256"]):
+            return noted["sha256"]
+    sha256 = sha256_file(path)
+    # Within the clock's own grain a file may be written twice and look the same.
+    if time.time() - max(stat[2:]) / 1e9 > 2:
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(note, json.dumps({"stat": stat, "sha256": sha256}).encode())
+    return sha256
+
+
 _Splits: TypeAlias = dict[str, list[Callable[[], Part]]]
-"""What reads the parts of each split, by the split's own name."""
+"""What makes the parts of each split, by the split's own name."""
 
 _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -61,7 +133,7 @@ _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 
 
 def read(source: str, split: Split) -> list[Part]:
-    """The parts of a split.
+    """The parts of a split; their rows are read when they are asked for.
 
     Raises:
         LabError: the source has no such split, or cannot be read.
@@ -74,7 +146,7 @@ def read(source: str, split: Split) -> list[Part]:
             is_hub = source.startswith("hub:")
             remedy = "Name one as in hub:OWNER/NAME@SPLIT." if is_hub else "Name the file itself."
         raise LabError(f"{source}: has no {split} split, only {', '.join(sorted(splits))}. {remedy}")
-    return [read_part() for read_part in splits[name]]
+    return [make_part() for make_part in splits[name]]
 
 
 def has_eval(source: str) -> bool:
@@ -89,15 +161,19 @@ def has_eval(source: str) -> bool:
 
 
 def fingerprint(source: str) -> dict[str, Any]:
-    """Names the data that a run started from: its `source`, `sha256` and number of `rows`, of all splits.
+    """Names the data that a run started from: its `source` and `sha256`, of all splits.
 
     The hash is that of the file, of several files or splits that of their hashes, one a line. Rows that come
-    from no file of the user's are hashed as lines of JSON.
+    from no file of the user's are hashed as lines of JSON. No row of a file is parsed for it.
     """
-    parts = [read_part() for split in _splits(source).values() for read_part in split]
-    hashes = [part.sha256() for part in parts]
+    hashes = [make_part().sha256() for split in _splits(source).values() for make_part in split]
     whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    return {"source": source, "sha256": whole, "rows": sum(len(part.rows) for part in parts)}
+    return {"source": source, "sha256": whole}
+
+
+def sha256(source: str) -> str:
+    """The hash of `fingerprint`."""
+    return fingerprint(source)["sha256"]
 
 
 def _choose(split: Split, names: Iterable[str]) -> str | None:
@@ -116,7 +192,11 @@ def _splits(source: str) -> _Splits:
 
 
 def _read_built_in(source: str, split: Split) -> Part:
-    return Part(source, source, BUILT_IN[source].demonstrations(split=split))
+    return Part(source, source, partial(_built_in_rows, source, split), "row")
+
+
+def _built_in_rows(source: str, split: Split) -> Iterator[Numbered]:
+    return enumerate(BUILT_IN[source].demonstrations(split=split), 1)
 
 
 def _hub_splits(source: str) -> _Splits:
@@ -139,78 +219,331 @@ def _hub_splits(source: str) -> _Splits:
 
 
 def _read_loaded(source: str, name: str, loaded: Any) -> Part:
-    return Part(source, name, loaded.to_list())
+    mark = loaded._fingerprint if loaded.cache_files else ""  # datasets' own hash of what it downloaded
+    return Part(source, name, lambda: enumerate(loaded, 1), "row", mark=mark)
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """What kind of file its name says it is, and how it is packed ("" if it is not)."""
+    packed = path.suffix.lower()
+    if packed in PACKED:
+        return Path(path.stem).suffix.lower(), packed
+    return packed, ""
+
+
+def stem(path: Path) -> str:
+    """A file's name without what says its kind."""
+    return Path(path.stem).stem if suffixes(path)[1] else path.stem
+
+
+def _is_data(path: Path) -> bool:
+    kind, packed = suffixes(path)
+    return kind in _TEXTS or (kind in (".parquet", ".arrow") and not packed)
 
 
 def _local_splits(source: str) -> _Splits:
     path = Path(source)
     if source and path.is_dir():
-        splits: _Splits = {}
+        files: dict[Path, Path] = {}
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
-            if file.suffix in _SUFFIXES and not any(name.startswith(".") for name in inside.parts):
-                splits.setdefault(_split_in_name(inside) or "train", []).append(partial(_read_file, file))
+            if any(name.startswith(".") or name == "__MACOSX" for name in inside.parts):
+                continue
+            if not file.is_file() or not _is_data(file) or file.name in _NO_DATA or file.suffix == ".txt":
+                continue  # texts beside data are a README or a licence
+            twin = files.setdefault(file.parent / stem(file), file)
+            if twin != file:
+                raise LabError(
+                    f"{source}: holds {twin.name} and {file.name}, which may be the same rows. Remove one, "
+                    "or name the file itself."
+                )
+        splits: _Splits = {}
+        for file in files.values():
+            name = _split_in_name(file.relative_to(path)) or "train"
+            splits.setdefault(name, []).append(partial(_file_part, file))
         if not splits:
-            raise LabError(f"{source}: holds no {' or '.join(_SUFFIXES)} file. A source is {_KNOWN}.")
+            raise LabError(f"{source}: holds no file of rows. A source is {_KNOWN}.")
         return splits
     if not path.is_file():
         nearby = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, [*nearby, *BUILT_IN])
         raise LabError(f"{source!r}: no such file or folder.{hint} A source is {_KNOWN}.")
-    if path.suffix not in _SUFFIXES:
+    if not _is_data(path):
         raise LabError(f"{source}: not a kind of file that is known. A source is {_KNOWN}.")
-    return {"train": [partial(_read_file, path)]}
+    return {"train": [partial(_file_part, path)]}
 
 
 def _split_in_name(path: Path) -> str | None:
     """The split that the file's name speaks of, or else the nearest folder's."""
-    for name in (path.stem, *reversed(path.parent.parts)):
+    for name in (stem(path), *reversed(path.parent.parts)):
         for word in re.findall("[a-z]+", name.lower()):
             if any(word in known for known in _SPLIT_NAMES.values()):
                 return word
     return None
 
 
-def _read_file(path: Path) -> Part:
+# ---- files ----
+
+
+def _file_part(path: Path) -> Part:
     # Where the file is called by its split alone, its folder's name tells more.
-    label = path.resolve().parent.name if path.stem.lower() == _split_in_name(Path(path.stem)) else path.stem
+    name = stem(path)
+    label = path.resolve().parent.name if name.lower() == _split_in_name(Path(name)) else name
+    kind = suffixes(path)[0]
+    with _readable(path):
+        lines = kind in (".csv", ".tsv", ".txt") or (kind in _TEXTS and not _is_array(path))
+    read = _READERS.get(kind, _json_rows if not lines else _json_lines)
+    return Part(str(path), label, partial(_guarded, read, path), "line" if lines else "row", path)
+
+
+def _guarded(read: Callable[[Path], Iterator[Numbered]], path: Path) -> Iterator[Numbered]:
+    with _readable(path):
+        yield from read(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is read into a line about it."""
+    import lzma
+    import zlib
+
     try:
-        if path.suffix == ".parquet":
-            return Part(str(path), label, _read_parquet(path), path=path)
-        data = path.read_bytes()
+        yield
+    except (zlib.error, lzma.LZMAError, EOFError) as error:
+        raise LabError(f"{path}: damaged, it cannot be unpacked: {_line(error)}. Restore it.") from error
     except OSError as error:
+        if suffixes(path)[1] and error.errno is None:  # gzip and bz2: not packed by them, or a wrong checksum
+            raise LabError(f"{path}: damaged, it cannot be unpacked: {_line(error)}. Restore it.") from error
         raise LabError(f"{path}: cannot be read: {_line(error)}. Restore it or name another.") from error
-    if data.lstrip().startswith(b"["):  # one list of all rows
-        return Part(str(path), label, _parse(data, path), path=path)
-    lines = {number: line for number, line in enumerate(data.splitlines(), 1) if line and not line.isspace()}
-    rows = [_parse(line, path, number) for number, line in lines.items()]
-    return Part(str(path), label, rows, list(lines), path)
 
 
-def _parse(data: bytes, path: Path, line: int | None = None) -> Any:
-    """Parses one line of a file, or all of it."""
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked."""
+    packed = suffixes(path)[1]
+    if packed == ".zst":
+        import pyarrow
+
+        with path.open("rb") as raw, pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd") as file:
+            yield _Limited(file, path)  # type: ignore[misc]
+        return
+    if packed:
+        import bz2
+        import gzip
+        import lzma
+
+        unpack: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[packed]
+        with unpack(path) as file:
+            yield _Limited(file, path)  # type: ignore[misc]
+        return
+    with path.open("rb") as file:
+        yield file
+
+
+class _Limited:
+    """A file being unpacked, that ends in an error if it grows beyond all text."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file, self._path = file, path
+        self._left = max(UNPACKED_FREELY, MAX_RATIO * path.stat().st_size)
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise LabError(
+                f"{self._path}: unpacks to more than {MAX_RATIO} times its size, as no text does that was "
+                "packed once. Unpack it yourself if it is data."
+            )
+        return data
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that hold anything, and their numbers."""
+    number, rest = 0, b""
+    with _opened(path) as file:
+        while chunk := file.read(1 << 20):
+            *whole, rest = (rest + chunk).split(b"\n")
+            for line in whole:
+                number += 1
+                if line and not line.isspace():
+                    yield number, line
+            if len(rest) > LONGEST_LINE:
+                raise LabError(
+                    f"{path}, line {number + 1}: has more than {LONGEST_LINE >> 20} MB. "
+                    "A file holds one row a line."
+                )
+    if rest and not rest.isspace():
+        yield number + 1, rest
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file of JSON is one list of all rows (or an object that begins with one)."""
+    with _opened(path) as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start[:1] == b"[" or re.match(rb'\{\s*"(data|rows|train|examples)"\s*:\s*\[', start) is not None
+
+
+def _json_lines(path: Path) -> Iterator[Numbered]:
+    """A row a line."""
+    for number, line in _lines(path):
+        try:
+            yield number, _parse(line.removeprefix(b"\xef\xbb\xbf"))
+        except NotJSON as error:
+            if number == 1 and line.lstrip()[:1] == b"{" and suffixes(path)[0] == ".json":
+                raise LabError(
+                    f"{path}: is one JSON object. A file holds one row a line, or one list of rows."
+                ) from None
+            yield number, error
+
+
+def _json_rows(path: Path) -> Iterator[Numbered]:
+    """All rows in one list; those of an object's first list, where it has one under a name for rows."""
+    with _opened(path) as file:
+        data = b"".join(iter(lambda: file.read(1 << 20), b"")).removeprefix(b"\xef\xbb\xbf")
+    try:
+        value = _parse(data)
+    except NotJSON as error:
+        line = getattr(error, "line", 1)
+        raise LabError(f"{path}, line {line}: {error}.") from None
+    if isinstance(value, dict):
+        value = next(rows for rows in value.values() if isinstance(rows, list))
+    yield from enumerate(value, 1)
+
+
+def _parse(data: bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        NotJSON: it is none.
+    """
+    import orjson
+
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        pass  # the standard library also takes NaN and half characters, and says better what is wrong
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # ValueError: also for bytes that are no UTF-8
         why = _line(error)
         if isinstance(error, json.JSONDecodeError):
             why = f"{error.msg} at column {error.colno}"
-            line = line or error.lineno
-        raise LabError(
-            f"{path}, line {line or 1}: not JSON: {why}. A file holds one row a line, as in "
-            '{"prompt": "...", "completion": "..."}, or one list of such rows.'
-        ) from None
+        problem = NotJSON(
+            f"not JSON: {why}. A file holds one row a line, as in "
+            '{"prompt": "...", "completion": "..."}, or one list of such rows'
+        )
+        problem.line = getattr(error, "lineno", 1)  # type: ignore[attr-defined]
+        raise problem from None
 
 
-def _read_parquet(path: Path) -> list[Any]:
+def _table_lines(path: Path, delimiter: str) -> Iterator[Numbered]:
+    """The rows of a table in text, by the names in its first line; what is JSON in a cell is read as such."""
+    csv.field_size_limit(LONGEST_LINE)
+    lines = _decoded(path)
+    try:
+        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        names = rows.fieldnames or []
+        if len(set(names)) < len(names) or not all(name.strip() for name in names):
+            raise LabError(f"{path}, line 1: names of columns must be there, and differ: {', '.join(names)}.")
+        for row in rows:
+            if None in row or None in row.values():
+                cells = [value for name, value in row.items() if name is not None]
+                found = sum(value is not None for value in cells) + len(row.get(None, ()))  # type: ignore[call-overload]
+                yield rows.line_num, NotJSON(f"has {found} cells for {len(names)} columns")
+            else:
+                yield rows.line_num, {name: _cell(value) for name, value in row.items() if value != ""}
+    except csv.Error as error:
+        raise LabError(f"{path}: not a table in text: {_line(error)}. Restore it.") from None
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    number = 0
+    with _opened(path) as file:
+        import codecs
+
+        decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
+        while True:
+            chunk = file.read(1 << 20)
+            try:
+                rest += decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                raise LabError(f"{path}, after line {number}: no UTF-8 text: {_line(error)}.") from None
+            *whole, rest = rest.splitlines(keepends=True) if chunk else [rest, ""]
+            if not whole and len(rest) > LONGEST_LINE:
+                raise LabError(f"{path}, line {number + 1}: has more than {LONGEST_LINE >> 20} MB.")
+            number += len(whole)
+            yield from (line for line in whole if line)
+            if not chunk:
+                return
+
+
+def _cell(text: str) -> Any:
+    if text[:1] in ("[", "{"):
+        try:
+            return _parse(text.encode())
+        except (NotJSON, UnicodeEncodeError):
+            return text
+    return text
+
+
+def _text_lines(path: Path) -> Iterator[Numbered]:
+    """A prompt a line."""
+    for number, line in enumerate(_decoded(path), 1):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
+
+
+def _parquet_rows(path: Path) -> Iterator[Numbered]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
+    limit = max(UNPACKED_FREELY, MAX_RATIO * path.stat().st_size)
     try:
         with ParquetFile(path) as file:
-            return file.read().to_pylist()
+            number = 0
+            for batch in file.iter_batches(4096):
+                limit -= batch.nbytes
+                if limit < 0:
+                    raise LabError(
+                        f"{path}: unpacks to more than {MAX_RATIO} times its size. Check its rows."
+                    )
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
     except (pyarrow.ArrowException, ValueError) as error:
         raise LabError(f"{path}: not a readable parquet file: {_line(error)}. Restore it.") from error
+
+
+def _arrow_rows(path: Path) -> Iterator[Numbered]:
+    """What `Dataset.save_to_disk` writes: a stream of Arrow; or an Arrow file."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
+                reader = pyarrow.ipc.open_file(source)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(source))
+            number = 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise LabError(f"{path}: not a readable Arrow file: {_line(error)}. Restore it.") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
+    ".csv": partial(_table_lines, delimiter=","),
+    ".tsv": partial(_table_lines, delimiter="\t"),
+    ".txt": _text_lines,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+}
 
 
 def _line(error: BaseException) -> str:

@@ -131,7 +131,7 @@ def renamed(logs: Mapping[str, Any]) -> dict[str, float]:
     return row
 
 
-class StageTrainer:
+class StageTrainer(checkpoints.PlainCheckpoints):
     """Mixed in before a transformers Trainer: its checkpoints become the lab's.
 
     The Trainer writes aside; the folder is hashed, synced and renamed, so that it is there whole or not at

@@ -16,7 +16,7 @@ from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
 from lab.tracking import Tracker
-from rlhf import data, labelers, sources
+from rlhf import labelers, sources, splits
 from rlhf.config import RLHFRun
 from rlhf.pipeline import JOB_TYPES, RESULTS, Recipe, fingerprint, read_settings
 
@@ -121,27 +121,6 @@ def _length(recipe: Recipe, stage: str) -> tuple[int, int, int]:
     return 0, 1, every
 
 
-def _demonstrations(settings: RLHFRun) -> tuple[Any, Any]:
-    """Training and held-out demonstrations."""
-    source = settings.data.demonstrations
-    rows = data.demonstrations(source)
-    if sources.has_eval(source):
-        return rows, data.demonstrations(source, "eval")
-    return data.hold_out(rows, 0.1, settings.seed)
-
-
-def prompts(settings: RLHFRun) -> tuple[Any, Any]:
-    """Training and unseen prompts: no demonstration, comparison or rollout is about an unseen one."""
-    d = settings.data
-    source = d.prompts or d.demonstrations
-    rows = data.prompts(source)
-    if d.eval_prompts:
-        return rows, data.prompts(d.eval_prompts)
-    if sources.has_eval(source):
-        return rows, data.prompts(source, "eval")
-    return data.hold_out(rows, 0.1, settings.seed)
-
-
 def gold_labeler(settings: RLHFRun) -> labelers.Labeler:
     """The labeler of the config."""
     return labelers.make(settings.collect.labeler, "collect.labeler")
@@ -153,8 +132,11 @@ def gold_labeler(settings: RLHFRun) -> labelers.Labeler:
 def _sft(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf.sft import train_sft
 
-    rows, held_out = _demonstrations(recipe.settings)
-    return _keep(recipe.of("sft"), train_sft(recipe.settings, stage, compute, rows, held_out))
+    settings = recipe.settings
+    rows, held_out = splits.demonstrations(settings)
+    converses = splits.converses(settings)
+    trained = train_sft(settings, stage, compute, rows, held_out, converses)
+    return _keep(recipe.of("sft"), trained)
 
 
 def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
@@ -167,7 +149,10 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     model, tokenizer = models.open_policy(recipe.result("sft"))
     model.to(compute.device).eval()
     found, too_long = fitting_prompts(
-        prompts(settings)[0], tokenizer, settings.data, settings.data.prompts or settings.data.demonstrations
+        splits.training_prompts(settings),
+        tokenizer,
+        settings.data,
+        settings.data.prompts or settings.data.demonstrations,
     )
     asked = found["prompt"]
     asked = [prompt for prompt in asked[: c.max_prompts] for _ in range(c.rounds)]
@@ -204,10 +189,11 @@ def _reward(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     settings = recipe.settings
     collected = settings.data.comparisons == "collect"
     source = str(recipe.result("collect")) if collected else settings.data.comparisons
-    comparisons = data.comparisons(source)
-    rows, _ = _demonstrations(settings)
+    compared = splits.load(settings, "comparisons", source).rows
+    rows, _ = splits.demonstrations(settings)
     policy = recipe.result("sft")
-    return _keep(recipe.of("reward"), train_reward(settings, stage, compute, comparisons, rows, policy))
+    both = splits.training_comparisons(settings, compared)
+    return _keep(recipe.of("reward"), train_reward(settings, stage, compute, *both, rows, policy))
 
 
 def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
@@ -217,8 +203,8 @@ def _ppo(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     settings = recipe.settings
     gold = gold_labeler(settings) if settings.data.comparisons == "collect" else None
     gold = gold if isinstance(gold, labelers.Scorer) else None
-    rows, _ = _demonstrations(settings)
-    asked, _ = prompts(settings)
+    rows, _ = splits.demonstrations(settings)
+    asked = splits.training_prompts(settings)
     policy, reward = recipe.result("sft"), recipe.result("reward")
     trained = train_policy(settings, stage, compute, asked, rows, policy, reward, gold)
     plot = stage.run.media / "overoptimization.png"
@@ -282,7 +268,7 @@ def evaluate_recipe(
 
     settings = recipe.settings
     e = replace(settings.eval, **chosen)
-    _, unseen = prompts(settings)
+    unseen, trained_on = splits.unseen_prompts(settings)
     policy, tokenizer = models.open_policy(recipe.result("ppo"))
     d = settings.data
     unseen, too_long = fitting_prompts(unseen, tokenizer, d, d.eval_prompts or d.prompts or d.demonstrations)
@@ -303,8 +289,8 @@ def evaluate_recipe(
         seed=settings.seed if seed is None else seed,
         max_prompt=room_for_prompts(settings.data),
     )
-    if too_long:
-        result["prompts_too_long"] = too_long
+    result |= {"prompts_trained_on": trained_on} if trained_on else {}
+    result |= {"prompts_too_long": too_long} if too_long else {}
     if samples is not None:
         write_rows(samples, rows)
     return result

@@ -8,7 +8,7 @@ from lab.config import require
 from lab.device import DeviceConfig
 from lab.errors import LabError, did_you_mean
 from lab.tracking import TrackingConfig
-from supervised.data.config import DataConfig
+from supervised.data.config import DataConfig, require_at_most
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -39,6 +39,7 @@ class ModelConfig:
             f"{self.adapt!r} is none of full, lora, probe",
         )
         require(self.lora_rank >= 1, "model.lora_rank", "must be at least 1")
+        require_at_most(self, "model", lora_rank=65_536)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ class OptimizerConfig:
             "optimizer.betas",
             f"{self.betas} are for adam and adamw, not sgd: leave them out",
         )
+        require_at_most(self, "optimizer", warmup_steps=10**9, weight_decay=1e3, eps=1.0)
         require(
             self.max_grad_norm is None or self.max_grad_norm > 0,
             "optimizer.max_grad_norm",
@@ -112,6 +114,7 @@ class EvalConfig:
         require(self.every_epochs > 0, "eval.every_epochs", "must be positive")
         require(self.batch_size >= 0, "eval.batch_size", "must be 0 (as in training) or more")
         require(self.patience is None or self.patience >= 1, "eval.patience", "must be at least 1, or null")
+        require_at_most(self, "eval", every_epochs=1e9, batch_size=2**31, patience=10**9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         require(self.every_epochs > 0, "checkpoint.every_epochs", "must be positive")
         require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
+        require_at_most(self, "checkpoint", every_epochs=1e9, keep=10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +183,15 @@ class SupervisedRun:
         )
         require(0 <= self.ema_decay < 1, "ema_decay", f"{self.ema_decay} must be at least 0 and below 1")
         require(self.log_every_steps >= 1, "log_every_steps", "must be at least 1")
+        require_at_most(
+            self,
+            "",
+            epochs=1e9,
+            max_steps=10**12,
+            batch_size=2**31,
+            accumulate=2**20,
+            log_every_steps=10**9,
+        )
 
     @property
     def run_name(self) -> str:
@@ -203,6 +216,7 @@ class ClassificationConfig(ObjectiveConfig):
             0 <= smoothing < 1, "objective.label_smoothing", f"{smoothing} must be at least 0 and below 1"
         )
         require(self.aux_weight >= 0, "objective.aux_weight", "must not be negative")
+        require_at_most(self, "objective", aux_weight=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +273,7 @@ class TranslationConfig(ObjectiveConfig):
         )
         require(self.beam >= 1, "objective.beam", "must be at least 1")
         require(self.length_penalty >= 0, "objective.length_penalty", "must not be negative")
+        require_at_most(self, "objective", beam=1000, length_penalty=100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +293,7 @@ class TextTaskConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         require(self.language_model_weight >= 0, "objective.language_model_weight", "must not be negative")
+        require_at_most(self, "objective", language_model_weight=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +317,7 @@ class GenerativeConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         require(self.samples >= 2, "objective.samples", "must be at least 2")
+        require_at_most(self, "objective", samples=10**7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +369,16 @@ class DenoisingConfig(GenerativeConfig):
             require(value in values, f"objective.{key}", f"{value!r} is none of {', '.join(values)}")
         for key, least in {"n_steps": 2, "bound_samples": 1, "bound_steps": 1, "judged_samples": 1}.items():
             require(getattr(self, key) >= least, f"objective.{key}", f"must be at least {least}")
+        require_at_most(
+            self,
+            "objective",
+            n_steps=10**6,
+            sampling_steps=10**6,
+            bound_samples=10**7,
+            bound_steps=10**6,
+            judged_samples=10**7,
+            guidance=1e4,
+        )
         steps = self.sampling_steps
         require(steps >= 0, "objective.sampling_steps", "must be 0 (as many as n_steps) or more")
         for key in ("label_dropout", "eta"):
@@ -382,7 +409,9 @@ ADVERSARIAL_LOSSES = ("non_saturating", "wgan_gp", "r3gan")
 def _check_adversarial(loss: str, penalty: float | None) -> None:
     known = ", ".join(ADVERSARIAL_LOSSES)
     require(loss in ADVERSARIAL_LOSSES, "objective.loss", f"{loss!r} is none of {known}")
-    require(penalty is None or penalty >= 0, "objective.penalty", "must not be negative")
+    require(
+        penalty is None or 0 <= penalty <= 1e6, "objective.penalty", "must not be negative, nor above 1e6"
+    )
     require(
         penalty is None or loss != "non_saturating",
         "objective.penalty",
@@ -418,6 +447,7 @@ class AdversarialConfig(GenerativeConfig):
         super().__post_init__()
         _check_adversarial(self.loss, self.penalty)
         require(self.critic_steps >= 1, "objective.critic_steps", "must be at least 1")
+        require_at_most(self, "objective", critic_steps=10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,6 +467,7 @@ class LikelihoodConfig(GenerativeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.temperature > 0, "objective.temperature", "must be positive")
+        require_at_most(self, "objective", temperature=1e4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,6 +482,7 @@ class VariationalConfig(LikelihoodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.beta > 0, "objective.beta", "must be positive")
+        require_at_most(self, "objective", beta=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,6 +535,16 @@ class AutoencodingConfig(ObjectiveConfig):
         require(self.foretell >= 0, "objective.foretell", f"{self.foretell} must not be negative")
         require(self.decoder_width >= 1, "objective.decoder_width", "must be at least 1")
         require(self.least_std > 0, "objective.least_std", f"{self.least_std} must be positive")
+        require_at_most(
+            self,
+            "objective",
+            noise=1e3,
+            patch=65_536,
+            frames=10**4,
+            foretell=10**4,
+            decoder_width=65_536,
+            least_std=1e3,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -548,6 +590,14 @@ class SuperResolutionConfig(ObjectiveConfig):
         for key in ("pixel_weight", "perceptual_weight", "adversarial_weight"):
             require(getattr(self, key) >= 0, f"objective.{key}", "must not be negative")
         require(self.patch >= 1, "objective.patch", "must be at least 1")
+        require_at_most(
+            self,
+            "objective",
+            patch=65_536,
+            pixel_weight=1e6,
+            perceptual_weight=1e6,
+            adversarial_weight=1e6,
+        )
         require(
             self.pixel_weight + self.perceptual_weight > 0,
             "objective.pixel_weight",
@@ -581,6 +631,7 @@ class DetectionConfig(ClassificationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.samples >= 2, "objective.samples", "must be at least 2")
+        require_at_most(self, "objective", samples=10**7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -628,6 +679,18 @@ class WorldModelConfig(ObjectiveConfig):
             require(getattr(self, key) >= 1, f"objective.{key}", "must be at least 1")
         for key in ("start_noise", "motion_weight", "context_noise", "own_frames"):
             require(getattr(self, key) >= 0, f"objective.{key}", "must not be negative")
+        require_at_most(
+            self,
+            "objective",
+            context=10**4,
+            patch=1024,
+            sampling_steps=10**4,
+            rollout=10**5,
+            start_noise=1e3,
+            motion_weight=1e6,
+            context_noise=1e3,
+            own_frames=10**4,
+        )
         for key in ("first_share", "own_share"):
             require(0 <= getattr(self, key) <= 1, f"objective.{key}", "must lie in 0 to 1")
         require(

@@ -15,7 +15,7 @@ from supervised import objectives
 from supervised.backbones import blocked
 from supervised.config import SupervisedRun, run_config_class
 from supervised.objectives.base import Objective
-from supervised.trainer import part_of
+from supervised.trainer import UNFIT, part_of
 
 
 def run_config(run: Run) -> SupervisedRun:
@@ -37,7 +37,7 @@ def open_objective(run: Run, saved: Checkpoint, device: torch.device, part: str 
     for name, module in objective.players.items():
         try:
             module.load_state_dict(part_of(weights, name))
-        except RuntimeError:
+        except UNFIT:
             raise LabError(
                 f"{run.folder}: its weights do not fit {objective.data.name} as the data are now. Put back "
                 "what it learned from."

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lab import checkpoint
@@ -13,6 +14,7 @@ from lab.run import Run
 from supervised import backbones
 from supervised.config import ModelConfig
 from supervised.data import tokenizers
+from supervised.data.files import require_memory
 from supervised.data.tokenizers import SubwordTokenizer
 
 ONLY_WHILE_LEARNING = {"dropout", "aux_dropout", "stochastic_depth", "layer_scale", "zero_init_residual"}
@@ -53,15 +55,26 @@ def make_backbone(
         )
     takes = backbones.arguments(config.backbone)
     refuse_what_follows(config.spec, {*OF_DATA, *of_data}, "model.spec")
-    backbone = backbones.build(
-        config.backbone, **{key: value for key, value in of_data.items() if key in takes}, **config.spec
-    )
+    spec = {**{key: value for key, value in of_data.items() if key in takes}, **config.spec}
+    _require_memory(config, spec)
+    backbone = backbones.build(config.backbone, **spec)
     parents = [_start_from(backbone, config, tokenizer)] if config.start_from else []
     if config.adapt == "probe":
         backbone.requires_grad_(False)
     elif config.adapt == "lora":
         _add_lora(backbone, config.lora_rank, new_tokens)
     return backbone, parents
+
+
+def _require_memory(config: ModelConfig, spec: Mapping[str, Any]) -> None:
+    """Raises a `LabError` unless there is room to train such a backbone: where memory is promised before it
+    is there, one too large is killed without a word."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        n = sum(p.numel() for p in backbones.build(config.backbone, **spec).parameters())
+    each = 16 if config.adapt == "full" else 4  # a weight, its gradient and two averages
+    require_memory(
+        each * n, f"model.backbone = {config.backbone!r}: {n:,} parameters take", "Use a smaller model.spec."
+    )
 
 
 def refuse_what_follows(spec: Mapping[str, Any], of_data: Collection[str], key: str) -> None:

@@ -55,15 +55,23 @@ def capture(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def restore(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `capture` took; learning rates and the like are as the optimiser was made."""
+    """Puts back what `capture` took; learning rates and the like are as the optimiser was made.
+
+    Raises:
+        ValueError, IndexError: it is of other weights.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
         like = parameters[int(index)]
+        if value.dim() and value.shape != like.shape:
+            raise ValueError(f"{key} is {tuple(value.shape)}, and its weight {tuple(like.shape)}")
         # The fused kernels walk memory, not indices: a moment must lie as its weight does.
         same_layout = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         state.setdefault(int(index), {})[name] = same_layout
+    if len({frozenset(kept) for kept in state.values()}) > 1:
+        raise ValueError("some weights have other averages than others")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

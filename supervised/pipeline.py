@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lab import checkpoint, config, terminal, tracking
+from lab import checkpoint, terminal, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
 from lab.pipeline import refuse_options
@@ -15,7 +15,12 @@ from supervised.config import SupervisedRun, run_config_class
 
 # What may change between the sessions of one run: none of it alters what was computed so far. With another
 # number of updates a learning rate that falls goes on as the schedule of that many has it.
-MAY_CHANGE = ("epochs", "max_steps", "eval.stop_at", "eval.patience", "tracking.", "checkpoint.keep", "name")
+# Where it is computed, how often it is logged, evaluated and saved, and where the data lie (which are known
+# by their hash) are no part of what is learned.
+MAY_CHANGE = (
+    *("epochs", "max_steps", "eval.", "tracking.", "checkpoint.", "device.", "log_every_steps", "name"),
+    *("data.source", "model.start_from"),
+)
 HOW_IT_SAMPLES = {
     "denoising": ("objective.sampling_steps", "objective.eta", "objective.guidance", "objective.solver"),
     "flow": ("objective.temperature",),
@@ -43,11 +48,10 @@ class SupervisedPipeline:
             )
         check_without_torch(config_.device)
         folder = folder or Path("runs") / folder_name(config_.run_name)
-        values = config.to_dict(config_)
         run, saved = None, None
         if resume:
             run = Run.resume(folder)
-            run.refuse_other_config(values, MAY_CHANGE + HOW_IT_SAMPLES.get(config_.objective.name, ()))
+            run.refuse_other_config(config_, MAY_CHANGE + HOW_IT_SAMPLES.get(config_.objective.name, ()))
             latest = checkpoint.find(run.checkpoints)
             saved = checkpoint.load(latest) if latest is not None else None
         else:
@@ -60,8 +64,12 @@ class SupervisedPipeline:
         train(config_, folder, run, saved, mode, why)
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
-        only_elsewhere = ("prompts", "samples", "episodes", "epsilon")
-        refuse_options(options, only_elsewhere, "is for agents and chats; this run learned from a data set")
+        only_elsewhere = ("prompts", "samples", "episodes", "epsilon", "seed")
+        refuse_options(
+            options,
+            only_elsewhere,
+            "is for agents and chats, and means nothing here: this run learned from a data set",
+        )
         run = Run.open(folder)
         saved = checkpoint.load(run.find_checkpoint(options.checkpoint))
         quiet_threads()

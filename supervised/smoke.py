@@ -21,6 +21,7 @@ STAND_INS = {
 }
 """By objective, data that is on every machine."""
 
+NAME = "smoke"
 MAY_BE_MISSING = ("fashion_mnist", "more_photographs")
 STEPS, BATCH, CONTEXT = 3, 8, 64
 SAMPLES, CHARACTERS = 300, 20_000
@@ -52,7 +53,7 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
     never = {"every_epochs": 1e6}
     return {
         **values,
-        "name": "smoke",
+        "name": NAME,
         "max_steps": STEPS,
         "batch_size": min(values.get("batch_size", BATCH), BATCH),
         "accumulate": min(values.get("accumulate", 1), BATCH),

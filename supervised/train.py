@@ -11,17 +11,17 @@ from typing import Any
 from lab import checkpoint, config
 from lab.checkpoint import Checkpoint
 from lab.device import Compute, resolve
-from lab.errors import LabError
+from lab.errors import LabError, first_line
 from lab.files import explain_write_errors
 from lab.interrupt import StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
 from lab.tracking import Tracker, read_metrics, scrub
-from supervised import figures, objectives
+from supervised import figures, objectives, smoke
 from supervised.config import SupervisedRun
 from supervised.data import Batches, DataSet
-from supervised.trainer import Trainer
+from supervised.trainer import UNFIT, Trainer
 
 ROOM = "Free some space, then continue with --resume."
 
@@ -50,7 +50,7 @@ def train(
     trainer = Trainer(objective, objective.batches("train", compute.device), settings, compute)
     held_out = objective.batches("test", compute.device)
     values = config.to_dict(settings)
-    redraw = False
+    redraw, moved = False, ""
     if run is None:
         run = Run.create(
             folder,
@@ -65,8 +65,10 @@ def train(
         )
     else:
         if saved is not None:
-            _refuse_what_cannot_go_on(run, saved, data, trainer)
+            _restore(run, saved, data, trainer)
         before, run.info["config"] = run.info["config"], scrub(values)
+        moved = _moved(run.info["compute"], compute)
+        run.info["compute"] = compute.describe()
         redraw = before["objective"] != run.info["config"]["objective"]
         run.continue_from(saved.state["metrics_bytes"] if saved else 0)
     with run.recording_its_end():
@@ -74,7 +76,7 @@ def train(
         tracker = run.tracker(mode, why, t.project, t.entity, t.tags)
         exit_code = 1
         try:
-            session = _Session(settings, compute, data, trainer, held_out, run, tracker)
+            session = _Session(settings, compute, data, trainer, held_out, run, tracker, moved)
             if data.tokenizer is not None:
                 with explain_write_errors(str(run.folder), ROOM):
                     data.tokenizer.save(run.folder)
@@ -87,19 +89,51 @@ def train(
     return run
 
 
-def _refuse_what_cannot_go_on(run: Run, saved: Checkpoint, data: DataSet, trainer: Trainer) -> None:
-    """Raises a `LabError`, the run left as it is, if it has gone further than now asked or has other data."""
-    taken = saved.state["trainer"]["step"]
-    if taken > trainer.total_steps:
+def _restore(run: Run, saved: Checkpoint, data: DataSet, trainer: Trainer) -> None:
+    """Puts a checkpoint into the trainer.
+
+    Raises:
+        LabError: the run has gone further than now asked, has other data, or its checkpoint is not one that
+            it can have saved. The run is left as it is.
+    """
+    state = saved.state
+    try:
+        if state.get("data_sha256", data.sha256) != data.sha256:
+            run.refuse(
+                f"{data.name} is not what it was when the run began. Put the data back, or start another run "
+                "with --out."
+            )
+        taken = state["trainer"]["step"]
+        if taken > trainer.total_steps:
+            run.refuse(
+                f"has taken {taken:,} steps, and epochs and max_steps now allow {trainer.total_steps:,}. Set "
+                "as many or more."
+            )
+        files = [path.stem for path in saved.path.glob("*.safetensors")]
+        trainer.restore({name: saved.tensors(name) for name in files}, state["trainer"])
+        counts = (taken, state["metrics_bytes"], state["without_better"], state.get("evaluated_at", 0))
+        numbers = (state["elapsed_seconds"], state["best"] or 0.0)
+        whole = all(isinstance(n, int) and 0 <= n < 2**62 for n in counts)
+        if not whole or not all(map(math.isfinite, numbers)):
+            raise ValueError("state.json has impossible numbers")
+    except UNFIT as error:
         run.refuse(
-            f"has taken {taken:,} steps, and epochs and max_steps now allow {trainer.total_steps:,}. Set as "
-            "many or more."
+            f"its checkpoint {saved.path.name} is not one that this run saved ({first_line(error)[:120]}). "
+            "Delete it to go back to the one before, or restore it from a copy."
         )
-    if saved.state.get("data_sha256", data.sha256) != data.sha256:
-        run.refuse(
-            f"{data.name} is not what it was when the run began. Put the data back, or start another run "
-            "with --out."
-        )
+
+
+def _moved(before: Mapping[str, Any], compute: Compute) -> str:
+    """A line, where a run goes on with another device, number format or number of threads."""
+    now = compute.describe()
+    changed = [
+        f"{key} {before.get(key)}"
+        for key in ("device", "precision", "threads")
+        if before.get(key) != now[key]
+    ]
+    if not changed:
+        return ""
+    return f"note    so far it computed with {', '.join(changed)}: no longer bit for bit\n"
 
 
 class _Session:
@@ -114,13 +148,18 @@ class _Session:
         held_out: Batches,
         run: Run,
         tracker: Tracker,
+        moved: str = "",
     ) -> None:
         self.settings, self.compute, self.data = settings, compute, data
         self.trainer, self.objective, self.held_out = trainer, trainer.objective, held_out
-        self.run, self.tracker = run, tracker
+        self.run, self.tracker, self.moved = run, tracker, moved
         self.best: float | None = None
         self.without_better = self.evaluated_at = 0
         self.seconds_before = 0.0
+        self.numbers: dict[str, float] = {}
+        """Of the last evaluation in this process."""
+        self.first_weights = trainer.sums_of_weights()
+        """Of the weights the run began with."""
         self.began = time.monotonic()
 
     # ---- the loop ----
@@ -182,7 +221,8 @@ class _Session:
             )
             + f"run     {self.run.folder}\n"
             f"device  {c.device}, {c.precision}, {c.threads} threads ({c.reason})\n"
-            f"W&B     {self.tracker.mode} ({self.run.info['wandb']['why']})"
+            + self.moved
+            + f"W&B     {self.tracker.mode} ({self.run.info['wandb']['why']})"
         )
 
     def _elapsed(self) -> float:
@@ -204,12 +244,14 @@ class _Session:
         with self.trainer.judged() as players:
             numbers = objective.evaluate(players, self.held_out.epoch(0))
         self._require_finite(numbers)
+        self.numbers = numbers
         self.tracker.log(step, {f"eval/{name}": value for name, value in numbers.items()})
         score = numbers[objective.headline]
         better = self.best is None or self._better(score, self.best)
         self.without_better = 0 if better else self.without_better + (step > self.evaluated_at)
         self.evaluated_at = step
         if better:
+            self._require_finite_weights()
             self.best = score
             weights = self.trainer.weights(judged=True)
             state = {
@@ -241,10 +283,39 @@ class _Session:
                     "optimizer.learning_rate, raise optimizer.warmup_steps or set optimizer.max_grad_norm."
                 )
 
+    def _require_finite_weights(self) -> None:
+        """Likewise for weights, before they are kept."""
+        if name := self.trainer.not_finite():
+            self._require_finite({f"a weight of the {name}": math.nan})
+
+    def _warnings(self) -> list[str]:
+        """What makes the result worth nothing, though the run came to its end, a sentence each."""
+        trainer, o = self.trainer, self.settings.optimizer
+        if self.settings.name == smoke.NAME:  # of a few steps nothing is expected
+            return []
+        found = self.objective.warnings(self.numbers) if self.numbers else []
+        if trainer.sums_of_weights() == self.first_weights:
+            found.append(
+                f"no weight has changed in {trainer.step:,} steps: optimizer.learning_rate = "
+                f"{o.learning_rate:g} is too small"
+            )
+        if trainer.step < o.warmup_steps:
+            found.append(
+                f"the learning rate was still rising at the end, after {trainer.step:,} of "
+                f"optimizer.warmup_steps = {o.warmup_steps:,}"
+            )
+        losses = [row["train/loss"] for row in read_metrics(self.run.metrics) if "train/loss" in row]
+        if len(trainer.bare) == 1 and len(losses) > 1:  # of several players one may win
+            few = min(3, len(losses) // 2)
+            first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
+            if last > first + 0.05 * abs(first):
+                found.append(f"the training loss rose from {first:.4g} to {last:.4g}")
+        return found
+
     # ---- saving ----
 
     def _save(self) -> None:
-        self._require_finite(self.trainer.sums_of_weights())
+        self._require_finite_weights()
         tensors, state = self.trainer.capture()
         state = {
             "trainer": state,
@@ -255,6 +326,7 @@ class _Session:
             "data_sha256": self.data.sha256,
             "train_sha256": self.data.train_sha256,
             "elapsed_seconds": self._elapsed(),
+            "first_weights": self.first_weights,
             "spec": self.objective.spec(),
         }
         root, name = self.run.checkpoints, checkpoint.step_name(self.trainer.step)
@@ -264,12 +336,11 @@ class _Session:
         checkpoint.prune(root, self.settings.checkpoint.keep)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Goes back to a checkpoint."""
-        files = [path.stem for path in saved.path.glob("*.safetensors")]
-        self.trainer.restore({name: saved.tensors(name) for name in files}, saved.state["trainer"])
+        """Goes back to a checkpoint that the trainer was put back to."""
         self.best, self.without_better = saved.state["best"], saved.state["without_better"]
         self.evaluated_at = saved.state.get("evaluated_at", self.trainer.step)
         self.seconds_before = saved.state["elapsed_seconds"]
+        self.first_weights = saved.state.get("first_weights", [])
 
     # ---- ends ----
 
@@ -285,14 +356,22 @@ class _Session:
 
     def _finished(self, progress: Progress) -> None:
         with self.trainer.judged() as players, explain_write_errors(str(self.run.media), ROOM):
+            self.run.media.mkdir(exist_ok=True)
             drawn = self.objective.draw(players, self.held_out.epoch(0), self.run.media)
             for name, path in itertools.chain(self._curve(), drawn):
                 if path.suffix == ".png":
                     self.tracker.log_media(self.trainer.step, f"media/{name}", path)
-        self.run.summarize(**{"time/elapsed_seconds": round(self._elapsed(), 1)})
+        warnings = self._warnings()
+        self.run.summarize(
+            **{"time/elapsed_seconds": round(self._elapsed(), 1)},
+            **({"warnings": warnings} if warnings else {}),
+        )
         self.run.end("finished")
         early = f" at step {self.trainer.step:,}: {self._done()}" if self._done() else ""
-        progress.say(f"finished in {duration(self._elapsed())}{early}. Figures: {self.run.media}")
+        progress.say(
+            f"finished in {duration(self._elapsed())}{early}. Figures: {self.run.media}"
+            + "".join(f"\nwarning {warning}" for warning in warnings)
+        )
 
 
 def _due(step: int, every_epochs: float, steps_per_epoch: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lab.device import Compute, attention_to_learn
@@ -17,6 +18,12 @@ from supervised.backbones import blocked
 from supervised.config import SupervisedRun
 from supervised.data import Batches
 from supervised.objectives.base import Batch, Objective, Players, samples_in
+
+UNFIT = (
+    *(KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError),
+    SafetensorError,
+)
+"""What torch and Python raise where tensors or values are not those that a run would have saved."""
 
 
 class Means:
@@ -169,12 +176,24 @@ class Trainer:
             f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()
         }
 
-    def sums_of_weights(self) -> dict[str, float]:
-        """Numbers that are finite if and only if all weights are; waits for the device."""
-        return {
-            f"the sum of the {name}'s weights": float(sum(p.detach().sum() for p in module.parameters()))
-            for name, module in self.bare.items()
-        }
+    @torch.no_grad()
+    def not_finite(self) -> str | None:
+        """The player of which a weight or statistic, averaged ones included, is NaN or infinite; waits for
+        the device."""
+        for name, module in self.bare.items():
+            averaged = [self.averages[name].module] if name in self.averages else []
+            kept = [t for m in (module, *averaged) for t in m.state_dict().values()]
+            # 0 times a number is 0, but for these.
+            sums = [(t * 0).sum().float() for t in kept if t.is_floating_point()]
+            if sums and float(torch.stack(sums).sum()) != 0:
+                return name
+        return None
+
+    @torch.no_grad()
+    def sums_of_weights(self) -> list[float]:
+        """Of each tensor that learns, in double precision: they show whether any weight moved at all."""
+        learning = [p for module in self.bare.values() for p in module.parameters() if p.requires_grad]
+        return [float(p.cpu().double().sum()) for p in learning]
 
     def capture(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything needed to go on exactly: tensors by file and name, and JSON values."""
@@ -186,13 +205,15 @@ class Trainer:
         return tensors, {"step": self.step, "samples": self.samples, "weights": self.means.weights}
 
     def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Puts back what `capture` took."""
+        """Puts back what `capture` took; raises one of `UNFIT` if it is of another run."""
         for name, module in self.bare.items():
             module.load_state_dict(part_of(tensors["model"], name))
             if name in self.averages:
                 self.averages[name].module.load_state_dict(part_of(tensors["average"], name))
             optim.restore(self.optimizers[name], tensors[f"optimizer_{name}"])
         self.step, self.samples = state["step"], state["samples"]
+        if tensors["progress"].keys() != state["weights"].keys():
+            raise ValueError("progress and its weights are of different numbers")
         device = self.compute.device
         self.means.sums = {name: value.to(device) for name, value in tensors["progress"].items()}
         self.means.weights = dict(state["weights"])

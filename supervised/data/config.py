@@ -8,6 +8,14 @@ FORMATS = ("auto", "idx", "image_folder", "npz", "text", "aligned", "rows")
 BAD_ROWS = ("error", "skip")
 
 
+def require_at_most(config: object, group: str, **most: float) -> None:
+    """Raises `ConfigError` for the first key of a group that is above what anybody can mean, e.g. 1e30."""
+    for key, bound in most.items():
+        value = getattr(config, key)
+        name = f"{group}.{key}" if group else key
+        require(value is None or value <= bound, name, f"{value} must be at most {bound:,}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """What is done at random to images that are learned from. Held-out ones stay as they are."""
@@ -26,6 +34,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for key in ("shift", "cutout", "mixup", "cutmix"):
             require(getattr(self, key) >= 0, f"data.augment.{key}", "must not be negative")
+        require_at_most(self, "data.augment", shift=4096, cutout=65_536, mixup=1e6, cutmix=1e6)
         require(not (self.mixup and self.cutmix), "data.augment.cutmix", "cannot be used together with mixup")
 
     @property
@@ -98,3 +107,17 @@ class DataConfig:
         require(self.vocab_size >= 300, "data.vocab_size", "must be at least 300: all bytes, and some more")
         require(self.context >= 1, "data.context", "must be at least 1")
         require(self.batch_tokens >= 0, "data.batch_tokens", "must be 0 (use batch_size) or more")
+        require(
+            self.label is None or not isinstance(self.label, bool),
+            "data.label",
+            f"{self.label} must be the name or the number of a column",
+        )
+        require_at_most(
+            self,
+            "data",
+            limit=10**15,
+            img_size=2**20,
+            vocab_size=10**7,
+            context=10**7,
+            batch_tokens=10**9,
+        )

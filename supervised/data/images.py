@@ -257,7 +257,11 @@ def read_pictures(
     items = list(items)
 
     def read(item: Any) -> np.ndarray:
-        return _pixels(open_picture(item, opened, name), config)
+        picture = open_picture(item, opened, name)
+        try:
+            return _pixels(picture, config)
+        except ValueError:  # Pillow has no way from such colours to these
+            raise LabError(f"{name(item)}: has colours in {picture.mode}. Save it in RGB or grey.") from None
 
     # Pillow lets go of the interpreter while it decodes. What it warns of, an error tells.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
@@ -305,6 +309,8 @@ def open_picture(
             upright = ImageOps.exif_transpose(picture)
     except Exception as error:  # Pillow's formats and pyarrow: each has its own
         reason = "no picture" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise LabError(
             f"{name(item)}: cannot be opened: {reason.rstrip('.')}. Restore or remove it."
         ) from None

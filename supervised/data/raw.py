@@ -127,8 +127,16 @@ def is_dropping(path: Path, root: Path) -> bool:
 
 def visible(folder: Path, deep: bool = False) -> list[Path]:
     """What lies in a folder, or also below it, sorted, without droppings."""
-    found = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(path for path in found if not is_dropping(path, folder))
+    if not deep:
+        return sorted(path for path in folder.iterdir() if not is_dropping(path, folder))
+    found, seen, left = [], {folder.resolve()}, [folder]
+    while left:  # links to folders are followed, but none into what was seen
+        for path in visible(left.pop()):
+            found.append(path)
+            if path.is_dir() and (real := path.resolve()) not in seen:
+                seen.add(real)
+                left.append(path)
+    return sorted(found)
 
 
 def say_droppings(folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lab.errors import LabError, did_you_mean, first_line
+from supervised.data.arrays import as_floats
 from supervised.data.config import DataConfig
 from supervised.data.files import read_bytes, read_text, require_memory
 from supervised.data.raw import Columns, Raw, Reading, in_order, is_evaluation, some
@@ -268,6 +269,9 @@ def assemble(
             f"{some(names, 12)}."
         )
     kept = [name for name in names if name not in config.drop and name != label]
+    if "" in kept and _is_missing(tables[lead].column("")).all():  # of a comma behind every line
+        kept.remove("")
+        notes.append("left out a column without a name and without values")
     index = [name for name in kept if _numbers_rows(name, tables[lead])]
     if index:
         notes.append(f"left out {some(index)}, which only numbers the rows")
@@ -435,7 +439,7 @@ def _inputs(
         if all(v is not None for v in numbers.values()):
             for part, found in numbers.items():
                 assert found is not None
-                columns[part].append(found[:, None].astype(np.float32))
+                columns[part].append(as_floats(found[:, None]))
             continue
         path = next(iter(paths.values()))
         if not all(_is_text(v) for v in values.values()):
@@ -474,9 +478,7 @@ def _targets(
     if reading.predicts == "numbers" or (not reading.predicts and len(known) == len(values) and not whole):
         if len(known) < len(values):
             raise LabError(f"{path}: the label {label!r} holds texts, and regression predicts numbers.")
-        return {
-            part: {"targets": v[:, None].astype(np.float32)} for part, v in numbers.items() if v is not None
-        }, ()
+        return {part: {"targets": as_floats(v[:, None])} for part, v in numbers.items() if v is not None}, ()
     if len(known) == len(values) and not whole:
         raise LabError(
             f"{path}: the label {label!r} is not whole, which no class is. Set data.label to another, or "

@@ -274,12 +274,14 @@ def _unfolded(whole: Any, path: Path) -> list[Located]:
     if isinstance(whole, dict):
         whole = [whole]
     if not isinstance(whole, list):
-        raise LabError(f"{path}: is a {type(whole).__name__}, where a list of rows is wanted. Correct it.")
+        raise LabError(
+            f"{path}: is of type {type(whole).__name__}, where a list of rows is wanted. Correct it."
+        )
     for i, row in enumerate(whole, 1):
         if not isinstance(row, dict):
             raise LabError(
-                f"{path}, row {i}: is a {type(row).__name__}, where a row is {{...}}. Correct it, or set "
-                "data.format=text."
+                f"{path}, row {i}: is of type {type(row).__name__}, where a row is {{...}}. Correct it, or "
+                "set data.format=text."
             )
     return [(f"{path}, row {i}", row) for i, row in enumerate(whole, 1)]
 

@@ -126,17 +126,20 @@ class Classification(Objective):
         return {"classes": list(self.data.classes), "shape": shape, **self.normalize.spec()}
 
 
-def draw_confusion(pairs: Tensor, names: Sequence[str], folder: Path) -> Iterator[tuple[str, Path]]:
-    """How often each class was taken for each: a matrix, of over `MOST_CONFUSED` classes a table of those
+def draw_confusion(
+    pairs: Tensor, names: Sequence[str], folder: Path, most: int = MOST_CONFUSED
+) -> Iterator[tuple[str, Path]]:
+    """How often each class was taken for each: a matrix, of over `most` classes a table of those
     pairs of different classes that occur.
 
     Args:
         pairs: (2, n) int64: what samples are, and what they were taken for.
         names: of the classes.
         folder: for the figure.
+        most: classes of a matrix, whose size is their square.
     """
     n = len(names)
-    if n <= MOST_CONFUSED:
+    if n <= most:
         counts = (pairs[0] * n + pairs[1]).bincount(minlength=n * n).view(n, n)
         yield "confusion", figures.confusion(folder / "confusion.png", counts.numpy(), names)
         return

@@ -81,7 +81,7 @@ def test_a_mistake_in_the_config_is_one_line_and_nothing_is_written(
     [
         ("--agent.buffer_size=1_000_000_000", "takes 1936.0 GB once it is full"),
         ("--agent.replay_device=cuda", "agent.replay_device = 'cuda': the run computes on"),
-        ("--env.max_episode_frames=1", "1 is less than one agent step"),
+        ("--env.max_episode_frames=1", "env.max_episode_frames: 1 must be from 4 to"),
     ],
 )
 def test_a_replay_memory_or_game_that_cannot_be_is_refused(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from lab import cli, report, statistics
-from lab.compare import Comparison, Question, compare, score_of, wanted_metrics
+from lab.compare import Comparison, Question, compare, wanted_metrics
 from lab.errors import LabError
 from lab.records import Record, Series, load
 from lab.report_page import page
+from lab.scores import direction, score_of
 from tests.lab.runs import make_run
 
 METRIC = "eval/mean_reward"
@@ -120,21 +122,23 @@ def test_the_numbers_of_a_group_are_those_of_its_runs() -> None:
     assert group.mean == pytest.approx(2.8)
     assert group.std == pytest.approx(np.std(ys, ddof=1))
     assert group.median == 3.0
-    assert group.estimates["iqm"] == statistics.stratified_bootstrap([ys])["iqm"]
+    assert group.estimates["iqm"] == statistics.stratified_bootstrap([ys], few_seeds=True)["iqm"]
+    # Student's t with 4 degrees of freedom: 2.776.
+    half = 2.7764 * np.std(ys, ddof=1) / 5**0.5
+    assert group.interval == pytest.approx((2.8, 2.8 - half, 2.8 + half), rel=1e-4)
     assert group.estimates["iqm"].point == pytest.approx((1 + 3 + 4) / 3)
 
 
 def test_over_games_runs_are_resampled_within_each() -> None:
     scores = {"dqn": {"a": [1.0, 2, 3], "b": [10.0, 12, 14]}, "pqn": {"a": [2.0, 3, 4], "b": [9.0, 13, 14]}}
-    comparison = ask(grid(scores), by=("agent.algorithm",), baseline="dqn")
+    comparison = ask(grid(scores), by=("agent.algorithm",), baseline="dqn", normalize="none")
     assert comparison.task_key == "env.game"
     assert comparison.tasks == ("a", "b")
     pqn = next(g for g in comparison.groups if g.label == "pqn")
-    expected = statistics.probability_of_improvement(
-        list(scores["pqn"].values()), list(scores["dqn"].values())
-    )
-    assert pqn.better_than_baseline == expected
-    assert pqn.estimates["iqm"] == statistics.stratified_bootstrap(list(scores["pqn"].values()))["iqm"]
+    expected = statistics.stratified_bootstrap(list(scores["pqn"].values()), few_seeds=True)
+    assert pqn.estimates["iqm"] == expected["iqm"]
+    assert pqn.difference is not None
+    assert (pqn.difference.wins, pqn.difference.pairs) == (4.5, 6)  # seed by seed, game by game
 
 
 def test_only_games_that_all_groups_have_are_compared_and_the_rest_is_told() -> None:
@@ -148,23 +152,38 @@ def test_only_games_that_all_groups_have_are_compared_and_the_rest_is_told() -> 
 
 
 def test_less_is_better_for_losses() -> None:
-    records = [record(f"{lr}", [loss], {"lr": lr}) for lr, loss in ((0.1, 2.0), (0.2, 1.0))]
+    losses = ((0.1, 2.0), (0.2, 1.0))
+    records = [
+        record(f"{lr}-{seed}", [loss + seed / 10], {"lr": lr, "seed": seed + lr * 100})
+        for lr, loss in losses
+        for seed in range(3)
+    ]
     records = [Record(**{**vars(r), "series": {"eval/loss": r.series[METRIC]}}) for r in records]
     comparison = compare(records, Question(metric="eval/loss", by=("lr",)))
     assert [group.label for group in comparison.groups] == ["lr=0.2", "lr=0.1"]
-    better = comparison.groups[0].better_than_baseline
+    assert comparison.baseline == "lr=0.1"
+    better = comparison.groups[0].difference
     assert better is not None
-    assert better.point == 1.0
+    assert (better.point, better.wins, better.pairs) == (pytest.approx(-1.0), 0, 9)
+    assert report.headline(comparison).startswith("lr=0.2 is better than lr=0.1 by 1 (95% 0.7")
     turned = compare(records, Question(metric="eval/loss", by=("lr",), baseline="0.2", goal="maximize"))
     assert turned.baseline == "lr=0.2"
     assert [group.label for group in turned.groups] == ["lr=0.1", "lr=0.2"]
 
 
 @pytest.mark.parametrize(
-    ("metric", "less"), [("eval/loss", True), ("objective/kl", True), ("eval/mean_reward", False)]
-)
-def test_which_way_is_better_by_the_name(metric: str, less: bool) -> None:
-    assert Question(metric=metric).lower_is_better is less
+    ("metric", "goal"),
+    [
+        *((name, "minimize") for name in ("eval/loss", "objective/kl", "eval/wer", "rmse", "mae", "nll")),
+        *((name, "minimize") for name in ("cost", "regret", "val.loss", "val-loss", "valLoss", "evalWER")),
+        *((name, "maximize") for name in ("eval/mean_reward", "eval/win_rate", "testAccuracy", "eval/mAP50")),
+        *((name, "maximize") for name in ("rollout/ep_rew_mean", "explained_variance", "summary/best_acc")),
+        *((name, "") for name in ("eval/error_free_rate", "distance_travelled", "loss_scale", "grad_norm")),
+        *((name, "") for name in ("reward_loss", "rollout/ep_len_mean", "evaluate/std_reward", "x")),
+    ],
+)  # fmt: skip
+def test_which_way_is_better_by_the_name(metric: str, goal: str) -> None:
+    assert direction(metric) == goal
 
 
 @pytest.mark.parametrize(("how", "value"), [("last", 4.0), ("best", 9.0), ("final", 6.5), ("auc", 4.45)])
@@ -174,14 +193,16 @@ def test_what_a_curve_comes_down_to(how: str, value: float) -> None:
     assert score_of(Series(x, y), how) == pytest.approx(value)
 
 
-def test_nan_scores_are_counted_and_not_averaged() -> None:
+def test_a_run_that_ends_in_nan_counts_as_the_worst() -> None:
     records = grid({"dqn": {"pong": [1.0, float("nan"), 3.0]}})
     records.append(record("none", None, {"seed": 9, "env.game": "pong", "agent.algorithm": "dqn", "lr": 0.1}))
     comparison = ask(records)
     (group,) = comparison.groups
-    assert (group.n, group.without, group.mean) == (2, 1, 2.0)
-    assert any("1 of 4 scores are NaN or infinite; not counted" in note for note in comparison.notes)
-    assert report.runs(group) == "2 of 4 seeds (1 without a value)"
+    assert (group.n, group.without, group.diverged) == (3, 1, 1)
+    assert group.mean == pytest.approx((1 + 1 + 3) / 3)
+    assert any(note.startswith("dqn-pong-1: diverged") for note in comparison.notes)
+    assert f"none: has no value of {METRIC}" in comparison.notes
+    assert report.runs(group) == "3 (1 diverged, 1 without a value)"
 
 
 def test_runs_that_did_not_finish_are_counted_and_named() -> None:
@@ -197,7 +218,7 @@ def test_runs_that_did_not_finish_are_counted_and_named() -> None:
 def test_few_seeds_are_said_to_be_few() -> None:
     comparison = ask(grid({"dqn": {"pong": [1]}, "pqn": {"pong": [1, 2, 3]}}), by=("agent.algorithm",))
     assert "dqn: one seed: no interval can be given" in comparison.notes
-    assert any(note.startswith("pqn: 3 seeds: the IQM equals the mean") for note in comparison.notes)
+    assert any(note.startswith("pqn: 3 seeds: intervals are wide") for note in comparison.notes)
 
 
 def test_time_to_a_threshold() -> None:
@@ -213,13 +234,29 @@ def test_time_to_a_threshold() -> None:
     assert group.threshold_seconds == (30.0, 2, 3)
 
 
-def test_win_rates_have_wilsons_interval_over_all_comparisons() -> None:
-    records = [record(str(s), [rate], {"seed": s}) for s, rate in enumerate((0.8, 0.9))]
-    for r in records:
-        r.series["eval/win_rate"] = r.series.pop(METRIC)
-        r.series["eval/win_rate_n"] = Series(np.zeros(1), np.array([300.0]))
-    (group,) = compare(records, Question(metric="eval/win_rate")).groups
-    assert group.win_rate == statistics.wilson_interval(0.85 * 600, 600)
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({"low": 0.6, "high": 0.95}, (0.8, 0.6, 0.95)),
+        ({}, statistics.wilson_interval(0.8 * 20, 20)),  # 20 prompts, not 300 answers
+    ],
+)
+def test_a_win_rate_has_the_interval_of_its_prompts_and_runs_are_not_pooled(
+    own: Mapping[str, float], expected: tuple[float, float, float]
+) -> None:
+    def win_rate(seed: int, rate: float) -> Record:
+        of = record(str(seed), [rate], {"seed": seed, "eval.prompts": 20})
+        of.series["eval/win_rate"] = of.series.pop(METRIC)
+        for end, value in {"n": 300.0, **own}.items():
+            of.series[f"eval/win_rate_{end}"] = Series(np.zeros(1), np.array([value]))
+        return of
+
+    question = Question(metric="eval/win_rate")
+    (single,) = compare([win_rate(0, 0.8)], question).groups
+    assert single.win_rate == expected
+    (group,) = compare([win_rate(0, 0.8), win_rate(1, 0.9)], question).groups
+    assert group.win_rate is None
+    assert group.interval.low < 0.8 < 0.9 < group.interval.high
 
 
 # ---- curves ----
@@ -308,15 +345,15 @@ def lab(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_answer_names_the_better_one_even_if_it_is_the_baseline(runs: Path, lab: Lab) -> None:
     _, out, _ = lab(runs, "--by", "agent.algorithm", "--baseline", "pqn")
-    assert "pqn is better than dqn with probability 1 [1, 1]." in out
+    assert "pqn is better than dqn by 50 (95% 47.7 to 52.3, Welch)." in out
 
 
 def test_one_command_says_which_is_better(runs: Path, lab: Lab) -> None:
     code, out, err = lab(runs, "--by", "agent.algorithm", "--baseline", "dqn")
     assert (code, err) == (0, "")
-    assert "pqn is better than dqn with probability 1" in out
+    assert "pqn is better than dqn by " in out
+    assert "more is better, by its name; baseline dqn: asked for" in out
     assert "agent.algorithm" in out
-    assert "3 seeds: the IQM equals the mean" in out
 
 
 def test_what_it_writes(runs: Path, lab: Lab, tmp_path: Path) -> None:
@@ -334,7 +371,7 @@ def test_what_it_writes(runs: Path, lab: Lab, tmp_path: Path) -> None:
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "comparison.svg").read_text()
     text = (out / "comparison.md").read_text()
-    assert "| pqn | 3 | 101.0 | 1 | 101.0 |" in text
+    assert "| pqn | 3 | 101.0 [98.5, 103.5] | 1 | 101.0 |" in text
     assert "--by=agent.algorithm --threshold=30.0" in text
     assert not list(out.glob(".*"))
 
@@ -347,10 +384,10 @@ def test_the_page_stands_alone_and_takes_labels_for_text(runs: Path) -> None:
     assert "<b>pong</b>" not in text
     assert "a </script> title" not in text
     data = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    assert {plot["id"] for plot in json.loads(data)} >= {"curves0", "scores0"}
-    before_library = text.split("<script>")[0]
-    assert "src=" not in before_library
-    assert "href=" not in before_library
+    assert [group["n"] for group in json.loads(data)[0]["groups"]]
+    assert {"curves0", "scores0"} <= set(re.findall(r'<figure id="(\w+)"', text))
+    assert "src=" not in text
+    assert set(re.findall(r'href="(.)', text)) <= {"#"}
 
 
 def test_the_command_on_the_page_asks_the_same_again(runs: Path, lab: Lab, tmp_path: Path) -> None:

@@ -86,6 +86,14 @@ def test_a_resumed_run_computes_as_before(monkeypatch: pytest.MonkeyPatch) -> No
     assert "as in the run so far" in compute.reason
 
 
+@pytest.mark.parametrize(
+    "before", [{}, {"precision": "fp8", "threads": 1}, {"precision": "fp32", "threads": 10**9}]
+)
+def test_a_damaged_record_of_how_a_run_computed_is_one_line(before: dict[str, Any]) -> None:
+    with pytest.raises(LabError, match=r"run\.json: .* Restore it from a copy"):
+        resolve(DeviceConfig(device="cpu"), before)
+
+
 def test_autocast_is_off_for_fp32_even_inside_another() -> None:
     a = torch.ones(2, 2)
     with autocast("cpu", "bf16"):

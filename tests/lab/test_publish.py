@@ -119,7 +119,7 @@ def test_run_folders_become_a_report_and_a_view(
         compare.Question(metric="eval/mean_reward", by=("agent.algorithm",), baseline="dqn"),
     )
     assert answer.groups[0].estimates["iqm"].point == pytest.approx(22)  # too few to trim: the mean
-    assert f"| rainbow | 3 | 22 | {report.number(7**0.5)} | 21 | 22 [20, 25] | 1 [1, 1] |" in text
+    assert f"| rainbow | 3 | 22 [15.4, 28.6] | {report.number(7**0.5)} | 21 | 11 [" in text
     assert text == report.markdown([answer]).partition("\n\n")[2]
     assert "| agent.algorithm | rainbow | dqn |" in text
     command = blocks(made, "MarkdownBlock")[-1].text
@@ -143,7 +143,7 @@ def test_run_folders_become_a_report_and_a_view(
     assert shown == ["comparison/plots", "comparison/page"]
     plots, page = [held.files[held.history[-1][key]["path"]] for key in shown]
     assert plots.startswith(b"\x89PNG")
-    assert b"rainbow is better than dqn with probability 1" in page
+    assert b"rainbow is better than dqn by 11 (95% " in page
     assert (held.state, held.settings["displayName"]) == ("finished", made.title)
 
     assert (view.name, filtered(view.runset_settings)) == (made.title, sorted(dqn + rainbow))
@@ -224,7 +224,7 @@ def test_runs_that_are_not_there_are_named(
     made, view = map(load, addresses(printed))
     text = blocks(made, "MarkdownBlock")[0].text
     assert note in text
-    assert "| dqn | 4 | 11.5 |" in text, "it counts all the same"
+    assert "| dqn | 4 | 11.5 [" in text, "it counts all the same"
     sets = {runset.name: filtered(runset) for runset in blocks(made, "PanelGrid")[1].runsets}
     assert sets["dqn"] == sorted(ids(server, "dqn"))
     assert alone.info["id"] not in filtered(view.runset_settings)
@@ -278,7 +278,7 @@ def test_trouble_is_one_line_and_costs_nothing(
     assert printed.err.count("\n") == 1
     assert says in printed.err
     assert "published" not in printed.out
-    assert "rainbow is better than dqn with probability 1" in printed.out
+    assert "rainbow is better than dqn by 11 (95% " in printed.out
     assert Path("out/comparison.html").exists()
     assert KEY not in printed.out + printed.err
     if trouble in ("UpsertBucket", "upsertView"):
@@ -302,10 +302,12 @@ def test_titles_suit_addresses_and_views() -> None:
             )
             for label in labels
         ]
-        return publish.title([compare.compare(found, compare.Question(metric="a/b", by=("key",)))])
+        return publish.title(
+            [compare.compare(found, compare.Question(metric="a/b", by=("key",), goal="maximize"))]
+        )
 
-    assert title("lr=0.1, ε=1", "50% #1?", "🚀+$") == "a.b: lr 0.1, ε 1, 50 1 ,"
-    assert len(title("x" * 300)) == 120
+    assert title("lr=0.1, ε=1", "50% #1?", "🚀+$") == "a.b: 50 1 , lr 0.1, ε 1,"
+    assert len(title(*(letter * 300 for letter in "xyz"))) == 120
 
 
 def test_nothing_of_wandb_is_loaded_before_it_is_asked() -> None:

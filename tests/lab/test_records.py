@@ -23,9 +23,9 @@ METRIC = "eval/mean_reward"
 CONFIG: dict[str, Any] = {"seed": 3, "env": {"game": "pong"}, "agent": {"algorithm": "dqn", "n_step": 3}}
 
 
-def curve(folder: Path, **options: Any) -> None:
+def curve(folder: Path, seed: int = 3, **options: Any) -> None:
     rows = [(step, {METRIC: step / 10, "time/elapsed_seconds": step / 2}) for step in range(0, 50, 10)]
-    make_run(folder, rows, config=CONFIG, **options)
+    make_run(folder, rows, config={**CONFIG, "seed": seed}, **options)
 
 
 def one(*sources: Path | str) -> records.Record:
@@ -293,7 +293,7 @@ def break_it(place: Path, how: str) -> None:
     if how == "empty":
         place.mkdir()
         return
-    curve(place, wandb="offline" if "wandb" in how else "disabled")
+    curve(place, seed=9, wandb="offline" if "wandb" in how else "disabled")
     (file,) = place.rglob("*.wandb") if "wandb" in how else [place / "metrics.jsonl"]
     if how == "run.json is cut":
         (place / "run.json").write_text('{"id": "a", "na')
@@ -335,14 +335,14 @@ def test_one_broken_source_among_good_ones_is_a_line_and_the_rest_is_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str, says: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    for name in ("good1", "good2"):
-        curve(tmp_path / name)
+    for seed, name in enumerate(("good1", "good2")):
+        curve(tmp_path / name, seed=seed)
     break_it(tmp_path / "bad", how)
     assert compare(tmp_path / "good1", tmp_path / "bad", tmp_path / "good2") == 0
     out, err = capsys.readouterr()
     assert err == ""
     counted = 3 if "half" in how or "line" in how else 2
-    assert re.search(rf"^group +{counted} of 1 seed", out, re.MULTILINE), out
+    assert re.search(rf"^group +{counted} ", out, re.MULTILINE), out
     assert says in out
 
 
@@ -397,7 +397,8 @@ def test_human_normalised_scores_are_put_together_over_games(tmp_path: Path) -> 
     found = load([str(tmp_path)], [metric])
     comparison = compare_runs(found.records, question)
     assert (comparison.task_key, comparison.tasks) == ("env.game", ("breakout", "pong"))
-    pqn, dqn = comparison.groups
+    dqn, pqn = comparison.groups  # by the mean, which one run of breakout lifts
+    assert "by the IQM, which a few outliers do not move, pqn is first, not dqn" in comparison.notes
     assert [(group.label, group.n, group.seeds) for group in (pqn, dqn)] == [("pqn", 8, 4), ("dqn", 8, 4)]
     assert dqn.estimates["iqm"].point == pytest.approx((0.3 + 0.4 + 1.0 + 1.2) / 4)
     assert pqn.estimates["iqm"].point == pytest.approx((0.7 + 0.8 + 2.0 + 2.2) / 4)
@@ -407,12 +408,15 @@ def test_human_normalised_scores_are_put_together_over_games(tmp_path: Path) -> 
     assert dqn.estimates["optimality_gap"].point == pytest.approx((0.9 + 0.8 + 0.7 + 0.6) / 8)
     assert pqn.estimates["optimality_gap"].point == pytest.approx((0.5 + 0.4 + 0.3 + 0.2) / 8)
     # All of pong's 16 pairs are won by pqn, of breakout's those against 1.0, 1.2 and 1.4.
-    assert pqn.better_than_baseline is not None
-    assert pqn.better_than_baseline.point == pytest.approx((1 + 12 / 16) / 2)
+    assert pqn.difference is not None
+    assert not pqn.difference.settled
+    assert pqn.difference.point == pytest.approx((0.65 + 2.3 - 0.25 - 3.15) / 2)
+    assert pqn.difference.method == "seeds"
+    assert not comparison.normalized  # its unit is the same for all games
     # Runs are drawn again within each game: no sample has fewer runs of a game than there are.
-    low, high = dqn.estimates["iqm"][1:]
-    assert 0.2 < low < dqn.estimates["iqm"].point < high < 3
-    assert dqn.estimates["iqm"] == statistics.stratified_bootstrap(list(scores["dqn"].values()))["iqm"]
+    expected = statistics.stratified_bootstrap(list(scores["dqn"].values()), few_seeds=True)["iqm"]
+    assert dqn.estimates["iqm"] == expected
+    assert expected.low < expected.point < expected.high
 
 
 def test_flatten() -> None:

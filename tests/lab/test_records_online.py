@@ -297,10 +297,10 @@ def lab_compare(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Out:
 def rows_of(out: str) -> dict[str, str]:
     """The mean of each group in the table shown."""
     lines = out.splitlines()[2:]
-    cells = [
-        line.split("  ") for line in lines[: next(i for i, line in enumerate(lines) if "better" in line)]
-    ]
-    return {cell[0].strip(): [part for part in cell[1:] if part.strip()][1].strip() for cell in cells}
+    answers = ("better than", "Not settled", "Not comparable", "nothing to compare")
+    end = next(i for i, line in enumerate(lines) if any(answer in line for answer in answers))
+    cells = [line.split("  ") for line in lines[:end]]
+    return {cell[0].strip(): [part for part in cell[1:] if part.strip()][1].split()[0] for cell in cells}
 
 
 def test_projects_with_other_words_are_compared_under_labels(

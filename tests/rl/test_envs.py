@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.errors import LabError
-from rl import games
+from rl import envs, games
+from rl.config import EVALUATION_SEEDS, EnvConfig
 from rl.envs import AtariVecEnv
 
 
@@ -30,10 +31,12 @@ def random_actions(seed: int, steps: int, n_envs: int, n_actions: int) -> np.nda
     return np.random.default_rng(seed).integers(n_actions, size=(steps, n_envs))
 
 
-def test_terminal_observation_is_the_last_frame_of_that_game_and_no_stale_memory() -> None:
+@pytest.mark.parametrize("limit", [200, 202])
+def test_terminal_observation_is_the_last_frame_of_that_game_and_no_stale_memory(limit: int) -> None:
     # A game cut off at 200 frames in one environment, and the same actions with no cut in another: the
-    # terminal observation must be what the uncut game shows at that step.
-    cut = AtariVecEnv("pong", 3, seed=5, max_episode_frames=200, num_threads=1)
+    # terminal observation must be what the uncut game shows at that step. (ale-py's own limit breaks off
+    # within the step.)
+    cut = AtariVecEnv("pong", 3, seed=5, max_episode_frames=limit, num_threads=1)
     whole = raw_env("pong", 3)
     cut.reset()
     whole.reset(seed=5)
@@ -43,9 +46,8 @@ def test_terminal_observation_is_the_last_frame_of_that_game_and_no_stale_memory
         expected, *_ = whole.step(actions)
         for i in np.flatnonzero(dones):
             last = infos[i]["terminal_observation"]
-            np.testing.assert_array_equal(last[:3], expected[i][:3])
-            # The limit may fall within the four frames of a step: ball and paddles then stand elsewhere.
-            assert np.mean(last[3] != expected[i][3]) < 0.01
+            np.testing.assert_array_equal(last, expected[i])
+            assert infos[i]["episode"]["l"] == -(-limit // 4)
             assert not np.array_equal(observation[i], last), "the new game's first observation"
             checked += 1
         if dones.any():
@@ -158,22 +160,84 @@ def test_no_step_is_a_mere_reset() -> None:
     assert len(lengths) >= 2
 
 
-def test_replaying_seed_and_actions_restores_an_emulator_that_cannot_be_saved() -> None:
-    first = AtariVecEnv("breakout", 3, seed=7, sticky_actions=0.25, life_loss=True, num_threads=1)
-    first.reset()
-    first.restart(1234)
-    for actions in random_actions(0, 150, 3, 4):
-        first.step(actions)
-    seed, log = first.capture()
+@pytest.mark.parametrize("sticky", [0.0, 0.25])
+def test_playing_the_actions_again_restores_emulators_that_cannot_be_saved(
+    sticky: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment, however often each copy was seeded again by then; and both go on alike."""
+    monkeypatch.setattr(envs, "RESEED_STEPS", 150)
 
-    second = AtariVecEnv("breakout", 3, seed=99, sticky_actions=0.25, life_loss=True, num_threads=2)
-    second.reset()
-    np.testing.assert_array_equal(second.replay(seed, log), first._observation)
-    for actions in random_actions(1, 150, 3, 4):
+    def make(seed: int, num_threads: int) -> AtariVecEnv:
+        return AtariVecEnv(
+            "breakout", 3, seed=seed, sticky_actions=sticky, life_loss=True, num_threads=num_threads
+        )
+
+    first, second = make(7, 1), make(99, 2)
+    first.reset()
+    where, log = first.capture()
+    for number, actions in enumerate(random_actions(0, 500, 3, 4)):
+        first.step(actions)
+        if number not in (149, 499):
+            continue
+        where, log = first.capture()
+        second.reset()
+        np.testing.assert_array_equal(second.replay(where, log), first._observation)
+        again, log_again = second.capture()
+        assert again == where
+        np.testing.assert_array_equal(log_again, log)
+    assert min(where["seedings"]) > 1
+    assert len(log) < 500
+    for actions in random_actions(1, 200, 3, 4):
         a, b = first.step(actions), second.step(actions)
         for left, right in zip(a[:3], b[:3], strict=True):
             np.testing.assert_array_equal(left, right)
         assert [info.get("episode") for info in a[3]] == [info.get("episode") for info in b[3]]
+
+
+def test_what_is_kept_to_play_again_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envs, "RESEED_STEPS", 100)
+    env = AtariVecEnv("breakout", 2, num_threads=1)
+    env.reset()
+    longest = 0
+    for actions in random_actions(0, 1_500, 2, 4):
+        *_, infos = env.step(actions)
+        longest = max([longest, *(info["episode"]["l"] for info in infos if "episode" in info)])
+    assert len(env.capture()[1]) <= 100 + longest
+    assert len(env._actions) <= 2 * (100 + longest)
+
+
+def test_fresh_games_are_other_games_unless_a_seed_is_named() -> None:
+    env = AtariVecEnv("breakout", 4, seed=3, sticky_actions=0.25, num_threads=1)
+
+    def game(first: np.ndarray) -> bytes:
+        return first.tobytes() + b"".join(env.step(a)[0].tobytes() for a in random_actions(0, 30, 4, 4))
+
+    one, other = game(env.reset()), game(env.reset())
+    assert one != other
+    env.seed(3)
+    assert game(env.reset()) == one
+
+
+def test_training_and_evaluation_never_play_the_same_seed() -> None:
+    highest = envs.MAX_SEED - EnvConfig(game="pong", n_envs=4096).n_envs
+    for seed in (0, 1, 10_000, 20_000, 2**31 - 1):
+        assert EVALUATION_SEEDS <= envs.TRAINING_SEEDS <= envs.training_seed(seed) <= highest
+    env = AtariVecEnv("breakout", 2, seed=envs.training_seed(0), num_threads=1)
+    taken: list[int] = []
+    reset = env._atari.reset
+    env._atari.reset = lambda seed, options: (taken.extend(seed.tolist()), reset(seed=seed, options=options))[
+        1
+    ]
+    for _ in range(5):
+        env.reset()
+    assert len(set(taken)) == 10
+    assert all(envs.TRAINING_SEEDS <= seed <= envs.MAX_SEED for seed in taken)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31 - 2, 2**40])
+def test_a_seed_that_no_emulator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(LabError, match=f"seed = {seed}"):
+        AtariVecEnv("pong", 3, num_threads=1).seed(seed)
 
 
 def test_sticky_actions_change_the_game_and_none_is_the_default() -> None:

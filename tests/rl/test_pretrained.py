@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,9 @@ def test_runs_that_are_none_are_refused(seen: Path, tmp_path: Path) -> None:
     (run / "run.json").write_text(record.replace('"autoencoding"', '"classification"'))
     assert "a run of classification, whose network does not see pixels as" in refused(settings, tmp_path)
     (run / "run.json").write_text(record.replace('"pipeline": "supervised"', '"pipeline": "rl"'))
-    assert "a run of rl" in refused(settings, tmp_path)
+    assert "Different: agent.backbone" in refused(settings, tmp_path)
+    (run / "run.json").write_text(record.replace('"pipeline": "supervised"', '"pipeline": "rlhf"'))
+    assert "a run of rlhf" in refused(settings, tmp_path)
     (run / "run.json").write_text(record)
     weights = run / "checkpoints" / "best" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -249,3 +252,38 @@ def test_runs_that_are_none_are_refused(seen: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     assert "no checkpoint 'best'" in refused(settings, tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
+def test_a_run_begins_with_all_the_weights_of_another_agents(tmp_path: Path, algorithm: str) -> None:
+    """With another learning rate, too; the optimiser, the memory and exploration begin as ever."""
+    first = settings_of(algorithm, None)
+    RLPipeline().train(first, tmp_path / "first", resume=False)
+    for named in (tmp_path / "first", tmp_path / "first/checkpoints/latest"):
+        agent = agent_of(settings_of(algorithm, named, learning_rate=1e-5))
+        before = load_file(named / "model.safetensors") if "latest" in named.name else None
+        parent = pretrained.begin(agent)
+        assert parent["stage"] == "agent"
+        weights = before or load_file(tmp_path / "first/checkpoints/best/model.safetensors")
+        for net in (agent.policy.q_net, agent.policy.q_net_target):
+            for key, value in net.state_dict().items():
+                torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
+        assert agent.num_timesteps == 0
+        assert agent.epsilon() == 1.0
+        assert not agent.policy.optimizer.state
+    RLPipeline().train(settings_of(algorithm, tmp_path / "first"), tmp_path / "second", resume=False)
+    record = json.loads((tmp_path / "second/run.json").read_text())
+    assert record["parents"][0]["run_id"] == json.loads((tmp_path / "first/run.json").read_text())["id"]
+
+
+def test_another_agent_whose_network_is_another_is_refused(tmp_path: Path) -> None:
+    RLPipeline().train(settings_of("pqn", None), tmp_path / "first", resume=False)
+    for change, said in (
+        ({"dueling": True}, "Different: agent.dueling. Make it the same"),
+        ({"backbone_spec": {**SPEC, "width": 8}}, "Different: agent.backbone_spec."),
+        ({"backbone": "impala_cnn", "backbone_spec": {}}, "Different: agent.backbone, agent.backbone_spec"),
+    ):
+        assert said in refused(settings_of("pqn", tmp_path / "first", **change), tmp_path)
+    other = settings_of("pqn", tmp_path / "first")
+    other = replace(other, env=replace(other.env, full_action_space=True))
+    assert "Different: env.image_size or the number of actions" in refused(other, tmp_path)

@@ -39,6 +39,7 @@ TINY = {
         "--agent.learning_starts=200",
         "--agent.batch_size=8",
         "--agent.target_update_steps=100",
+        "--env.restart_every_steps=700",
         "--checkpoint.every_steps=600",
         "--eval.every_steps=1000",
         "--log_every_steps=150",
@@ -182,6 +183,54 @@ def test_interrupted_between_checkpoints_it_loses_nothing_and_ends_the_same(
     assert_same_run(unstopped(algorithm), folder)
 
 
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
+def test_what_is_saved_logged_and_filmed_how_often_does_not_change_what_is_learned(
+    unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
+) -> None:
+    folder = tmp_path / "run"
+    often = ["--checkpoint.every_steps=300", "--log_every_steps=64", "--eval.every_steps=500"]
+    finish(start(folder, algorithm, *often, "--film.every_steps=700", "--film.max_steps=5"))
+    for name in ("model", "optimizer"):
+        a, b = (
+            load_file(run / f"checkpoints/latest/{name}.safetensors")
+            for run in (unstopped(algorithm), folder)
+        )
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize("algorithm", ["pqn", "drqn"])
+def test_a_stop_is_heard_within_an_evaluation_which_is_made_again(
+    unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
+) -> None:
+    """The process says nothing while it evaluates; to be sure to hit it, it waits there for the signal."""
+    folder = tmp_path / "run"
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "import rl.evaluate, rl.train\n"
+        "whole, calls = rl.evaluate.Player.q_values, [0]\n"
+        "def q_values(self, observations, games):\n"
+        "    calls[0] += 1\n"
+        "    if calls[0] == 20:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert calls[0] < 25, 'played on after the signal'\n"
+        "    return whole(self, observations, games)\n"
+        "rl.evaluate.Player.q_values = q_values\n"
+        "from lab.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, str(script), "train", *TINY[algorithm], *COMMON, "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((folder / "run.json").read_text())["state"] == "interrupted"
+    state = json.loads((folder / "checkpoints/latest/state.json").read_text())
+    assert state["due"][0] == "evaluate"
+    finish(start(folder, algorithm, "--resume"))
+    assert_same_run(unstopped(algorithm), folder)
+
+
 def test_more_steps_can_be_added_to_a_finished_run(unstopped: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(unstopped("pqn"), folder, symlinks=True)
@@ -242,14 +291,16 @@ def test_a_run_leaves_its_whole_story(unstopped: Callable[[str], Path]) -> None:
 
 def test_evaluating_again_gives_the_number_training_reported(unstopped: Callable[[str], Path]) -> None:
     folder = unstopped("pqn")
-    result = json.loads(lab("evaluate", str(folder), "--checkpoint", "latest", "--json"))
+    result = json.loads(lab("evaluate", str(folder), "--checkpoint", "latest", "--seed=10000", "--json"))
+    assert not result["unseen"]
     last = next(row for row in reversed(rows(folder)) if "eval/mean_reward" in row)
     assert result["mean_reward"] == last["eval/mean_reward"]
     assert result["human_table"].startswith("Mnih et al. 2015")
     assert result["scores"]["Nature DQN"] == 18.9
     assert json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])["returns"]
     text = lab("evaluate", str(folder), "--episodes=2", "--epsilon=0.05")
-    assert "2 whole games, epsilon 0.05" in text
+    assert "2 whole games, epsilon 0.05, seeds from 20000 (unseen)" in text
+    assert json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])["unseen"] is True
     assert "random" in text
 
 

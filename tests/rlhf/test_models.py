@@ -335,7 +335,8 @@ def test_a_model_that_continues_no_text_is_no_policy(tmp_path: Path, tokenizer: 
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     hf.ViTModel(hf.ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert refused(models.open_policy, tmp_path).startswith(f"{tmp_path}: no language model")
+    line = refused(models.open_policy, tmp_path)
+    assert line.startswith(f"{tmp_path}: models of type vit do not continue a text. ")
 
 
 def test_words_the_model_has_no_embeddings_for_are_refused(

@@ -131,8 +131,9 @@ SHORT, LONG_ANSWER, LONG_PROMPT = (
 
 
 def write_rows(path: Path, *rows: tuple[dict[str, str], int]) -> None:
-    """So many copies of each row, told apart by a number."""
-    lines = [row | {"prompt": f"{i}{row['prompt']}"} for row, count in rows for i in range(count)]
+    """So many copies of each row, told apart by a number and the file's name."""
+    mark = path.stem[1]
+    lines = [row | {"prompt": f"{mark}{i}{row['prompt'][1:]}"} for row, count in rows for i in range(count)]
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

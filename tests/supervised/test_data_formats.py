@@ -175,6 +175,11 @@ READ: dict[str, Case] = {
     "csv whose label is a float": table("a.csv", as_csv(rows(label=KINDS.astype(float)))),
     "csv whose label is true or false": table("a.csv", as_csv(rows(label=KINDS.astype(bool)))),
     "csv with Class": table("a.csv", as_csv(rows(("a", "b", "c", "Class")))),
+    "csv with a comma behind every line": table(
+        "a.csv",
+        as_csv([[*r, ""] for r in rows()]),
+        says="left out a column without a name and without values",
+    ),
     "csv with thousands": table(
         "a.csv",
         as_csv([[*r[:2], f"{1000 + i:,}", r[3]] if i else r for i, r in enumerate(rows())]),
@@ -586,7 +591,7 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     "a damaged parquet": (other(b"PAR1" + bytes(50), "a.parquet"), "not readable as Parquet"),
     "a parquet that is none": (other(b"hello", "a.parquet"), "does not begin as Parquet does"),
     "json that is none": (other(b"{", "a.json"), "not JSON: Expecting"),
-    "json of numbers": (other(b"[1, 2]", "a.json"), "row 1: is a int, where a row is {...}"),
+    "json of numbers": (other(b"[1, 2]", "a.json"), "row 1: is of type int, where a row is {...}"),
     "json of uneven columns": (other(b'{"a": [1], "b": [1, 2]}', "a.json"), "lists are of different lengths"),
     "json of other things": (other(b'{"name": "x"}', "a.json"), "has the keys name, where one of these"),
     "damaged gzip": (other(gzip.compress(b"hello" * 99)[:-9], "a.csv.gz"), "damaged"),
@@ -700,6 +705,32 @@ def test_a_bomb_is_refused_before_it_is_unpacked(
 )
 def test_parts_by_their_names(name: str, kind: str | None, of_a_folder: str | None) -> None:
     assert (part_kind(name), folder_kind(name)) == (kind, of_a_folder)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "real", folders("cat", "dog"))
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real" / "cat" / "again").symlink_to(tmp_path / "real" / "cat")
+    assert read(tmp_path / "linked").classes == ("cat", "dog")
+    assert len(read(tmp_path / "linked").train) == 8
+
+
+def test_pictures_of_all_modes_are_read_and_upright(tmp_path: Path) -> None:
+    modes = {"png": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "jpg": ("RGB", "L", "CMYK", "YCbCr")}
+    for suffix, of in modes.items():
+        for i, mode in enumerate(of):
+            for name in ("a", "b"):
+                (tmp_path / name).mkdir(exist_ok=True)
+                Image.new(mode, (4, 3)).save(tmp_path / name / f"{i}.{suffix}")
+    turned = Image.new("RGB", (3, 4))
+    exif = turned.getexif()
+    exif[274] = 6  # a quarter turn
+    turned.save(tmp_path / "a" / "turned.jpg", exif=exif)
+    assert read(tmp_path).train.tensors["inputs"].shape[1:] == (3, 3, 4)
+    Image.new("LAB", (4, 3)).save(tmp_path / "a" / "x.tif")
+    assert "x.tif: has colours in LAB. Save it in RGB or grey." in error(tmp_path, grayscale=True)
 
 
 # ---- which part chooses, and classes that nobody evaluates ----

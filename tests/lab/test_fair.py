@@ -1,0 +1,502 @@
+"""What is compared is comparable: groups, budgets, seeds, tasks and axes, each as untidy as runs are."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab import grouping, report
+from lab.compare import Comparison, Question, compare
+from lab.errors import LabError
+from lab.records import Record, Series, _definitions, load, read_columns
+from tests.lab.runs import make_run
+
+METRIC = "eval/mean_reward"
+
+
+def run(
+    name: str,
+    config: Mapping[str, Any],
+    ys: list[float],
+    xs: list[float] | None = None,
+    metric: str = METRIC,
+    **more: Any,
+) -> Record:
+    x = np.arange(len(ys), dtype=float) if xs is None else np.array(xs, float)
+    series = {metric: Series(x, np.array(ys, float))}
+    about: dict[str, Any] = {"metrics": frozenset(series), "job_type": "train", **more}
+    return Record(id=name, name=name, source=name, config=dict(config), series=series, **about)
+
+
+def seeds(label: str, config: Mapping[str, Any], scores: list[float], **more: Any) -> list[Record]:
+    return [run(f"{label}{s}", {"seed": s, **config}, [score], **more) for s, score in enumerate(scores)]
+
+
+def ask(records: list[Record], **options: Any) -> Comparison:
+    return compare(records, Question(**{"metric": METRIC, **options}))
+
+
+def said(comparison: Comparison, text: str) -> bool:
+    return any(text in note for note in comparison.notes)
+
+
+# ---- groups ----
+
+
+@pytest.mark.parametrize(
+    ("key", "a", "b"),
+    [
+        *(("group_size", 1, 8), ("group_by_length", True, False), ("seed_episodes", 1, 8)),
+        *(("name_or_path", "gpt2", "opt"), ("wandb_alpha", 1, 2), ("device_batch", 1, 2)),
+        *(("x", 1, "1"), ("x", None, "null"), ("x", True, "true"), ("x", True, 1), ("x", [1], "[1]")),
+        *(("x", "a", "a "), ("x", "", None), ("x", {"a": 1}, '{"a": 1}'), ("labeler.name", "vader", "judge")),
+    ],
+)
+@pytest.mark.parametrize("by", [False, True])
+def test_two_settings_are_two_groups(key: str, a: Any, b: Any, by: bool) -> None:
+    records = seeds("a", {key: a}, [1, 2, 3]) + seeds("b", {key: b}, [4, 5, 6])
+    groups = ask(records, by=(key,) if by else ()).groups
+    assert [group.n for group in groups] == [3, 3]
+    assert len({group.label for group in groups}) == 2
+
+
+def test_a_key_that_is_absent_is_not_null() -> None:
+    records = seeds("a", {"lr": None}, [1, 2, 3]) + seeds("b", {}, [4, 5, 6])
+    assert sorted(group.label for group in ask(records, by=("lr",)).groups) == ["lr=-", "lr=null"]
+
+
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False), st.lists)
+)
+def test_canonical_values_are_json_and_tell_values_apart(value: Any) -> None:
+    text = grouping.canonical(value)
+    json.loads(text)
+    if not isinstance(value, str):
+        assert text != grouping.canonical(text)
+
+
+def test_floats_are_short_and_noise_in_their_last_digits_makes_no_group() -> None:
+    records = seeds("a", {"lr": 0.00015000000000000001}, [1, 2, 3])
+    records += [run("x", {"seed": 9, "lr": 0.00015}, [2.0])]
+    (group,) = ask(records, by=("lr",)).groups
+    assert group.label == "lr=0.00015"
+
+
+def stock_sb3(algo: str, lr: float, seed: int, number: int) -> dict[str, Any]:
+    """What SB3's WandbCallback leaves in a config: every attribute of the model as text."""
+    at = f"0x7f{number:010x}"
+    return {
+        **{"algo": algo, "learning_rate": lr, "seed": seed, "device": "cpu", "verbose": 1},
+        **{"policy_class": f"<class 'stable_baselines3.{algo}.policies.CnnPolicy'>"},
+        **{"start_time": 1796032035467621300 + number, "tensorboard_log": f"runs/{number}"},
+        **{"env": f"<stable_baselines3.common.vec_env.VecTransposeImage object at {at}>"},
+        **{"rollout_buffer": f"<stable_baselines3.common.buffers.RolloutBuffer object at {at}>"},
+        **{"_last_obs": f"[[{number}.5 -0.0{seed}]\n [0.1 0.2]]", "_logger": f"<Logger object at {at}>"},
+        **{"policy": f"ActorCriticPolicy(\n  (net): Linear(4, 64)\n  {algo} " + "x" * 300 + ")"},
+        **{"lr_schedule": f"<function get_schedule_fn.<locals>.func at {at}>", "_n_updates": 0},
+    }
+
+
+def test_stock_sb3_runs_are_grouped_by_what_was_set() -> None:
+    records = [
+        run(f"{algo}{lr}{seed}", stock_sb3(algo, lr, seed, index * 7 + seed), [float(seed + index)])
+        for index, (algo, lr) in enumerate([("ppo", 3e-4), ("ppo", 1e-3), ("a2c", 3e-4)])
+        for seed in range(3)
+    ]
+    comparison = ask(records)
+    assert [group.n for group in comparison.groups] == [3, 3, 3]
+    for group in comparison.groups:
+        assert len(group.label) <= 64
+        assert "object at" not in group.label
+    assert {"algo", "learning_rate"} <= set(comparison.differences)
+    assert not {"start_time", "tensorboard_log", "_last_obs"} & set(comparison.differences)
+    text = report.markdown([comparison])
+    assert len(text) < 4000
+    assert all(len(cell) <= 64 for values in comparison.differences.values() for cell in values.values())
+
+
+def test_stock_hugging_face_runs_are_grouped_by_what_was_set() -> None:
+    def config(lr: float, seed: int) -> dict[str, Any]:
+        name = f"./out/lr{lr}-{seed}"
+        return {
+            **{
+                "learning_rate": lr,
+                "seed": seed,
+                "output_dir": name,
+                "run_name": name,
+                "logging_dir": f"{name}/runs",
+            },
+            **{"_name_or_path": "gpt2", "group_by_length": False, "data_seed": None},
+        }
+
+    records = [run(f"{lr}{s}", config(lr, s), [lr + s]) for lr in (0.1, 0.2) for s in range(3)]
+    assert [(g.label, g.n) for g in ask(records).groups] == [
+        ("learning_rate=0.2", 3),
+        ("learning_rate=0.1", 3),
+    ]
+
+
+def test_a_random_search_is_not_one_group() -> None:
+    """Each run has a learning rate of its own: these are settings, however few share one."""
+    records = [run(f"r{i}", {"seed": 0, "lr": 0.1 + i / 7, "opt": f"opt{i}"}, [float(i)]) for i in range(5)]
+    assert len(ask(records).groups) == 5
+
+
+@pytest.mark.parametrize("where", [("lr=0.1",), ("lr=0.1", "seed=0,1,2"), ("lr=1e-1",)])
+def test_where(where: tuple[str, ...]) -> None:
+    records = seeds("a", {"lr": 0.1}, [1, 2, 3, 4]) + seeds("b", {"lr": 0.2}, [4, 5, 6])
+    (group,) = ask(records, where=where).groups
+    assert group.n == (3 if len(where) > 1 else 4)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("lr", "write KEY=VALUE"),
+        ("lrr=1", "Did you mean 'lr'?"),
+        ("lr=7", "no run has it. There are: 0.1, 0.2."),
+    ],
+)
+def test_where_that_means_nothing(where: str, message: str) -> None:
+    records = seeds("a", {"lr": 0.1}, [1.0]) + seeds("b", {"lr": 0.2}, [4.0])
+    with pytest.raises(LabError) as error:
+        ask(records, where=(where,))
+    assert message in str(error.value)
+
+
+# ---- seeds ----
+
+
+def test_a_seed_run_twice_counts_once() -> None:
+    records = seeds("a", {"lr": 1}, [1, 2, 3])
+    again = [run(f"copy{r.name}", r.config, [float(r.series[METRIC].y[0])]) for r in records]
+    (group,) = ask(records + again).groups
+    assert group.n == 3
+    assert said(ask(records + again), "3 runs repeat the seed of one with the same config, and count once")
+    # Another setting is another run, also in one group.
+    other = seeds("b", {"lr": 2}, [4, 5, 6])
+    (pooled,) = ask(records + other, by=("job_type",)).groups
+    assert report.runs(pooled) == "6 of 3 seeds"
+
+
+def test_a_run_continued_in_another_folder_is_one_run() -> None:
+    records = [run("first", {"seed": 0}, [0, 1, 2], xs=[0, 10, 20])]
+    records += [run("second", {"seed": 0}, [2.5, 3, 4], xs=[20, 30, 40])]
+    (group,) = ask(records, score="last").groups
+    assert (group.n, group.mean) == (1, 4.0)
+    (one,) = group.records
+    assert one.series[METRIC].x.tolist() == [0, 10, 20, 30, 40]
+    assert one.series[METRIC].y.tolist() == [0, 1, 2.5, 3, 4]
+
+
+def test_seeds_that_are_missing_are_said() -> None:
+    comparison = ask(seeds("a", {"lr": 1}, [1, 2, 3, 4]) + seeds("b", {"lr": 2}, [1, 2]))
+    assert said(comparison, "lr=2: lacks the seeds 2, 3, which other groups have")
+    nameless = [run(f"n{i}", {"lr": 1}, [float(i)]) for i in range(3)]
+    (group,) = ask(nameless).groups
+    assert report.runs(group) == "3"
+
+
+# ---- budgets ----
+
+
+def curve(
+    name: str, lr: int, seed: int, end: int, slope: float = 0.01, every: int = 100, **more: Any
+) -> Record:
+    xs = list(range(every, end + 1, every))
+    return run(
+        name, {"lr": lr, "seed": seed}, [slope * x + seed / 10 for x in xs], xs=[*map(float, xs)], **more
+    )
+
+
+def half_trained(state: str) -> list[Record]:
+    whole = [curve(f"a{s}", 1, s, 1000) for s in range(3)]
+    return whole + [curve(f"b{s}", 2, s, 500, state=state) for s in range(3)]
+
+
+@pytest.mark.parametrize("state", ["crashed", "failed", "running", "interrupted"])
+@pytest.mark.parametrize("score", ["final", "last", "best", "auc"])
+def test_half_trained_runs_are_compared_up_to_where_they_came(state: str, score: str) -> None:
+    comparison = ask(half_trained(state), score=score)
+    a, b = comparison.groups
+    assert a.mean == pytest.approx(b.mean)
+    assert "Not settled" in report.headline(comparison)
+    assert said(
+        comparison, "compared up to step 500, the largest that all runs reached: b0, b1, b2 ended there"
+    )
+    assert b.unfinished == {state: 3} or a.unfinished == {state: 3}
+
+
+def test_up_to_a_step_that_is_asked_for() -> None:
+    records = half_trained("crashed")
+    at = ask(records, until="300", score="last")
+    assert {round(group.mean, 6) for group in at.groups} == {3.1}
+    late = ask(records, until="800")
+    assert [group.n for group in late.groups] == [3, 0]
+    assert said(late, "b0, b1, b2: did not reach step 800; not counted")
+    assert "lr=2 has no score" in report.headline(late)
+    own = ask(records, until="end")
+    assert said(own, "unequal budgets: runs count to their own ends, from 500 to 1,000 steps")
+    with pytest.raises(LabError, match="--until soon: must be a step, or end"):
+        ask(records, until="soon")
+
+
+def test_rounding_of_the_last_step_is_no_other_budget() -> None:
+    records = [curve("a", 1, 0, 1000, every=100), curve("b", 2, 0, 1005, every=201)]
+    assert not said(ask(records), "compared up to")
+
+
+def test_the_best_of_more_evaluations_is_no_better() -> None:
+    rng = np.random.default_rng(0)
+
+    def noisy(name: str, lr: int, seed: int, number: int) -> Record:
+        xs = np.linspace(0, 1000, number)
+        return run(name, {"lr": lr, "seed": seed}, list(20 + rng.normal(0, 2, number)), xs=list(xs))
+
+    often = [noisy(f"a{s}", 1, s, 101) for s in range(8)]
+    seldom = [noisy(f"b{s}", 2, 100 + s, 5) for s in range(8)]
+    comparison = ask(often + seldom, score="best")
+    assert "Not settled" in report.headline(comparison)
+    assert abs(comparison.groups[0].mean - comparison.groups[1].mean) < 1.5
+    assert said(comparison, "evaluated 5 to 101 times: the best of as many counts")
+    assert said(ask(often + seldom), "evaluated 5 to 101 times: the runs with fewer are the noisier")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_group_is_not_better_for_its_failures(value: float) -> None:
+    steady = seeds("a", {"lr": 1}, [10.0, 10.1, 9.9, 10.2, 9.8])
+    fragile = seeds("b", {"lr": 2}, [10.5, 10.6, value, value, 10.4])
+    comparison = ask(steady + fragile, paired="off")
+    b = next(group for group in comparison.groups if group.label == "lr=2")
+    assert (b.n, b.diverged) == (5, 2)
+    assert "2 diverged" in report.runs(b)
+    assert "is better than" not in report.headline(comparison)
+    assert said(comparison, "counts with the worst score of all, 9.8")
+
+
+# ---- tasks ----
+
+
+def games(scores: Mapping[str, Mapping[str, list[float]]]) -> list[Record]:
+    return [
+        run(f"{a}{g}{s}", {"algo": a, "env.game": g, "seed": s}, [score])
+        for a, of in scores.items()
+        for g, values in of.items()
+        for s, score in enumerate(values)
+    ]
+
+
+def test_the_game_is_the_task_and_games_of_other_units_weigh_alike() -> None:
+    records = games(
+        {
+            "dqn": {"pong": [20.0, 21.0, 19.0], "seaquest": [2000.0, 2500.0, 2200.0]},
+            "pqn": {"pong": [10.0, 11.0, 9.0], "seaquest": [2100.0, 2600.0, 2300.0]},
+        }
+    )
+    comparison = ask(records)
+    assert comparison.task_key == "env.game"
+    assert [group.label for group in comparison.groups] == ["algo=dqn", "algo=pqn"]
+    assert comparison.normalized
+    assert said(
+        comparison, "scores of each env.game are scaled to 0 for its lowest run and 1 for its highest"
+    )
+    dqn = comparison.groups[0]
+    assert dqn.mean == pytest.approx((11 / 12 + (700 / 3) / 600) / 2)
+    assert dqn.task_means == pytest.approx({"pong": 20.0, "seaquest": 6700 / 3})
+    plain = ask(records, normalize="none")
+    assert said(plain, "averaged as they are, whatever their units")
+    assert plain.groups[0].label == "algo=pqn"
+
+
+def test_groups_of_different_games_are_not_compared() -> None:
+    comparison = ask(games({"dqn": {"pong": [20.0, 21.0, 19.0]}, "pqn": {"breakout": [300.0, 301.0, 299.0]}}))
+    assert report.headline(comparison).startswith("Not comparable: no env.game is common to all groups")
+    assert all(group.difference is None for group in comparison.groups)
+
+
+def test_mean_and_iqm_weigh_games_alike_however_many_runs_each_has() -> None:
+    rows = {"dqn": {"a": [0.0] * 2, "b": [1.0] * 8}, "pqn": {"a": [0.0] * 5, "b": [1.0] * 5}}
+    for group in ask(games(rows), normalize="none").groups:
+        assert group.mean == group.estimates["iqm"].point == group.median == 0.5
+
+
+# ---- directions and baselines ----
+
+
+def test_a_direction_nobody_knows_is_asked_for_and_wandbs_word_is_taken() -> None:
+    records = seeds("a", {"lr": 1}, [1, 2, 3], metric="eval/zork") + seeds(
+        "b", {"lr": 2}, [4, 5, 6], metric="eval/zork"
+    )
+    with pytest.raises(LabError, match="--goal maximize or --goal minimize"):
+        ask(records, metric="eval/zork")
+    told = [Record(**{**vars(r), "goals": {"eval/zork": "minimize"}}) for r in records]
+    comparison = ask(told, metric="eval/zork")
+    assert (comparison.groups[0].label, comparison.why_direction) == ("lr=1", "told to W&B")
+    assert ask(told, metric="eval/zork", goal="maximize").groups[0].label == "lr=2"
+
+
+def test_no_outcome_chooses_the_baseline() -> None:
+    good, bad = [9.0, 9.1, 9.2], [1.0, 1.1, 1.2]
+    for a, b in ((good, bad), (bad, good)):
+        comparison = ask(seeds("a", {"lr": 1}, a) + seeds("b", {"lr": 10}, b) + seeds("c", {"lr": 2}, a))
+        assert (comparison.baseline, comparison.why_baseline) == ("lr=1", "the first by name")
+    # Numbers in the order of their size, and a group without a score last.
+    empty = [run("e", {"lr": 0.5, "seed": 0}, [], metric="other")]
+    assert ask(empty + seeds("a", {"lr": 1}, good)).baseline == "lr=1"
+
+
+@given(st.lists(st.lists(st.floats(-10, 10), min_size=3, max_size=4), min_size=2, max_size=4), st.booleans())
+def test_the_headline_never_contradicts_the_table(scores: list[list[float]], less: bool) -> None:
+    records = [r for i, of in enumerate(scores) for r in seeds(f"g{i}-", {"lr": i}, of)]
+    comparison = ask(records, goal="minimize" if less else "maximize", reps=1)
+    told = report.headline(comparison)
+    means = [group.mean for group in comparison.groups]
+    assert means == sorted(means, reverse=not less)
+    verdicts = [
+        report.verdict(group.difference, less) for group in comparison.groups if group.difference is not None
+    ]
+    base = next(i for i, group in enumerate(comparison.groups) if group.difference is None)
+    assert set(verdicts[:base]) <= {"better", "not settled"}
+    assert set(verdicts[base:]) <= {"worse", "not settled"}
+    assert ("etter than" in told or "Worse than" in told) == bool({"better", "worse"} & set(verdicts))
+    assert "probability" not in told
+
+
+# ---- axes ----
+
+
+def test_rows_without_the_steps_stand_where_they_belong() -> None:
+    rows: list[dict[str, Any]] = [
+        {"_step": i, **({"global_step": 10 * i} if i % 2 == 0 else {}), "a": float(i)} for i in range(20)
+    ]
+    found = read_columns(rows, ["a"])
+    # The last has no row with steps after it: it takes the place of the one before.
+    assert found.series["a"].x.tolist() == [10.0 * i for i in range(19)]
+    assert found.series["a"].y[-1] == 19
+    assert any("10 values of a without global_step" in note for note in found.notes)
+
+
+def test_steps_that_begin_again_are_said() -> None:
+    rows = [{"global_step": s, "a": 1.0 + s} for s in (0, 1, 2, 0, 1, 2)]
+    found = read_columns(rows, ["a"])
+    assert found.series["a"].x.size == 3
+    assert any("begin again at 0: 3 values logged before do not count" in note for note in found.notes)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+def test_an_axis_that_falls_is_joined(values: list[float]) -> None:
+    record = run("r", {"seed": 0}, [float(i) for i in range(len(values))])
+    record.series["episode"] = Series(np.arange(len(values), dtype=float), np.array(values))
+    over = record.over(METRIC, "episodes")
+    assert (np.diff(over.x) >= 0).all()
+    assert record.restarts("episodes") == int((np.diff(values) < 0).sum())
+
+
+@pytest.mark.parametrize("axis", ["time", "episodes", "tokens", "frames"])
+def test_a_clock_set_back_is_a_note(axis: str) -> None:
+    from lab.records import AXES
+
+    records = [curve(f"a{s}", 1, s, 500) for s in range(2)]
+    for record in records:
+        x = record.series[METRIC].x
+        record.series[AXES[axis]] = Series(x, np.array([10.0, 20.0, 5.0, 15.0, 25.0]))
+    comparison = ask(records, axis=axis, threshold=2.0)
+    assert said(comparison, f"a0, a1: {axis} falls once; it goes on from where it was")
+    assert comparison.groups[0].curve is not None
+
+
+def test_define_metric_is_honoured_offline_and_as_the_server_keeps_it() -> None:
+    server = [
+        {"1": "train/global_step"},
+        {"2": "*", "5": 1, "6": [1]},
+        {"1": "wer", "7": [1]},
+        {"1": "x", "8": 2},
+    ]
+    laid, goals = _definitions({"m": server})
+    assert laid == {"*": "train/global_step"}
+    assert goals == {"wer": "minimize", "x": "maximize"}
+    assert _definitions({"m": "nonsense"}) == _definitions(None) == ({}, {})
+
+
+@pytest.mark.timeout(120)
+def test_a_stock_trainers_steps_are_those_it_told_wandb(tmp_path: Path) -> None:
+    """As transformers' WandbCallback logs: everything over train/global_step, at other rows in each run."""
+    import wandb
+
+    for number, every in enumerate((2, 7)):
+        with wandb.init(
+            mode="offline", dir=tmp_path, config={"seed": number}, settings={"silent": True}
+        ) as of:
+            of.define_metric("train/global_step")
+            of.define_metric("*", step_metric="train/global_step", step_sync=True)
+            of.define_metric("eval/zork", summary="min")
+            for step in range(1, 29):
+                if step % every == 0:
+                    of.log({"train/loss": 1 / step, "train/global_step": step})
+                if step % 14 == 0:
+                    of.log({"eval/zork": 1 / step, "train/global_step": step})
+            of.summary["best_acc"] = 0.5 + number
+    found = load([str(tmp_path)], ["eval/zork", "train/loss", "best_acc", "summary/best_acc"])
+    assert len(found.records) == 2
+    for record in found.records:
+        assert record.series["eval/zork"].x.tolist() == [14, 28]
+        assert record.x_axis == "train/global_step"
+        assert record.goals == {"eval/zork": "minimize"}
+        assert record.series["best_acc"].y[0] == record.series["summary/best_acc"].y[0] == 0.5 + record.seed
+    comparison = compare(found.records, Question(metric="eval/zork"))
+    assert (comparison.lower_is_better, comparison.x_label) == (True, "train/global step")
+
+
+# ---- what was measured afterwards ----
+
+
+def test_held_out_evaluations_and_summaries_are_metrics(tmp_path: Path) -> None:
+    for algorithm, gain in (("dqn", 0.0), ("pqn", 5.0)):
+        for seed in range(3):
+            folder = tmp_path / f"{algorithm}{seed}"
+            made = make_run(
+                folder, [(0, {METRIC: 0.0})], config={"seed": seed, "agent": {"algorithm": algorithm}}
+            )
+            made.summarize(best_mean_reward=gain + seed)
+            rows = [
+                {"mean_reward": -99.0, "episodes": 1},
+                {"mean_reward": gain + seed / 10, "episodes": 10, "seed": 7},
+            ]
+            (folder / "evaluations.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows) + '{"torn'
+            )
+    for metric in ("evaluate/mean_reward", "summary/best_mean_reward"):
+        found = load([str(tmp_path)], [metric])
+        assert metric in found.records[0].said
+        comparison = compare(found.records, Question(metric=metric, by=("agent.algorithm",)))
+        assert [group.label for group in comparison.groups] == ["pqn", "dqn"]
+        assert "pqn is better than dqn by 5" in report.headline(comparison)
+    assert found.records[0].conditions == {"episodes": "10", "seed": "7"}
+    (tmp_path / "pqn0" / "evaluations.jsonl").write_text('{"mean_reward": 5, "episodes": 100, "seed": 7}')
+    found = load([str(tmp_path)], ["evaluate/mean_reward"])
+    comparison = compare(found.records, Question(metric="evaluate/mean_reward", by=("agent.algorithm",)))
+    assert said(comparison, "`lab evaluate` measured the runs with different episodes: 10, 100")
+    assert not said(comparison, "with different seed")
+    with pytest.raises(LabError, match=r"Did you mean 'evaluate/mean_reward'\?"):
+        compare(found.records, Question(metric="evaluate/mean_rewrd"))
+
+
+def test_a_run_that_lacks_the_metric_is_named_with_what_it_has_instead() -> None:
+    records = seeds("a", {"lr": 1}, [1, 2, 3])
+    records.append(run("odd", {"lr": 1, "seed": 9}, [5.0], metric="eval/mean_rewrd"))
+    assert said(ask(records), "odd: has no value of eval/mean_reward. Did you mean 'eval/mean_rewrd'?")
+
+
+def test_as_json_there_is_no_nan_and_all_of_the_answer() -> None:
+    comparison = ask(seeds("a", {"lr": 1}, [1.0]) + seeds("b", {"lr": 2}, [4, 5, 6]))
+    (entry,) = json.loads(json.dumps(report.as_json([comparison]), allow_nan=False))
+    assert entry["goal"] == "maximize"
+    assert entry["answer"] == report.headline(comparison)
+    a = next(group for group in entry["groups"] if group["label"] == "lr=1")
+    assert a["mean"] == {"point": 1.0, "low": None, "high": None}

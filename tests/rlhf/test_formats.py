@@ -1,0 +1,442 @@
+"""Data as people have it: each format with the rows it becomes, or the line it is refused with."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from lab.errors import LabError
+from rlhf import data, sources
+from rlhf.data import Dropped
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def lines(path: Path, *rows: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TALK = [user("a?"), bot("b.")]
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}]
+
+# What a row is, and the demonstration it becomes.
+DEMONSTRATIONS: dict[str, tuple[Any, Any]] = {
+    "TRL, unpaired": (
+        {"prompt": "a?", "completion": "b.", "label": True},
+        {"prompt": "a?", "completion": "b."},
+    ),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"prompt": "Add.\n\n1, 2", "completion": "3"},
+    ),
+    "Alpaca, no input": (
+        {"instruction": "Hi.", "input": "", "output": "Ho."},
+        {"prompt": "Hi.", "completion": "Ho."},
+    ),
+    "Alpaca, LLaMA-Factory's": (
+        {"instruction": "c?", "input": "", "output": "d.", "system": "Be brief.", "history": [["a?", "b."]]},
+        {"prompt": [SYSTEM, *TALK, user("c?")], "completion": [bot("d.")]},
+    ),
+    "Dolly": (
+        {"instruction": "Who?", "context": "It was Ann.", "response": "Ann", "category": "closed_qa"},
+        {"prompt": "Who?\n\nIt was Ann.", "completion": "Ann"},
+    ),
+    "ShareGPT": (
+        {
+            "conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}],
+            "system": "Be brief.",
+        },
+        {"messages": [SYSTEM, *TALK]},
+    ),
+    "OpenAI chat": (
+        {"messages": [{"role": "developer", "content": "Be brief."}, *TALK]},
+        {"messages": [{"role": "developer", "content": "Be brief."}, *TALK]},
+    ),
+    "content as parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "?"}]},
+                TALK[1],
+            ]
+        },
+        {"messages": TALK},
+    ),
+    "tool calls": (
+        {
+            "messages": [
+                user("1+1?"),
+                {"role": "assistant", "content": None, "tool_calls": CALL},
+                {"role": "tool", "content": "2", "tool_call_id": "x"},
+                bot("2."),
+            ],
+            "tools": [{"name": "add"}],
+        },
+        {
+            "messages": [
+                user("1+1?") | {"tools": json.dumps([{"name": "add"}])},
+                {"role": "assistant", "content": "", "tool_calls": json.dumps(CALL)},
+                {"role": "tool", "content": "2", "tool_call_id": "x"},
+                bot("2."),
+            ]
+        },
+    ),
+    "an answer of no weight": (
+        {"messages": [*TALK[:1], bot("b.") | {"weight": 0}, user("c?"), bot("d.") | {"weight": 1}]},
+        {"messages": [*TALK[:1], bot("b.") | {"weight": 0}, user("c?"), bot("d.")]},
+    ),
+    "UltraFeedback, whose messages repeat what was chosen": (
+        {
+            **{
+                "prompt": "a?",
+                "prompt_id": "9",
+                "messages": TALK,
+                "score_chosen": 8.0,
+                "score_rejected": 3.0,
+            },
+            **{"chosen": TALK, "rejected": [user("a?"), bot("c.")]},
+        },
+        {"prompt": [user("a?")], "completion": [bot("b.")]},
+    ),
+    "question and answer": ({"question": "a?", "answer": "b."}, {"prompt": "a?", "completion": "b."}),
+    "prompt and response": ({"prompt": "a?", "response": "b."}, {"prompt": "a?", "completion": "b."}),
+}
+
+PAIR = {"prompt": "a?", "completions": ["b.", "c."], "ranks": [1, 2]}
+CHAT_PAIR = {"prompt": [user("a?")], "completions": [[bot("b.")], [bot("c.")]], "ranks": [1, 2]}
+COMPARISONS: dict[str, tuple[Any, Any]] = {
+    "UltraFeedback": (DEMONSTRATIONS["UltraFeedback, whose messages repeat what was chosen"][0], CHAT_PAIR),
+    "LLaMA-Factory's ShareGPT": (
+        {
+            "conversations": [{"from": "human", "value": "a?"}],
+            "chosen": {"from": "gpt", "value": "b."},
+            "rejected": {"from": "gpt", "value": "c."},
+        },
+        CHAT_PAIR,
+    ),
+    "LLaMA-Factory's Alpaca": ({"instruction": "a?", "input": "", "chosen": "b.", "rejected": "c."}, PAIR),
+    "whole conversations behind a conversation": (
+        {"prompt": [user("a?")], "chosen": TALK, "rejected": [user("a?"), bot("c.")]},
+        CHAT_PAIR,
+    ),
+    "scores": ({"prompt": "a?", "completions": ["b.", "c."], "scores": [0.9, 0.1]}, PAIR),
+    "SHP": (
+        {"history": "a?", "human_ref_A": "c.", "human_ref_B": "b.", "labels": 0, "score_A": 1},
+        PAIR | {"completions": ["c.", "b."], "ranks": [2, 1]},
+    ),
+    "PKU-SafeRLHF": ({"prompt": "a?", "response_0": "b.", "response_1": "c.", "better_response_id": 0}, PAIR),
+    "Chatbot Arena": (
+        {"conversation_a": TALK, "conversation_b": [user("a?"), bot("c.")], "winner": "model_a"},
+        CHAT_PAIR,
+    ),
+    "Nectar": (
+        {"prompt": "a?", "answers": [{"answer": "b.", "rank": 1.0}, {"answer": "c.", "rank": 2.0}]},
+        PAIR,
+    ),
+    "UltraFeedback, raw": (
+        {
+            "instruction": "a?",
+            "completions": [{"response": "b.", "overall_score": 8}, {"response": "c.", "overall_score": 5.5}],
+        },
+        PAIR,
+    ),
+    "OpenAI preferences": (
+        {
+            "input": {"messages": [user("a?")]},
+            "preferred_output": [bot("b.")],
+            "non_preferred_output": [bot("c.")],
+        },
+        CHAT_PAIR,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_demonstrations(tmp_path: Path, name: str) -> None:
+    row, expected = DEMONSTRATIONS[name]
+    (found,) = data.demonstrations(lines(tmp_path / "a.jsonl", row)).to_list()
+    for column, value in found.items():
+        if isinstance(value, list):
+            found[column] = [{k: v for k, v in turn.items() if v is not None} for turn in value]
+    assert found == expected
+    prompt = expected.get("prompt") or expected["messages"][:-1]
+    (asked,) = data.prompts(lines(tmp_path / "b.jsonl", row)).to_list()
+    asked = asked["prompt"]
+    if isinstance(asked, list):
+        asked = [{k: v for k, v in turn.items() if v is not None} for turn in asked]
+    assert asked == prompt
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons(tmp_path: Path, name: str) -> None:
+    row, expected = COMPARISONS[name]
+    (found,) = data.comparisons(lines(tmp_path / "a.jsonl", row)).to_list()
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_openassistants_trees_by_message_and_whole(tmp_path: Path) -> None:
+    def message(key: str, parent: str | None, role: str, rank: int | None = None, **more: Any) -> Any:
+        return {
+            "message_id": key,
+            "parent_id": parent,
+            "role": role,
+            "text": key,
+            "rank": rank,
+            "deleted": False,
+        } | more
+
+    rows = [
+        message("q", None, "prompter"),
+        message("good", "q", "assistant", 0),
+        message("bad", "q", "assistant", 1),
+        message("spam", "q", "assistant", 2, review_result=False),
+        message("more?", "good", "prompter"),
+        message("yes", "more?", "assistant"),
+    ]
+    whole = {
+        "message_tree_id": "q",
+        "prompt": rows[0]
+        | {"replies": [rows[1] | {"replies": [rows[4] | {"replies": [rows[5]]}]}, rows[2], rows[3]]},
+    }
+    for source in (lines(tmp_path / "flat.jsonl", *rows), lines(tmp_path / "trees.jsonl", whole)):
+        (found,) = data.demonstrations(source).to_list()[:1]
+        assert found == {"prompt": [user("q")], "completion": [bot("good")]}
+        assert data.demonstrations(source)[1] == {
+            "prompt": [user("q"), bot("good"), user("more?")],
+            "completion": [bot("yes")],
+        }
+        (pair,) = data.comparisons(source, strict=False, dropped=Dropped()).to_list()
+        assert (pair["completions"], pair["ranks"]) == ([[bot("good")], [bot("bad")]], [1, 2])
+
+
+# ---- files ----
+
+ROWS = [{"prompt": f"{i}?", "completion": f"{i}."} for i in range(3)]
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def zstd(raw: bytes) -> bytes:
+    import pyarrow
+
+    return pyarrow.Codec("zstd").compress(raw, asbytes=True)
+
+
+FILES: dict[str, bytes] = {
+    "a.jsonl.gz": gzip.compress(JSONL),
+    "a.jsonl.zst": zstd(JSONL),
+    "two frames.jsonl.zst": zstd(JSONL[:36]) + zstd(JSONL[36:]),
+    "a.jsonl.bz2": bz2.compress(JSONL),
+    "a.JSONL.xz": lzma.compress(JSONL),
+    "a.ndjson": JSONL,
+    "a.json": json.dumps(ROWS).encode(),
+    "data.json": json.dumps({"data": ROWS}).encode(),
+    "a.json.gz": gzip.compress(json.dumps(ROWS, indent=1).encode()),
+    "lines.json": JSONL,
+    "bom.jsonl": b"\xef\xbb\xbf" + JSONL,
+    "crlf.jsonl": JSONL.replace(b"\n", b"\r\n"),
+    "a.csv": b"prompt,completion\r\n0?,0.\r\n1?,1.\r\n2?,2.\r\n",
+    "a.csv.gz": gzip.compress(b'\xef\xbb\xbfprompt,completion\n"0?",0.\n1?,1.\n2?,2.\n'),
+    "a.tsv": b"prompt\tcompletion\n0?\t0.\n1?\t1.\n2?\t2.\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    assert data.demonstrations(str(tmp_path / name)).to_list() == ROWS
+    assert data.demonstrations(str(tmp_path)).to_list() == ROWS
+
+
+def test_what_datasets_saves_to_disk(tmp_path: Path) -> None:
+    splits: Any = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert data.demonstrations(str(tmp_path / "saved")).to_list() == ROWS
+    assert data.demonstrations(str(tmp_path / "saved"), "eval").to_list() == ROWS[:1]
+
+
+def test_prompts_as_a_list_of_texts_and_a_line_each(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('["0?", "1?"]')
+    (tmp_path / "a.txt").write_text("0?\n\n1?\n")
+    for name in ("a.json", "a.txt"):
+        assert data.prompts(str(tmp_path / name))["prompt"][:] == ["0?", "1?"]
+
+
+def test_conversations_in_a_table(tmp_path: Path) -> None:
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(TALK)]])
+    assert data.demonstrations(str(tmp_path / "a.csv")).to_list() == [{"messages": TALK}]
+
+
+def test_droppings_and_descriptions_are_no_data(tmp_path: Path) -> None:
+    lines(tmp_path / "train.jsonl", *ROWS)
+    for name in ("__MACOSX/._train.jsonl", "._train.jsonl", "dataset_info.json", "LICENSE.txt", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    assert data.demonstrations(str(tmp_path)).to_list() == ROWS
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(JSONL))
+    with pytest.raises(LabError, match=r"holds train\.jsonl and train\.jsonl\.gz, which may be the same"):
+        data.demonstrations(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "problem"),
+    [
+        ("a.jsonl.gz", gzip.compress(JSONL)[:-9], "cannot be unpacked"),
+        ("a.jsonl.gz", JSONL, "cannot be unpacked"),
+        ("a.jsonl.xz", JSONL, "cannot be unpacked"),
+        ("a.jsonl.zst", JSONL, "cannot be"),
+        ("a.csv", b"prompt,prompt\na,b\n", "names of columns must be there, and differ"),
+        ("a.csv", b"prompt,completion\na,b,c\n", "line 2: has 3 cells for 2 columns"),
+        ("a.csv", b"prompt,completion\n\xe9,b\n", "no UTF-8 text"),
+        ("a.json", b'{"prompt": "a"}', "Name them as in one of"),
+        ("a.jsonl", b'{"input_ids": [1, 2]}\n', "token ids of some tokenizer"),
+        ("a.jsonl", b'{"prompt": "a", "completions": ["b"], "labels": [true]}\n', "process reward models"),
+        ("a.parquet", b"PAR1", "not a readable parquet"),
+        ("a.arrow", b"ARROW1 or not", "not a readable Arrow file"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, name: str, raw: bytes, problem: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(LabError) as caught:
+        data.demonstrations(str(tmp_path / name))
+    assert str(caught.value).startswith(str(tmp_path / name))
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz"])
+def test_what_unpacks_to_fill_a_memory_is_refused(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNPACKED_FREELY", 2**20)
+    raw = b" " * (8 * 2**20)
+    packed = {".gz": gzip.compress, ".zst": zstd, ".xz": lzma.compress}[suffix](raw)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed)
+    with pytest.raises(LabError, match="unpacks to more than 200 times its size"):
+        data.demonstrations(str(tmp_path / f"a.jsonl{suffix}"))
+
+
+# ---- what rows mean ----
+
+
+def test_feedback_that_is_negative_is_not_imitated(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "completion": f"{i}.", "label": i < 2} for i in range(5)]
+    source, dropped = lines(tmp_path / "a.jsonl", *rows), Dropped()
+    found = data.demonstrations(source, dropped=dropped)
+    assert found["completion"][:] == ["0.", "1."]
+    assert dropped.notes() == ["3 feedback whose label is false left out"]
+    assert len(data.prompts(source)) == 5  # they may be asked all the same
+    with pytest.raises(LabError, match="does not say which of two answers is better"):
+        data.comparisons(source)
+    with pytest.raises(LabError, match=r"line 1: label is None|line 1: label is null"):
+        data.demonstrations(lines(tmp_path / "b.jsonl", rows[0] | {"label": None}))
+    with pytest.raises(LabError, match="holds nothing to learn from"):
+        data.demonstrations(lines(tmp_path / "c.jsonl", rows[4]))
+
+
+def test_equal_scores_tie_and_lower_ones_are_a_mistake(tmp_path: Path) -> None:
+    row = {"prompt": "a?", "chosen": "b.", "rejected": "c."}
+    rows = [row | {"score_chosen": a, "score_rejected": b, "margin": a - b} for a, b in ((5, 5), (5, 3))]
+    dropped = Dropped()
+    found = data.comparisons(lines(tmp_path / "a.jsonl", *rows), dropped=dropped)
+    assert (len(found), dropped.ties, dropped.unused) == (1, 1, ["margin"])
+    assert found["scores"][:] == [[5.0, 3.0]]
+    with pytest.raises(LabError, match="the score of rejected, 5, is higher than that of chosen, 3"):
+        data.comparisons(lines(tmp_path / "b.jsonl", row | {"score_chosen": 3, "score_rejected": 5}))
+
+
+def test_all_bad_rows_are_counted_by_reason_and_named_at_once(tmp_path: Path) -> None:
+    good = {"prompt": "a?", "chosen": "b.", "rejected": "c."}
+    rows = [good, *[good | {"chosen": ""}] * 12, *[good | {"rejected": "b."}] * 3]
+    source = lines(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(LabError) as caught:
+        data.comparisons(source)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{source}: 15 of 16 rows cannot be used: 12 chosen is empty, 3 chosen and rejected"
+    )
+    assert f"They are {source}, lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 5 more." in message
+    assert message.endswith("set data.bad_rows to skip.")
+    dropped = Dropped()
+    assert len(data.comparisons(source, strict=False, dropped=dropped)) == 1
+    assert dropped.reasons == {
+        "chosen is empty": 12,
+        "chosen and rejected are the same, so none is better": 3,
+    }
+
+
+def test_a_line_that_is_no_json_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(JSONL + b'{"prompt": "half')
+    assert len(data.demonstrations(str(path), strict=False, dropped=Dropped())) == 3
+
+
+# ---- what is kept of large files ----
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "WORTH_KEEPING", 0)
+    return lines(tmp_path / "a.jsonl", *ROWS, {"prompt": "bad"})
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_rows_are_parsed_once(large: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = data.load("demonstrations", large, strict=False)
+    monkeypatch.setattr(data, "_parsed", None)
+    again = data.load("demonstrations", large, strict=False)
+    assert again.rows.to_list() == first.rows.to_list() == ROWS
+    assert again.left_out == first.left_out
+    assert again.place(2) == f"{large}, line 3"
+    with pytest.raises(LabError, match="line 4: completion is missing"):  # what is wrong is kept, too
+        data.demonstrations(large)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no check", "a folder"])
+def test_a_damaged_copy_is_made_again(large: str, tmp_path: Path, damage: str) -> None:
+    data.load("demonstrations", large, strict=False)
+    (path,) = kept(tmp_path)
+    raw = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(raw[:-40])
+    elif damage == "flipped":
+        raw[raw.rindex(b"2.")] ^= 1
+        path.write_bytes(raw)
+    elif damage == "no check":
+        path.with_suffix(".json").write_text("{")
+    else:
+        path.unlink()
+        path.mkdir()
+    assert data.load("demonstrations", large, strict=False).rows.to_list() == ROWS
+
+
+def test_another_file_of_that_name_is_parsed(large: str) -> None:
+    data.load("demonstrations", large, strict=False)
+    lines(Path(large), *ROWS[1:])
+    assert data.load("demonstrations", large).rows.to_list() == ROWS[1:]
+
+
+def test_without_a_place_to_keep_rows_they_are_read_all_the_same(
+    large: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert data.load("demonstrations", large, strict=False).rows.to_list() == ROWS
