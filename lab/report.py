@@ -19,6 +19,30 @@ NAMED = 3
 """Groups of a kind of which the answer says by how much."""
 
 
+def printable(text: str) -> str:
+    """A text from a run's files without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+class _Csv:
+    """A CSV file as text. Texts that a spreadsheet would take for formulas begin with an apostrophe there."""
+
+    def __init__(self) -> None:
+        self._out = io.StringIO()
+        self._rows = csv.writer(self._out, lineterminator="\n")
+
+    def writerow(self, cells: Sequence[object]) -> None:
+        self._rows.writerow(
+            [f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA else cell for cell in cells]
+        )
+
+    def getvalue(self) -> str:
+        return self._out.getvalue()
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
 def number(value: float) -> str:
     """Short, with the digits that matter."""
     if not math.isfinite(value):
@@ -250,34 +274,36 @@ def show(comparison: Comparison, console: "Console") -> None:
     """Prints table, answer, differences and notes."""
     from rich.table import Table
 
-    console.print(question(comparison), style="bold", highlight=False, markup=False)
+    console.print(printable(question(comparison)), style="bold", highlight=False, markup=False)
     heads, rows = table(comparison)
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for head in heads:
-        shown.add_column(head, justify="left" if head == "group" else "right", overflow="fold")
+        shown.add_column(printable(head), justify="left" if head == "group" else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(printable, row))
     console.print(shown, highlight=False, markup=False)
-    console.print(headline(comparison), highlight=False, markup=False)
+    console.print(printable(headline(comparison)), highlight=False, markup=False)
     heads, rows = task_table(comparison)
     if rows:
         console.print("\nmean of each task", style="bold")
         tasks = Table(box=None, pad_edge=False, header_style="dim")
         for head in heads:
-            tasks.add_column(head, justify="left" if head == heads[0] else "right", overflow="fold")
+            tasks.add_column(
+                printable(head), justify="left" if head == heads[0] else "right", overflow="fold"
+            )
         for row in rows:
-            tasks.add_row(*row)
+            tasks.add_row(*map(printable, row))
         console.print(tasks, highlight=False, markup=False)
     if comparison.differences and len(comparison.groups) > 1:
         console.print("\nconfig keys that differ", style="bold")
         differences = Table(box=None, pad_edge=False, header_style="dim")
         for head in ("key", *(group.label for group in comparison.groups)):
-            differences.add_column(head, overflow="fold")
+            differences.add_column(printable(head), overflow="fold")
         for key, values in comparison.differences.items():
-            differences.add_row(key, *(values[group.label] for group in comparison.groups))
+            differences.add_row(*map(printable, [key, *(values[group.label] for group in comparison.groups)]))
         console.print(differences, highlight=False, markup=False)
     for note in comparison.notes:
-        console.print(f"note: {note}", style="dim", highlight=False, markup=False)
+        console.print(printable(f"note: {note}"), style="dim", highlight=False, markup=False)
 
 
 def markdown(comparisons: Sequence[Comparison], figure: str = "") -> str:
@@ -314,8 +340,7 @@ def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def groups_csv(comparisons: Sequence[Comparison]) -> str:
     """A row per metric and group, with numbers to compute with."""
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
+    rows = _Csv()
     estimates = ("iqm", "mean", "median", "optimality_gap")
     rows.writerow(
         ["metric", "group", "runs", "seeds", "unfinished", "without_value", "diverged"]
@@ -349,20 +374,19 @@ def groups_csv(comparisons: Sequence[Comparison]) -> str:
                 + [comparison.question.threshold, steps and steps.median, seconds and seconds.median]
                 + [steps and steps.reached]
             )
-    return out.getvalue()
+    return rows.getvalue()
 
 
 def runs_csv(comparisons: Sequence[Comparison]) -> str:
     """A row per metric and run."""
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
+    rows = _Csv()
     rows.writerow(["metric", "group", "run", "name", "seed", "state", "source", "score"])
     for comparison in comparisons:
         for group in comparison.groups:
             for record in group.records:
                 about = [record.id, record.name, record.seed, record.state, record.source]
                 rows.writerow([comparison.question.metric, group.label, *about, group.by_run[record.id]])
-    return out.getvalue()
+    return rows.getvalue()
 
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
@@ -418,15 +442,14 @@ def _finite(value: Any) -> Any:
 
 def curves_csv(comparisons: Sequence[Comparison]) -> str:
     """A row per metric, group and x: mean and interval."""
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
+    rows = _Csv()
     rows.writerow(["metric", "group", "x_axis", "x", "mean", "low", "high"])
     for comparison in comparisons:
         for group in comparison.groups:
             if group.curve is not None:
                 for values in zip(group.curve_x, *group.curve, strict=True):
                     rows.writerow([comparison.question.metric, group.label, comparison.x_label, *values])
-    return out.getvalue()
+    return rows.getvalue()
 
 
 def write(comparisons: Sequence[Comparison], folder: Path, title: str, command: str) -> Path:
