@@ -143,7 +143,10 @@ def _as_command(do: Callable[[], int]) -> Callable[[], int]:
 
 @pytest.mark.parametrize(
     ("cases", "start"),
-    [pytest.param(6, 0, id="sample"), pytest.param(150, 20_000, id="all", marks=pytest.mark.slow)],
+    [
+        pytest.param(6, 0, id="sample", marks=pytest.mark.slow),
+        pytest.param(150, 20_000, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_extreme_values_really_run(
     place: Path, cases: int, start: int, capsys: pytest.CaptureFixture[str]
@@ -242,7 +245,10 @@ ANY: tuple[tuple[str, ...], ...] = (
 
 @pytest.mark.parametrize(
     ("cases", "start"),
-    [pytest.param(SAMPLE, 0, id="sample"), pytest.param(500, 30_000, id="all", marks=pytest.mark.slow)],
+    [
+        pytest.param(SAMPLE, 0, id="sample", marks=pytest.mark.slow),
+        pytest.param(500, 30_000, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_folders_that_nobody_left(
     place: Path, theirs: dict[str, Path], cases: int, start: int, capsys: pytest.CaptureFixture[str]
@@ -316,7 +322,10 @@ def _weights(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("kills", "seed"),
-    [pytest.param(4, 0, id="sample"), pytest.param(100, 1, id="all", marks=pytest.mark.slow)],
+    [
+        pytest.param(4, 0, id="sample", marks=pytest.mark.slow),
+        pytest.param(100, 1, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_any_moment_the_weights_are_the_same(
     place: Path, kills: int, seed: int, capsys: pytest.CaptureFixture[str]
@@ -353,7 +362,10 @@ def test_killed_at_any_moment_the_weights_are_the_same(
 
 @pytest.mark.parametrize(
     ("sizes", "seed"),
-    [pytest.param(3, 0, id="sample"), pytest.param(40, 1, id="all", marks=pytest.mark.slow)],
+    [
+        pytest.param(3, 0, id="sample", marks=pytest.mark.slow),
+        pytest.param(40, 1, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_is_full_loses_nothing(
     place: Path, sizes: int, seed: int, capsys: pytest.CaptureFixture[str]
