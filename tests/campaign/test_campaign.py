@@ -21,6 +21,7 @@ from tests.campaign.harness import Result, Tally, forked, lab, snapshot
 from tests.conftest import PONG, TINY
 from tests.rlhf.test_refusals import furnish, values
 
+DQN = PONG.with_name("pong_dqn_cpu.yaml")
 SAMPLE = 24
 """Cases of each campaign in the ordinary suite."""
 
@@ -142,7 +143,10 @@ def _as_command(do: Callable[[], int]) -> Callable[[], int]:
 
 @pytest.mark.parametrize(
     ("cases", "start"),
-    [pytest.param(6, 0, id="sample"), pytest.param(150, 20_000, id="all", marks=pytest.mark.slow)],
+    [
+        pytest.param(6, 0, id="sample", marks=pytest.mark.slow),
+        pytest.param(150, 20_000, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_extreme_values_really_run(
     place: Path, cases: int, start: int, capsys: pytest.CaptureFixture[str]
@@ -193,7 +197,7 @@ def theirs(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     root = tmp_path_factory.mktemp("theirs")
     runs = {"rl": finished_run}
     scratch = tmp_path_factory.mktemp("scratch")
-    dqn = [str(PONG), *TINY, "--agent.algorithm=dqn", "--tracking.wandb=disabled", "--agent.buffer_size=2000"]
+    dqn = [str(DQN), *TINY, "--tracking.wandb=disabled", "--agent.buffer_size=2000"]
     for name, arguments in {
         "dqn": ["train", *[word for word in dqn if "rollout_steps" not in word and "minibatch" not in word]],
         "supervised": ["train", str(_smallest()), "--smoke"],
@@ -241,7 +245,10 @@ ANY: tuple[tuple[str, ...], ...] = (
 
 @pytest.mark.parametrize(
     ("cases", "start"),
-    [pytest.param(SAMPLE, 0, id="sample"), pytest.param(500, 30_000, id="all", marks=pytest.mark.slow)],
+    [
+        pytest.param(SAMPLE, 0, id="sample", marks=pytest.mark.slow),
+        pytest.param(500, 30_000, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_folders_that_nobody_left(
     place: Path, theirs: dict[str, Path], cases: int, start: int, capsys: pytest.CaptureFixture[str]
@@ -293,7 +300,8 @@ def _pipelines(root: Path) -> dict[str, tuple[list[str], list[str]]]:
     (root / "mlp.yaml").write_text(_smallest().read_text())
     pqn = ["train", str(PONG), *TINY, "--tracking.wandb=disabled", "--out", "RUN"]
     dqn = [word for word in pqn if "rollout_steps" not in word and "minibatch" not in word]
-    dqn += ["--agent.algorithm=dqn", "--agent.buffer_size=2000", "--agent.learning_starts=100"]
+    dqn[1] = str(DQN)
+    dqn += ["--agent.buffer_size=2000", "--agent.learning_starts=100"]
     mlp = ["train", "mlp.yaml", "--epochs=3", "--checkpoint.every_epochs=1", "--tracking.wandb=disabled"]
     rlhf = ["rlhf", "rlhf.yaml", "--out", "RUN", "--trust"]
     return {
@@ -314,7 +322,10 @@ def _weights(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("kills", "seed"),
-    [pytest.param(4, 0, id="sample"), pytest.param(100, 1, id="all", marks=pytest.mark.slow)],
+    [
+        pytest.param(4, 0, id="sample", marks=pytest.mark.slow),
+        pytest.param(100, 1, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_any_moment_the_weights_are_the_same(
     place: Path, kills: int, seed: int, capsys: pytest.CaptureFixture[str]
@@ -351,7 +362,10 @@ def test_killed_at_any_moment_the_weights_are_the_same(
 
 @pytest.mark.parametrize(
     ("sizes", "seed"),
-    [pytest.param(3, 0, id="sample"), pytest.param(40, 1, id="all", marks=pytest.mark.slow)],
+    [
+        pytest.param(3, 0, id="sample", marks=pytest.mark.slow),
+        pytest.param(40, 1, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_is_full_loses_nothing(
     place: Path, sizes: int, seed: int, capsys: pytest.CaptureFixture[str]
