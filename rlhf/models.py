@@ -243,7 +243,7 @@ def _config(name: str) -> Any:
         raise
     except Exception as error:  # whatever the Hub's client, json or a family's checks raise
         raise LabError(
-            f"{name}: no model that can be opened: {first_line(error)[:200]} Name a transformers folder, or a "
+            f"{name}: no model that can be opened: {first_line(error)[:200]} Name a transformers folder or a "
             "model of the Hub (which must be reachable)."
         ) from None
 
