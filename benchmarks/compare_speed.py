@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the JSON file to write")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    about = machine.describe(("orjson", "numpy", "plotly", "matplotlib"))
+    about = machine.describe(("orjson", "numpy", "matplotlib"))
     for n_runs in options.runs:
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()

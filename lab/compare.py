@@ -30,6 +30,7 @@ from lab.scores import (
     score_of,
     thinned,
     upto,
+    words_of,
 )
 from lab.statistics import Array, Band, Interval
 from lab.verdict import PAIRINGS, Difference, Pairing, Sample, differences, mean_interval
@@ -264,6 +265,8 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
     )
     _say_seeds(members, scores, say)
     _say_conditions(once.records, q, say)
+    if any(difference.method == "seeds" for difference in found.values()):
+        say(_what_pairs_share(once.records))
     axis_mixed = _mixed_axes(taking_part, q)
     if axis_mixed:
         say(axis_mixed)
@@ -593,6 +596,18 @@ def _say_seeds(members: Mapping[str, Sequence[Record]], scores: _Scores, say: _N
             say(f"lacks the seeds {named(lacking)}, which other groups have", label)
 
 
+def _what_pairs_share(records: Sequence[Record]) -> str:
+    """What runs of one seed have in common: stages that they started from, as far as recorded."""
+    by_seed: dict[str, list[set[str]]] = defaultdict(list)
+    for record in records:
+        parents = {f"{p['stage']} {p['sha256']}" for p in record.parents if {"stage", "sha256"} <= p.keys()}
+        by_seed[seed_of(record)].append(parents)
+    shared = [{one.split()[0] for one in set.intersection(*of)} for of in by_seed.values() if len(of) > 1]
+    stages = sorted(set.intersection(*shared)) if shared else []
+    what = f"started from the same {' and '.join(stages)}" if stages else "share what a seed decides"
+    return f"paired by seed: runs of one seed {what}; --paired off takes all runs as independent"
+
+
 def _say_conditions(records: Sequence[Record], question: Question, say: _Notes) -> None:
     """Where `lab evaluate` measured the runs by different means."""
     if not question.metric.startswith(EVALUATE):
@@ -683,7 +698,7 @@ def _group(
         without=sum(not math.isfinite(scores.by_run[record.id]) for record in members),
         diverged=sum(record.id in scores.diverged for record in members),
         mean=statistics.mean(tasks) if tasks else math.nan,
-        interval=Interval(*mean_interval(tasks, q.confidence)) if tasks else nothing,
+        interval=_mean_interval(tasks, q) if tasks else nothing,
         std=math.sqrt(float(np.mean(variances))) if variances else math.nan,
         median=float(np.mean([np.median(task) for task in tasks])) if tasks else math.nan,
         estimates=(
@@ -701,6 +716,15 @@ def _group(
         profile=statistics.performance_profile(tasks, thresholds, **bootstrap) if tasks else None,
         note=note,
     )
+
+
+def _mean_interval(tasks: Sequence[Array], question: Question) -> Interval:
+    """The mean with Student's interval, which for shares such as accuracies ends at 0 and 1."""
+    point, low, high = mean_interval(tasks, question.confidence)
+    is_share = same_unit(question.metric) and all(((task >= 0) & (task <= 1)).all() for task in tasks)
+    if is_share and not {"normalized", "normalised"} & set(words_of(question.metric)):
+        low, high = float(np.maximum(low, 0)), float(np.minimum(high, 1))  # NaN stays
+    return Interval(point, low, high)
 
 
 def _raw_means(members: Sequence[Record], scores: _Scores) -> dict[str, float]:

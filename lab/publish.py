@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lab import report, report_page
+from lab import report, report_page, report_plot
 from lab.compare import Comparison
 from lab.errors import LabError
 from lab.grouping import FIELDS, is_bookkeeping
@@ -264,7 +264,7 @@ def _publish(
 
     name = title(comparisons)
     plots, page = scratch / "comparison.png", scratch / "comparison.html"
-    report.draw(comparisons, [plots])
+    report_plot.draw(comparisons, [plots])
     page.write_text(report_page.page(comparisons, name, command), encoding="utf-8")
     asked = [dataclasses.asdict(comparison.question) for comparison in comparisons]
     question = json.dumps([asked, sorted(record.id for record in runs.records)])

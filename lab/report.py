@@ -8,25 +8,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.compare import Comparison, Group, named
-from lab.files import explain_write_errors, write_atomic, written_aside
+from lab.files import explain_write_errors, write_atomic
 from lab.statistics import Interval, ThresholdSteps
 from lab.verdict import MOST_RUNS, POWER, Difference, turned
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-COLORS = ("#2a6fbb", "#c0504d", "#4f9d57", "#8064a2", "#d98b2b", "#3aa6a6", "#a0522d", "#7f7f7f")
-"""Of the groups by their labels, so that a group has one in all plots; they repeat."""
 NAMED = 3
 """Groups of a kind of which the answer says by how much."""
-SEEDS_DRAWN = 60
-"""With more runs than that their single curves would hide the groups'."""
 
 
-def colors(comparison: Comparison) -> list[str]:
-    """A color for each group."""
-    labels = [group.label for group in comparison.groups]
-    return [COLORS[sorted(labels).index(label) % len(COLORS)] for label in labels]
+def printable(text: str) -> str:
+    """A text from a run's files without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+class _Csv:
+    """A CSV file as text. Texts that a spreadsheet would take for formulas begin with an apostrophe there."""
+
+    def __init__(self) -> None:
+        self._out = io.StringIO()
+        self._rows = csv.writer(self._out, lineterminator="\n")
+
+    def writerow(self, cells: Sequence[object]) -> None:
+        self._rows.writerow(
+            [f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA else cell for cell in cells]
+        )
+
+    def getvalue(self) -> str:
+        return self._out.getvalue()
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def number(value: float) -> str:
@@ -260,34 +274,36 @@ def show(comparison: Comparison, console: "Console") -> None:
     """Prints table, answer, differences and notes."""
     from rich.table import Table
 
-    console.print(question(comparison), style="bold", highlight=False, markup=False)
+    console.print(printable(question(comparison)), style="bold", highlight=False, markup=False)
     heads, rows = table(comparison)
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for head in heads:
-        shown.add_column(head, justify="left" if head == "group" else "right", overflow="fold")
+        shown.add_column(printable(head), justify="left" if head == "group" else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(printable, row))
     console.print(shown, highlight=False, markup=False)
-    console.print(headline(comparison), highlight=False, markup=False)
+    console.print(printable(headline(comparison)), highlight=False, markup=False)
     heads, rows = task_table(comparison)
     if rows:
         console.print("\nmean of each task", style="bold")
         tasks = Table(box=None, pad_edge=False, header_style="dim")
         for head in heads:
-            tasks.add_column(head, justify="left" if head == heads[0] else "right", overflow="fold")
+            tasks.add_column(
+                printable(head), justify="left" if head == heads[0] else "right", overflow="fold"
+            )
         for row in rows:
-            tasks.add_row(*row)
+            tasks.add_row(*map(printable, row))
         console.print(tasks, highlight=False, markup=False)
     if comparison.differences and len(comparison.groups) > 1:
         console.print("\nconfig keys that differ", style="bold")
         differences = Table(box=None, pad_edge=False, header_style="dim")
         for head in ("key", *(group.label for group in comparison.groups)):
-            differences.add_column(head, overflow="fold")
+            differences.add_column(printable(head), overflow="fold")
         for key, values in comparison.differences.items():
-            differences.add_row(key, *(values[group.label] for group in comparison.groups))
+            differences.add_row(*map(printable, [key, *(values[group.label] for group in comparison.groups)]))
         console.print(differences, highlight=False, markup=False)
     for note in comparison.notes:
-        console.print(f"note: {note}", style="dim", highlight=False, markup=False)
+        console.print(printable(f"note: {note}"), style="dim", highlight=False, markup=False)
 
 
 def markdown(comparisons: Sequence[Comparison], figure: str = "") -> str:
@@ -324,8 +340,7 @@ def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def groups_csv(comparisons: Sequence[Comparison]) -> str:
     """A row per metric and group, with numbers to compute with."""
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
+    rows = _Csv()
     estimates = ("iqm", "mean", "median", "optimality_gap")
     rows.writerow(
         ["metric", "group", "runs", "seeds", "unfinished", "without_value", "diverged"]
@@ -359,20 +374,19 @@ def groups_csv(comparisons: Sequence[Comparison]) -> str:
                 + [comparison.question.threshold, steps and steps.median, seconds and seconds.median]
                 + [steps and steps.reached]
             )
-    return out.getvalue()
+    return rows.getvalue()
 
 
 def runs_csv(comparisons: Sequence[Comparison]) -> str:
     """A row per metric and run."""
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
+    rows = _Csv()
     rows.writerow(["metric", "group", "run", "name", "seed", "state", "source", "score"])
     for comparison in comparisons:
         for group in comparison.groups:
             for record in group.records:
                 about = [record.id, record.name, record.seed, record.state, record.source]
                 rows.writerow([comparison.question.metric, group.label, *about, group.by_run[record.id]])
-    return out.getvalue()
+    return rows.getvalue()
 
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
@@ -428,64 +442,20 @@ def _finite(value: Any) -> Any:
 
 def curves_csv(comparisons: Sequence[Comparison]) -> str:
     """A row per metric, group and x: mean and interval."""
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
+    rows = _Csv()
     rows.writerow(["metric", "group", "x_axis", "x", "mean", "low", "high"])
     for comparison in comparisons:
         for group in comparison.groups:
             if group.curve is not None:
                 for values in zip(group.curve_x, *group.curve, strict=True):
                     rows.writerow([comparison.question.metric, group.label, comparison.x_label, *values])
-    return out.getvalue()
-
-
-def draw(comparisons: Sequence[Comparison], paths: Sequence[Path]) -> None:
-    """Curves with their bands and scores with their intervals, a row of plots per metric, as PNG or SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6 * len(comparisons)), layout="constrained", dpi=110)
-    grid = figure.subplots(len(comparisons), 2, squeeze=False, width_ratios=[3, 2])
-    for (left, right), comparison in zip(grid, comparisons, strict=True):
-        q = comparison.question
-        few = sum(group.n for group in comparison.groups) <= SEEDS_DRAWN
-        positions = range(len(comparison.groups))[::-1]
-        for color, group, y in zip(colors(comparison), comparison.groups, positions, strict=True):
-            if group.curve is not None:
-                left.plot(group.curve_x, group.curve.point, color=color, label=f"{group.label} (n={group.n})")
-                left.fill_between(
-                    group.curve_x, group.curve.low, group.curve.high, color=color, alpha=0.2, lw=0
-                )
-            for record in group.records if few else ():
-                series = record.over(q.metric, q.axis)
-                left.plot(series.x, series.y, color=color, alpha=0.25, lw=0.8)
-            scores = [score for task in group.scores.values() for score in task]
-            right.plot(scores, [y] * len(scores), "o", color=color, alpha=0.35, ms=5, mew=0)
-            estimate = group.interval
-            if group.n:
-                if not math.isnan(estimate.low):
-                    right.plot([estimate.low, estimate.high], [y, y], color=color, lw=6, alpha=0.3)
-                right.plot([estimate.point], [y], "|", color=color, ms=18, mew=2.5)
-        left.set(xlabel=comparison.x_label, ylabel=q.metric)
-        right.set(xlabel=f"{q.metric}: runs, mean, {q.confidence:.0%} interval")
-        right.set_yticks(list(positions), [group.label for group in comparison.groups])
-        right.set_ylim(-0.6, len(comparison.groups) - 0.4)
-        if any(group.curve is not None for group in comparison.groups):
-            left.legend(frameon=False, fontsize=9)
-        else:
-            left.text(
-                0.5, 0.5, "no curve: one value a run", ha="center", transform=left.transAxes, color="#666"
-            )
-        for axes in (left, right):
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-    for path in paths:
-        with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
-            figure.savefig(aside, format=path.suffix[1:])
+    return rows.getvalue()
 
 
 def write(comparisons: Sequence[Comparison], folder: Path, title: str, command: str) -> Path:
     """Writes everything to a folder; returns the page."""
     from lab.report_page import page
+    from lab.report_plot import draw
 
     with explain_write_errors(str(folder), "Name another folder with --out."):
         folder.mkdir(parents=True, exist_ok=True)

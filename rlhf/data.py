@@ -30,6 +30,18 @@ NAMED = 10
 """Rows that cannot be used are named up to so many; all are counted."""
 
 
+def named(places: Sequence[str], count: int) -> str:
+    """Places of rows in a few words: those of one file by their numbers, and how many more there are."""
+    files: dict[str, list[str]] = {}
+    for place in places:
+        before, _, number = place.rpartition(" ")
+        files.setdefault(before, []).append(number)
+    told = "; ".join(
+        f"{before}{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}" for before, numbers in files.items()
+    )
+    return told + (f" and {count - len(places):,} more" if count > len(places) else "")
+
+
 @dataclass
 class Dropped:
     """What was left out while reading. Who passes none to be filled finds it in the log."""
@@ -84,11 +96,9 @@ class Dropped:
         if self.bad_rows == 1:
             problem = self.first.removesuffix("Correct the row or remove it.")
             return LabError(f"{problem}Correct the row, remove it, or set data.bad_rows to skip.")
-        shown = "; ".join(self.places)
-        more = f"; and {self.bad_rows - len(self.places):,} more" if self.bad_rows > len(self.places) else ""
         return LabError(
             f"{source}: {self.bad_rows:,} of {self.rows:,} rows cannot be used: {self._by_reason()}. They "
-            f"are {shown}{more}. Correct or remove them, or set data.bad_rows to skip."
+            f"are {named(self.places, self.bad_rows)}. Correct or remove them, or set data.bad_rows to skip."
         )
 
     def _by_reason(self) -> str:
@@ -104,6 +114,8 @@ class Loaded:
 
     rows: "Dataset"
     left_out: Dropped
+    mark: str
+    """A hash of all they follow from, where they are worth keeping; else empty."""
     _parts: list[tuple[str, str]]
     _places: "Dataset"
 
@@ -278,7 +290,8 @@ def load(kind: str, source: str, split: Split = "train", *, strict: bool = True)
     whole = Dataset(InMemoryTable(table.replace_schema_metadata(None)))
     columns = ["_part", "_line"]
     names = [(part.name, part.unit) for part in parts]
-    return Loaded(whole.remove_columns(columns), left_out, names, whole.select_columns(columns))
+    mark = kept.path.stem if kept else ""
+    return Loaded(whole.remove_columns(columns), left_out, mark, names, whole.select_columns(columns))
 
 
 def _parsed(kind: str, source: str, parts: Sequence[sources.Part]) -> Any:

@@ -55,20 +55,15 @@ def start(
         LabError: neither a folder nor on the Hub, or the Hub cannot be reached; or no causal language model.
     """
     if config.path != "labgpt":
-        tokenizer = _open_tokenizer(config.tokenizer or config.path)
+        examine(config)  # what a later stage would refuse
+        tokenizer = start_tokenizer(config, demonstrations, source)
         # LabGPT computes no padding, and is a tenth faster. Adapters, though, are for the model they name.
         if not config.lora_rank and labgpt.computes(Path(config.path)):
             return _trained_in_fp32(labgpt.load(config.path), tokenizer, config.path), tokenizer
         model = _open_causal_lm(config.path, tokenizer, keep_format)
         heads.check_causal(model, config.path)
         return model, tokenizer
-    tokenizer = (
-        _open_tokenizer(config.tokenizer)
-        if config.tokenizer
-        else reviews.tokenizer()
-        if source == "reviews"
-        else tokenizer_of(_texts(demonstrations))
-    )
+    tokenizer = start_tokenizer(config, demonstrations, source)
     known = [*labgpt.LabGPTConfig().options(), *labgpt.LabGPTConfig.attribute_map]
     for key in config.labgpt:
         if key not in known:  # transformers would keep it, and do nothing about it
@@ -84,6 +79,13 @@ def start(
         raise LabError(f"model.labgpt = {config.labgpt}: {error}") from None
 
 
+def start_tokenizer(config: ModelConfig, demonstrations: Any, source: str) -> Any:
+    """The tokenizer of `start`."""
+    if config.path != "labgpt" or config.tokenizer:
+        return open_tokenizer(config.tokenizer or config.path)
+    return reviews.tokenizer() if source == "reviews" else tokenizer_of(_texts(demonstrations))
+
+
 def open_policy(folder: Path, keep_format: bool = False) -> tuple[Any, Any]:
     """A language model that a stage left (or any transformers folder, or an adapter's) and its tokenizer.
 
@@ -95,7 +97,7 @@ def open_policy(folder: Path, keep_format: bool = False) -> tuple[Any, Any]:
     Raises:
         LabError: no such folder, or no language model in it.
     """
-    tokenizer = _open_tokenizer(str(folder))
+    tokenizer = open_tokenizer(str(folder))
     return _open_causal_lm(str(folder), tokenizer, keep_format), tokenizer
 
 
@@ -105,7 +107,7 @@ def open_reward(folder: Path, keep_format: bool = False) -> tuple[Any, Any]:
     Raises:
         LabError: no such folder, or no model in it.
     """
-    name, tokenizer = str(folder), _open_tokenizer(str(folder))
+    name, tokenizer = str(folder), open_tokenizer(str(folder))
     if _is_labgpt(folder):
         model: Any = labgpt.load(folder, head="reward")
     else:
@@ -175,7 +177,12 @@ def check_chat_template(tokenizer: Any, dataset: Any, source: str) -> None:
         )
 
 
-def _open_tokenizer(name: str) -> Any:
+def open_tokenizer(name: str) -> Any:
+    """A folder's or the Hub's tokenizer, whose padding is not its end token.
+
+    Raises:
+        LabError: there is none, or it has no end token.
+    """
     from transformers import AutoTokenizer
 
     if _is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").is_file():
@@ -235,7 +242,10 @@ def _config(name: str) -> Any:
     except LabError:
         raise
     except Exception as error:  # whatever the Hub's client, json or a family's checks raise
-        raise LabError(f"{name}: no model that can be opened: {first_line(error)[:200]}") from None
+        raise LabError(
+            f"{name}: no model that can be opened: {first_line(error)[:200]} Name a transformers folder or a "
+            "model of the Hub (which must be reachable)."
+        ) from None
 
 
 def _holds_scores(config: Any) -> bool:
@@ -252,6 +262,9 @@ def _read(kind: Any, name: str, config: Any, keep_format: bool, fresh: Sequence[
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = from_pretrained(kind, name, config=config, dtype=dtype, **options)
+        if len(set(report["missing_keys"]) - set(fresh)) > 1:  # the text model of a larger one?
+            options["key_mapping"] = _TEXT_MODEL_WITHIN
+            model, report = from_pretrained(kind, name, config=config, dtype=dtype, **options)
     except LabError:
         raise
     except Exception as error:  # whatever transformers, torch or safetensors raise
@@ -271,6 +284,14 @@ def _read(kind: Any, name: str, config: Any, keep_format: bool, fresh: Sequence[
         _log.warning("%s: %d of its weights are not used: %s ...", name, len(unused), unused[0])
     model.saved_format = own
     return model
+
+
+_TEXT_MODEL_WITHIN = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""Where models that read images as well keep their text model, before transformers 5 and since."""
 
 
 def _saved_format(config: Any, folder: Path) -> torch.dtype:

@@ -16,10 +16,10 @@ from typing import Any
 from lab import checkpoint, config, locks, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors
+from lab.files import check_contained, explain_write_errors
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
-from rlhf import labelers, sharing, sources, splits
+from rlhf import labelers, preflight, sharing, sources
 from rlhf.config import STAGES, RLHFRun
 from rlhf.sharing import RESULTS, fingerprint
 from rlhf.stage_keys import relevant
@@ -153,11 +153,7 @@ class RLHFPipeline:
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
         refuse_options(options, ("episodes", "epsilon"), "is for games; this run is of a language model")
-        if options.checkpoint != "best":  # the command's default
-            raise LabError(
-                "command line: --checkpoint is for runs that choose among checkpoints; a recipe is evaluated "
-                "with the models its stages left. Leave it out."
-            )
+        refuse_options(options, ("checkpoint",), "is for other runs; what the stages left is evaluated")
         refuse_options(options, ("part",), "is for models that learned from a data set; this run has prompts")
         quiet_threads()
         from rlhf.work import evaluate_run
@@ -199,6 +195,8 @@ def run_stages(
                 f"command line: no stage {name!r} in this config.{did_you_mean(name, recipe.stages)} "
                 f"It has {', '.join(recipe.stages)}."
             )
+    if recipe.folder.is_dir():
+        check_contained(recipe.folder)
     check_without_torch(settings.device)
     aside = STAGES[STAGES.index(restart_from) :] if restart_from else ()
     _check_free(recipe, aside)
@@ -216,7 +214,7 @@ def run_stages(
             if only or name in done:
                 recipe.result(name)
     if due:
-        _check_sources(settings, due)
+        _check_sources(recipe, due, restart_from)
     for line in found.said:
         print(line, flush=True)
     run: Callable[[str], bool] | None = None
@@ -244,26 +242,13 @@ def _runner(recipe: Recipe) -> Callable[[str], bool]:
     return lambda stage: run_stage(recipe, stage, mode, why)
 
 
-def _check_sources(settings: RLHFRun, stages: Sequence[str]) -> None:
-    """Raises for data that is not there or cannot be used, before anything is trained or written."""
-    d = settings.data
-    for source in (d.demonstrations, d.prompts, d.eval_prompts):
-        if source:
-            sources.has_eval(source)
-    if d.comparisons != "collect":
-        sources.has_eval(d.comparisons)
-    _check_labelers(settings, stages)
-    # A stage that cannot use its data would say so only when those before it have been trained.
-    if {"sft", "reward", "ppo"} & set(stages):
-        rows = splits.load(settings, "demonstrations", d.demonstrations).rows
-        if "ppo" in stages and settings.ppo.ptx_coef and "completion" not in rows.column_names:
-            raise LabError("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
-    if {"collect", "ppo"} & set(stages):
-        splits.load(settings, "prompts", d.prompts or d.demonstrations)
-    if "eval" in stages:
-        splits.unseen_prompts(settings)
-    if "reward" in stages and d.comparisons != "collect":
-        splits.load(settings, "comparisons", d.comparisons)
+def _check_sources(recipe: Recipe, stages: Sequence[str], first_again: str | None) -> None:
+    """Raises for anything that these stages cannot use, before anything is trained, moved or written."""
+    _check_labelers(recipe.settings, stages)
+    begins = first_again == "sft" or recipe.state("sft") not in ("finished", "taken")
+    policy = None if begins else recipe.of("sft") / "model"
+    for note in preflight.check(recipe.settings, stages, recipe.folder, policy):
+        print(f"data     {note}", flush=True)
 
 
 def _check_labelers(settings: RLHFRun, stages: Sequence[str]) -> None:

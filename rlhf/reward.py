@@ -9,10 +9,12 @@ from lab.device import Compute
 from lab.errors import LabError
 from rlhf import models
 from rlhf.config import RLHFRun
+from rlhf.health import warn
 from rlhf.ranking import RankingTrainer, center, init_head
 from rlhf.scoring import RewardScorer, calibration_plot, held_out_report, sequence_classifier
 from rlhf.sft import lora
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
+from rlhf.tokenization import fitting_answers, tokenize_rows
 
 # Demonstrations the scores are centred on, and held-out comparisons they are scaled by, at most.
 AT_MOST = 512
@@ -68,24 +70,62 @@ def train_reward(
         return None
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if demonstrations is not None and "completion" in demonstrations.column_names:
-        center(
-            trained,
-            tokenizer,
-            demonstrations.shuffle(seed=settings.seed).select(range(min(AT_MOST, len(demonstrations)))),
+        center(trained, tokenizer, _some_that_fit(demonstrations, tokenizer, settings))
+    # Scored whole, whatever training does about those that are too long.
+    fitting = fitting_answers(held_out.to_list(), tokenizer, settings.data.max_length)
+    if not fitting:
+        raise LabError(
+            f"data.max_length: no held-out comparison has two answers within {settings.data.max_length} "
+            "tokens. Raise it."
         )
-    _scale(trained, tokenizer, held_out)
-    report = held_out_report(RewardScorer(trained, tokenizer), held_out.to_list())
+    _scale(trained, tokenizer, fitting)
+    report = held_out_report(RewardScorer(trained, tokenizer), fitting)
     stage.tracker.log(trainer.state.global_step, {"eval/accuracy": report["accuracy"]})
-    stage.run.summarize(**{"eval/accuracy": report["accuracy"], "held_out": report})
+    low, high = report["accuracy_low"], report["accuracy_high"]
+    stage.run.summarize(
+        **{
+            "eval/accuracy": report["accuracy"],
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "held_out": report,
+        }
+    )
+    stage.progress.say(
+        f"         {report['accuracy']:.1%} ({low:.1%} to {high:.1%}) of {report['pairs']} held-out pairs in "
+        "the right order"
+    )
+    if low <= 0.5 <= high:
+        warn(
+            stage,
+            f"the reward model may be guessing: its accuracy on held-out pairs is {low:.0%} to {high:.0%}, "
+            "which includes 50%. Give it more comparisons or epochs before trusting what PPO makes of it",
+        )
     plot = stage.run.media / "calibration.png"
     calibration_plot(report, plot)
     stage.tracker.log_media(trainer.state.global_step, "media/calibration", plot)
     return trained, tokenizer
 
 
-def _scale(model: Any, tokenizer: Any, held_out: Any) -> None:
+def _some_that_fit(demonstrations: Any, tokenizer: Any, settings: RLHFRun) -> list[Any]:
+    """At most `AT_MOST` demonstrations, chosen by the seed, of those that are not too long."""
+    some: list[Any] = []
+    shuffled = demonstrations.shuffle(seed=settings.seed)
+    for begin in range(0, len(shuffled), AT_MOST):
+        rows = shuffled.select(range(begin, min(begin + AT_MOST, len(shuffled)))).to_list()
+        counted = tokenize_rows([(row["prompt"], row["completion"], True) for row in rows], tokenizer)
+        some += [
+            row
+            for row, (prompt, answer) in zip(rows, counted, strict=True)
+            if len(prompt) + len(answer) <= settings.data.max_length
+        ]
+        if len(some) >= AT_MOST:
+            break
+    return some[:AT_MOST]
+
+
+def _scale(model: Any, tokenizer: Any, held_out: list[Any]) -> None:
     """Puts into the model's config what gives held-out answers scores of variance 1."""
-    rows = held_out.select(range(min(AT_MOST, len(held_out)))).to_list()
+    rows = held_out[:AT_MOST]
     scores = RewardScorer(model, tokenizer, shift=0.0, scale=1.0).score_texts(
         [row["prompt"] for row in rows for _ in row["completions"]],
         [completion for row in rows for completion in row["completions"]],

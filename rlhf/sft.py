@@ -3,7 +3,7 @@
 import copy
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from rlhf import heads, models
 from rlhf.config import ModelConfig, RLHFRun
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 from rlhf.tokenization import (
+    BATCH,
     cut_left,
     prepare,
-    tokenize_conversation,
-    tokenize_rows,
-    tokenize_text,
+    rows_of_ids,
 )
 
 
@@ -89,24 +88,6 @@ class _Trainer(StageTrainer, SFTTrainer):
         return sum(
             their["input_ids"][: len(our)] != our for their, (our, *_) in zip(theirs, ours, strict=True)
         )
-
-
-BATCH = 1_000
-"""Rows that are tokenised together."""
-
-
-def rows_of_ids(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[tuple[list[int], list[int], bool]]:
-    """Of each demonstration its ids, a mask of what is learned of them, and whether all its answers are."""
-    if "messages" in rows[0]:
-        return [tokenize_conversation(row["messages"], tokenizer) for row in rows]
-    if "text" in rows[0]:
-        texts = [tokenize_text(row["text"], tokenizer) for row in rows]
-        return [(ids, [1] * len(ids), True) for ids in texts]
-    asked = [(row["prompt"], row["completion"], True) for row in rows]
-    return [
-        (prompt + answer, [0] * len(prompt) + [1] * len(answer), True)
-        for prompt, answer in tokenize_rows(asked, tokenizer)
-    ]
 
 
 def tokenized(
@@ -264,6 +245,11 @@ def make_trainer(
             f"model.lora_targets: the model has no module {settings.model.lora_targets}. Name some it has, "
             "or all-linear."
         ) from None
+    except ValueError as error:
+        if "[PEFT" not in str(error):
+            raise
+        reason = str(error).rpartition("] ")[2].partition(". ")[0]
+        raise LabError(f"model.lora_targets: {reason}. Name others, or set model.lora_rank to 0.") from None
     trainer.notes = notes
     _check_first_batch(trainer, tokenizer, source)
     return trainer

@@ -252,6 +252,26 @@ def tokenize_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return ids if end is None else [*ids, end]
 
 
+BATCH = 1_000
+"""Rows that are tokenised together."""
+
+
+def rows_of_ids(
+    rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[list[int], list[int], bool]]:
+    """Of each demonstration its ids, a mask of what is learned of them, and whether all its answers are."""
+    if "messages" in rows[0]:
+        return [tokenize_conversation(row["messages"], tokenizer) for row in rows]
+    if "text" in rows[0]:
+        texts = [tokenize_text(row["text"], tokenizer) for row in rows]
+        return [(ids, [1] * len(ids), True) for ids in texts]
+    asked = [(row["prompt"], row["completion"], True) for row in rows]
+    return [
+        (prompt + answer, [0] * len(prompt) + [1] * len(answer), True)
+        for prompt, answer in tokenize_rows(asked, tokenizer)
+    ]
+
+
 def room_for_prompts(config: DataConfig) -> int:
     """Tokens that a prompt may have, so that an answer to it has room too."""
     return config.max_length - config.max_new_tokens
@@ -278,6 +298,28 @@ def fitting_prompts(
             f"{config.max_new_tokens}. Change these, or set data.too_long."
         )
     return (dataset.select(kept) if too_long and config.too_long == "drop" else dataset), too_long
+
+
+def fitting_answers(
+    rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> list[dict[str, Any]]:
+    """Comparisons without the answers that have, with their prompt, more than `max_length` tokens.
+
+    Comparisons of which no two answers of different rank are left are left out.
+    """
+    kept = []
+    for row in rows:
+        answers = list(zip(row["completions"], row["finished"], strict=True))
+        counted = tokenize_rows([(row["prompt"], *answer) for answer in answers], tokenizer)
+        fits = [len(prompt) + len(answer) <= max_length for prompt, answer in counted]
+        lists = {name: row[name] for name in ("completions", "ranks", "finished", "scores") if row.get(name)}
+        own = {
+            name: [value for value, fit in zip(values, fits, strict=True) if fit]
+            for name, values in lists.items()
+        }
+        if len(set(own["ranks"])) > 1:
+            kept.append({**row, **own})
+    return kept
 
 
 def cut_left(ids: list[int], max_length: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

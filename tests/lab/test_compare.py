@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -383,10 +384,10 @@ def test_the_page_stands_alone_and_takes_labels_for_text(runs: Path) -> None:
     assert "<b>pong</b>" not in text
     assert "a </script> title" not in text
     data = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    assert {plot["id"] for plot in json.loads(data)} >= {"curves0", "scores0"}
-    before_library = text.split("<script>")[0]
-    assert "src=" not in before_library
-    assert "href=" not in before_library
+    assert [group["n"] for group in json.loads(data)[0]["groups"]]
+    assert {"curves0", "scores0"} <= set(re.findall(r'<figure id="(\w+)"', text))
+    assert "src=" not in text
+    assert set(re.findall(r'href="(.)', text)) <= {"#"}
 
 
 def test_the_command_on_the_page_asks_the_same_again(runs: Path, lab: Lab, tmp_path: Path) -> None:

@@ -500,3 +500,22 @@ def test_as_json_there_is_no_nan_and_all_of_the_answer() -> None:
     assert entry["answer"] == report.headline(comparison)
     a = next(group for group in entry["groups"] if group["label"] == "lr=1")
     assert a["mean"] == {"point": 1.0, "low": None, "high": None}
+
+
+def test_names_from_files_neither_steer_a_terminal_nor_become_formulas(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from rich.console import Console
+
+    evil = "\x1b]0;owned\x07\x1b[2J"
+    records = seeds(f"a{evil}", {"k": f"=cmd()|x{evil}"}, [1, 2, math.nan], state=f"failed{evil}")
+    records += seeds("b", {"k": "+1+1"}, [4, 5, 6])
+    comparison = ask(records, by=("k",))
+    report.show(comparison, Console(width=200))
+    out = capsys.readouterr().out
+    assert "owned" in out
+    assert "\x1b]" not in out
+    assert "\x07" not in out
+    for text in (report.groups_csv([comparison]), report.runs_csv([comparison])):
+        cells = [cell for line in text.splitlines() for cell in line.split(",")]
+        assert not any(cell.lstrip('"').startswith(("=", "+", "@")) for cell in cells)

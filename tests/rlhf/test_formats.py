@@ -369,7 +369,7 @@ def test_all_bad_rows_are_counted_by_reason_and_named_at_once(tmp_path: Path) ->
     assert message.startswith(
         f"{source}: 15 of 16 rows cannot be used: 12 chosen is empty, 3 chosen and rejected"
     )
-    assert f"{source}, line 11; and 5 more." in message
+    assert f"They are {source}, lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 5 more." in message
     assert message.endswith("set data.bad_rows to skip.")
     dropped = Dropped()
     assert len(data.comparisons(source, strict=False, dropped=dropped)) == 1

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from lab.cli import main
+from rlhf import reviews
 
 pytestmark = pytest.mark.filterwarnings(
     # TRL 1.16 and PEFT 0.21 still use what transformers 5.23 renamed.
@@ -68,7 +69,7 @@ def furnish(folder: Path) -> None:
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lab:
-    """Runs `lab rlhf` in the test's folder; returns the one line it refuses with."""
+    """Runs `lab rlhf` in the test's folder; returns the line it refuses with, or one for each problem."""
     monkeypatch.chdir(tmp_path)
     furnish(tmp_path)
 
@@ -77,11 +78,15 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         capsys.readouterr()
         code = main([command, "config.yaml", "--out", "run", "--trust", *arguments])
         captured = capsys.readouterr()
-        said = [line for line in captured.err.splitlines() if line.startswith("lab: ")]
+        lines = captured.err.splitlines()
+        said = [i for i, line in enumerate(lines) if line.startswith("lab: ")]
         assert code == 2, captured.err
-        assert captured.err.splitlines()[-1] == said[-1], "it is the last that is said"
         assert len(said) == 1
-        return said[0]
+        first, *others = lines[said[0] :]
+        assert all(line.startswith(f"  {i}. ") for i, line in enumerate(others, 1)), (
+            "it is the last that is said"
+        )
+        return "\n".join([first, *others])
 
     return run
 
@@ -197,7 +202,9 @@ def test_answers_longer_than_the_context_are_refused(lab: Lab, tmp_path: Path) -
     long = [row | {"completion": " good" * 60} for row in DEMONSTRATIONS]
     write(tmp_path / "long.jsonl", long)
     line = lab(data={"demonstrations": "long.jsonl"})
-    assert "demonstration 1 has 62 tokens, more than 32" in line
+    assert "8 of 8 demonstrations have more than 32 tokens (data.max_length 32), the longest 64" in line
+    assert "long.jsonl, lines 1, 2, 3, 4, 5, 6, 7, 8. Raise data.max_length, or set data.too_long" in line
+    assert begun(tmp_path) == []
 
 
 def test_prompts_longer_than_the_context_leave_no_answer(lab: Lab, tmp_path: Path) -> None:
@@ -205,7 +212,9 @@ def test_prompts_longer_than_the_context_leave_no_answer(lab: Lab, tmp_path: Pat
     write(tmp_path / "long.jsonl", long)
     # reveals: TRL leaves all rows out, and the sampler of none of them raises a ValueError.
     line = lab(data={"demonstrations": "long.jsonl"})
-    assert "demonstration 1 has 62 tokens, more than 32" in line
+    assert "8 of 8 demonstrations have more than 32 tokens" in line
+    assert "8 of 8 prompts have more than 24 tokens (data.max_length 32 less data.max_new_tokens 8)" in line
+    assert begun(tmp_path) == []
 
 
 def test_held_out_prompts_longer_than_the_context_are_refused(lab: Lab, tmp_path: Path) -> None:
@@ -215,15 +224,16 @@ def test_held_out_prompts_longer_than_the_context_are_refused(lab: Lab, tmp_path
     write(tmp_path / "split" / "test.jsonl", long)
     # reveals: training goes on to its end, and the model is lost with a KeyError.
     line = lab(data={"demonstrations": "split"})
-    assert "held-out demonstration 1 has 121 tokens, more than 32" in line
+    assert "split (its part to evaluate on): 8 of 8 demonstrations have more than 32 tokens" in line
+    assert begun(tmp_path) == []
 
 
 def test_compared_answers_longer_than_the_context_are_named(lab: Lab, tmp_path: Path) -> None:
     long = [row | {"completions": [" bad", " fine" * 60]} for row in COMPARISONS]
     write(tmp_path / "long.jsonl", long)
     line = lab(data={"comparisons": "long.jsonl"})
-    assert ", row 0: " in line
-    assert "more than max_length = 32" in line
+    assert "8 of 8 comparisons have more than 32 tokens" in line
+    assert begun(tmp_path) == []
 
 
 def test_a_context_longer_than_the_models_is_refused(lab: Lab, tmp_path: Path) -> None:
@@ -396,3 +406,56 @@ def test_data_that_changed_since_a_stage_was_begun_is_noticed(lab: Lab, copied: 
     line = lab(**COLLECTED)
     assert "demonstrations.jsonl" in line
     assert "--from sft" in line
+
+
+# ---- all at once, before anything is trained ----
+
+
+def test_everything_that_is_wrong_is_said_at_once(lab: Lab, tmp_path: Path) -> None:
+    """Today's kinds: rows that cannot be used in two sources, one too long, and too long a context."""
+    write(tmp_path / "bad.jsonl", [*COMPARISONS, COMPARISONS[0] | {"ranks": [0, 1]}])
+    write(tmp_path / "long.jsonl", [{"prompt": "very " * 40}, {"prompt": "short"}])
+    line = lab(data={"comparisons": "bad.jsonl", "prompts": "nowhere.jsonl", "max_length": 64})
+    assert line.startswith("lab: 3 things must be put right before a stage can begin:")
+    for problem in (
+        "bad.jsonl, line 9: ranks is",
+        "'nowhere.jsonl': no such file",
+        "more than the model's 32 positions",
+    ):
+        assert problem in line
+    assert begun(tmp_path) == []
+
+
+def test_a_model_that_reads_both_ways_is_refused_before_a_stage(lab: Lab, tmp_path: Path) -> None:
+    import transformers
+
+    transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained("bert")
+    transformers.T5Config(d_model=8, num_layers=1).save_pretrained("t5")
+    reviews.tokenizer().save_pretrained("words")
+    for name in ("bert", "t5"):
+        assert f"{name}: " in lab(model={"path": name, "tokenizer": "words"})
+        assert begun(tmp_path) == []
+
+
+def test_what_is_skipped_and_cut_is_said_and_the_stages_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    furnish(tmp_path)
+    long = {"prompt": "kiwi", "completions": [" bad", " fine" * 60], "ranks": [1, 2]}
+    odd = {"prompt": "plum", "completions": [" good", " good"], "ranks": [1, 2]}
+    tie = {"prompt": "lime", "completions": [" good", " bad"], "ranks": [1, 1]}
+    write(tmp_path / "comparisons.jsonl", [*COMPARISONS, long, odd, tie])
+    too_long = {"prompt": "x " * 60, "completion": " good"}
+    write(tmp_path / "demonstrations.jsonl", [*DEMONSTRATIONS, too_long])
+    data = {"bad_rows": "skip", "too_long": "drop"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(data=data)))
+    assert main(["rlhf", "config.yaml", "--out", "run", "--trust"]) == 0
+    said = capsys.readouterr().out
+    assert "comparisons.jsonl, as comparisons: 1 ties left out; 1 rows that cannot be used left out" in said
+    assert "comparisons.jsonl: 1 of 9 comparisons have more than 32 tokens" in said
+    assert "demonstrations.jsonl: 1 of 9 demonstrations have more than 32 tokens" in said
+    assert begun(tmp_path) == ["eval", "ppo", "reward", "sft"]
+    capsys.readouterr()
+    monkeypatch.setattr("rlhf.preflight.check", None)  # a finished recipe needs no row of its data
+    assert main(["rlhf", "config.yaml", "--out", "run", "--trust"]) == 0

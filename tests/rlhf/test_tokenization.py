@@ -9,11 +9,11 @@ import pytest
 
 from lab.errors import LabError
 from rlhf.config import ModelConfig
-from rlhf.sft import rows_of_ids
 from rlhf.tokenization import (
     cut_left,
     end_token,
     prepare,
+    rows_of_ids,
     separate_padding,
     tokenize,
     tokenize_conversation,
