@@ -375,6 +375,8 @@ def find_model(folder: Path) -> Path:
     Raises:
         LabError: there is none, or it was taken from a recipe that is gone.
     """
+    if any((place / "run.json").exists() for place in (folder, folder / "sft", folder.parent)):
+        check_contained(folder)  # a folder of transformers' cache is all links
     places = [folder / "ppo" / "model", folder / "sft" / "model"]
     if "sft" in (taken := sharing.read(folder).stages) and not any(place.exists() for place in places):
         sharing.info(folder, "sft", taken["sft"])
@@ -392,6 +394,7 @@ def recipe_folder(folder: Path) -> Path:
 
 def read_settings(folder: Path) -> RLHFRun:
     """The config of a recipe's folder: its last stage's, for what only later stages read may have changed."""
+    check_contained(folder)
     for stage in reversed(STAGES):
         place = folder / stage / "run.json"
         if place.exists():

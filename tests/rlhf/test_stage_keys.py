@@ -255,7 +255,7 @@ def tree(folder: Path) -> dict[str, bytes | str]:
     return {
         str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if (path.is_file() or path.is_symlink()) and path.name != "config.yaml"
+        if (path.is_file() or path.is_symlink()) and path.name != "config.yaml" and path.suffix != ".pyc"
     }
 
 
