@@ -194,6 +194,9 @@ def run_stages(
     wanted = [only] if only else recipe.stages
     due = [stage for stage in wanted if stage in again or recipe.state(stage) != "finished"]
     if due:
+        for parent in dict.fromkeys(parent for stage in due for parent in recipe.parents(stage)):
+            if parent not in again and recipe.state(parent) == "finished":
+                recipe.result(parent)
         _check_sources(recipe, due, restart_from)
     if restart_from:
         _put_aside(recipe, restart_from)
