@@ -9,7 +9,8 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from lab.errors import LabError, first_line
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
-VOCABULARY = 96
 MOST_PARAMETERS = 30_000_000
 
 SIZES: dict[str, int | float] = {
@@ -111,10 +111,23 @@ SIZES: dict[str, int | float] = {
 }
 """What the sizes in a family's config become."""
 PARTICULAR: dict[str, dict[str, Any]] = {
-    "ctrl": {"n_embd": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "doge": {"keep_window_size": 2048},
+    "reformer": {"axial_pos_embds": False},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "xmod": {"default_language": "en_XX"},
 }
 """What a family needs besides."""
+
+
+PER_LAYER = "layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types"
+LAYERS = "num_hidden_layers", "n_layer", "n_layers", "num_layers"
+DROPPED = 0.3
+"""Probability of every dropout in a tiny model's config."""
 
 
 @dataclass(frozen=True)
@@ -137,71 +150,53 @@ class Row:
     dropout_off: bool | None = None
     """Whether a pass in training mode, as gradient checkpointing needs it, equals one in eval mode."""
     bf16_apart: float | None = None
-    """Largest difference over what is allowed, of sampler and log-probabilities in bf16; below 1 is right."""
+    """In bf16, the largest difference over what is allowed; below 1 is right."""
     seconds: float = 0.0
 
 
-def tiny_config(family: str) -> Any:
+def tiny_config(family: str, dropped: bool = True, kinds: bool = True) -> Any:
     """A family's config with everything small.
 
-    Raises:
-        LabError: it cannot be made small by these rules.
+    Args:
+        dropped: with dropout wherever it has any.
+        kinds: with every kind of layer that it has by default.
     """
     from transformers import CONFIG_MAPPING
 
-    try:
-        return _shrunk(CONFIG_MAPPING[family], PARTICULAR.get(family, {}))
-    except Exception as error:
-        raise LabError(f"{family}: {type(error).__name__}: {first_line(error)}") from None
+    return _shrunk(CONFIG_MAPPING[family], PARTICULAR.get(family, {}), dropped, kinds)
 
 
-def _shrunk(kind: Any, particular: dict[str, Any]) -> Any:
+def _shrunk(kind: Any, particular: dict[str, Any], dropped: bool, kinds: bool) -> Any:
     whole = kind()
-    known: dict[str, Any] = {}
-    names = {**dict.fromkeys(vars(whole)), **getattr(kind, "attribute_map", {})}
-    for name in names:
-        value = getattr(whole, name, None)
+    other_names = getattr(kind, "attribute_map", {})
+    small: dict[str, Any] = {}
+    for name in {**dict.fromkeys(vars(whole)), **other_names}:
+        value = _get(whole, name)
         if name in SIZES and value is not None and not isinstance(value, bool | list):
-            known[getattr(kind, "attribute_map", {}).get(name, name)] = SIZES[name]
+            small[other_names.get(name, name)] = SIZES[name]
+        if dropped and isinstance(value, float) and ("drop" in name or "jitter" in name) and value < 1:
+            small[other_names.get(name, name)] = DROPPED
     for name in kind.sub_configs:
-        part = getattr(whole, name, None)
+        part = _get(whole, name)
         if part is not None:
-            known[name] = _shrunk(type(part), {}).to_dict()
-    layers = next(
-        (known[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in known), 2
-    )
-    kinds: dict[str, list[Any]] = {}
-    for name in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types"):
-        value = getattr(whole, name, None)
-        if isinstance(value, list | tuple) and value:
-            kinds[name] = list(dict.fromkeys(value))
-    if kinds:
-        layers = max(layers, *map(len, kinds.values()))
-        for name, values in kinds.items():
-            known[name] = [values[i % len(values)] for i in range(layers)]
-        for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-            if k in known:
-                known[k] = layers
-    known |= particular
-    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    tokens = {k: v for k, v in tokens.items() if hasattr(whole, k)}
-    drops = {
-        name: 0.3
-        for name, value in vars(whole).items()
-        if isinstance(value, float) and ("drop" in name or "jitter" in name) and 0 <= value < 1
-    }
-    attempts = [
-        {**known, **tokens, **drops},
-        {**known, **tokens},
-        {k: v for k, v in known.items() if k not in kinds} | tokens,
-    ]
-    for i, options in enumerate(attempts):
-        try:
-            return kind(**options)
-        except Exception:
-            if i == len(attempts) - 1:
-                raise
-    raise AssertionError
+            small[name] = _shrunk(type(part), {}, dropped, kinds).to_dict()
+    if "qk_rope_head_dim" in small:  # latent attention: a head's width follows from its parts
+        small.pop("head_dim", None)
+    several = {name: _get(whole, name) for name in PER_LAYER}
+    several = {name: list(dict.fromkeys(v)) for name, v in several.items() if isinstance(v, list) and v}
+    if kinds and several:  # every kind of layer there is, once
+        layers = max(2, *map(len, several.values()))
+        small |= {name: [values[i % len(values)] for i in range(layers)] for name, values in several.items()}
+        small |= {name: layers for name in LAYERS if name in small}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return kind(**small | {k: v for k, v in tokens.items() if k in vars(whole)} | particular)
+
+
+def _get(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # a size that differs between layers
+        return None
 
 
 def tiny_model(family: str) -> Any:
@@ -210,21 +205,27 @@ def tiny_model(family: str) -> Any:
     Raises:
         LabError: there is none by these rules.
     """
+    why = ""
+    for dropped, kinds in ((True, True), (False, True), (True, False), (False, False)):
+        try:
+            return _random(tiny_config(family, dropped, kinds))
+        except Exception as error:  # whatever a config or a model finds wrong with these sizes
+            why = why or f"{type(error).__name__}: {first_line(error)}"
+    raise LabError(f"{family}: {why}")
+
+
+def _random(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(family)
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+    for part in (config, *(_get(config, name) for name in config.sub_configs)):
         if part is not None and hasattr(part, "is_decoder"):
             part.is_decoder = True  # as its documentation asks for, where a family is an encoder otherwise
-    try:
-        with torch.device("meta"):
-            n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        if n > MOST_PARAMETERS:
-            raise ValueError(f"{n:,} parameters")
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval().float()
-    except Exception as error:
-        raise LabError(f"{family}: {type(error).__name__}: {first_line(error)}") from None
+    with torch.device("meta"):
+        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if n > MOST_PARAMETERS:
+        raise ValueError(f"has {n:,} parameters even so")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -245,43 +246,102 @@ def examine(family: str) -> Row:
     try:
         model = tiny_model(family)
     except LabError as error:
-        return Row(family, outcome="not tried", why=str(error)[:200])
+        return Row(family, outcome="not tried", why=str(error).removeprefix(f"{family}: ")[:200])
     found = _examine(model)
     return Row(family, type(model).__name__, **found, seconds=round(time.monotonic() - began, 2))
 
 
 def _examine(model: Any) -> dict[str, Any]:
+    from rlhf import agreement, decode, logprobs, randomness
+
+    try:
+        probe = agreement.make_probe(model.config)
+        reading, decoding = logprobs.reading_of(model), decode.decoding_of(model)
+    except LabError as error:
+        return {"outcome": "refused", "why": str(error)}
+    except Exception as error:
+        return {"outcome": "not tried", "why": f"own forward: {type(error).__name__}: {first_line(error)}"}
+    found: dict[str, Any] = {"sampler": decoding.left_out or "quick", "logprobs": reading.left_out or "quick"}
+    apart = _apart(model, probe)
+    found["logprobs_apart"], found["sampler_apart"], _ = (round(number, 7) for number in apart)
+    found["rows_selected"] = decoding.cached and decoding.selects
+    short = {found["sampler"], found["logprobs"]} == {"quick"}
+    found["outcome"] = "quick path" if short else "own forward" if not reading.body else "in part"
+    found["why"] = "; ".join(f"{k}: {found[k]}" for k in ("sampler", "logprobs") if found[k] != "quick")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            *numbers, allowed = _apart(model, probe)
+            found["bf16_apart"] = round(max(numbers) / allowed, 3)
+    except LabError as error:
+        found["why"] = "; ".join(filter(None, (found["why"], str(error))))
+    randomness.switch_off_randomness(model)
+    try:
+        agreement.check_training_mode(model)
+        found["dropout_off"] = True
+    except Exception:
+        found["dropout_off"] = False
+    return found
+
+
+def _apart(model: Any, probe: Any) -> tuple[float, float, float]:
+    """How far log-probabilities and sampler are from the model's own forward, and how far they may be."""
     from rlhf import agreement, decode, logprobs
 
-    found: dict[str, Any] = {}
-    try:
-        probe = agreement.make_probe(VOCABULARY, special=[0, 1, 2])
-        reading = logprobs.reading_of(model)
-        decoding = decode.decoding_of(model)
-    except Exception as error:
-        return {
-            "outcome": "refused",
-            "why": f"{'' if isinstance(error, LabError) else type(error).__name__ + ': '}{first_line(error)}"[
-                :300
-            ],
-        }
+    reading, decoding = logprobs.reading_of(model), decode.decoding_of(model)
     with torch.no_grad(), agreement.enlarged(model, agreement.enlargement(model, probe.rows[0])):
         whole = agreement.plain_logprobs(model, probe)
         drawn = decode.forced(model, probe, decoding)
         read = logprobs.read_probe(model, probe, reading)
     tokens = [w.gather(1, torch.tensor(a)[:, None])[:, 0] for w, a in zip(whole, probe.answers, strict=True)]
-    found["sampler_apart"], found["logprobs_apart"] = apart(drawn, whole), apart(read, tokens)
-    found["sampler"], found["logprobs"] = decoding.left_out or "quick", reading.left_out or "quick"
-    found["rows_selected"] = decoding.cached and decoding.selects
-    quick = found["logprobs"] == "quick" and found["sampler"] == "quick"
-    found["outcome"] = "quick path" if quick else "own forward" if not reading.body else "in part"
-    found["why"] = "; ".join(f"{k}: {found[k]}" for k in ("sampler", "logprobs") if found[k] != "quick")
-    return found
+    return apart(read, tokens), apart(drawn, whole), agreement.tolerance(model, whole)
 
 
 def apart(ours: Iterable[Tensor], own: Iterable[Tensor]) -> float:
     """The largest difference."""
     return max(float((a - b).abs().max()) for a, b in zip(ours, own, strict=True))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """docs/families.md."""
+    import transformers
+
+    counts = Counter(row["outcome"] for row in rows)
+    worst = max((row["logprobs_apart"] or 0 for row in rows), default=0)
+    worst_sampler = max((row["sampler_apart"] or 0 for row in rows), default=0)
+    lines = [
+        "# Families of causal language models",
+        "",
+        "Made by `python -m benchmarks.families`: a tiny random model of every family that transformers "
+        f"{transformers.__version__} maps to a causal language model, {len(rows)} of them. What the lab "
+        "computes is compared with the model's own plain forward, one row at a time, without padding and "
+        "cache, with logits as large as a trained model's. Largest difference in nats: log-probabilities "
+        f"{worst:.1e}, "
+        f"sampler {worst_sampler:.1e}.",
+        "",
+        "- **quick path**: sampled with a cache whose rows are copied and dropped, read without the head for "
+        f"tokens that do not matter ({counts['quick path']}).",
+        f"- **in part**: one of these short cuts is wrong for it, and is not taken ({counts['in part']}).",
+        f"- **own forward**: log-probabilities by its forward alone ({counts['own forward']}).",
+        f"- **refused**: with the reason ({counts['refused']}).",
+        f"- **not tried**: not made tiny by the rules here ({counts['not tried']}).",
+        "",
+        "bf16: the largest difference over what is allowed, which is a sixteenth of the logits' standard "
+        "deviation. Dropout off: a pass in training mode equals one in eval mode once the lab has switched "
+        "everything off; where not, gradient checkpointing is refused in PPO.",
+        "",
+        "| family | model | outcome | cache rows selected | bf16 | dropout off | what is left out, or why |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    said = {True: "yes", False: "no", None: ""}
+    for row in rows:
+        bf16 = "" if row["bf16_apart"] is None else f"{row['bf16_apart']:.2f}"
+        why = row["why"].replace("|", "\\|").replace("<", "&lt;")
+        cells = (
+            *(row["family"], row["model"], row["outcome"], said[row["rows_selected"]], bf16),
+            *(said[row["dropout_off"]], why),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -291,15 +351,19 @@ def main() -> None:
     chosen = parser.parse_args().only
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)
     rows = []
     for family in chosen or families():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            row = examine(family)
+            row = asdict(examine(family))
         rows.append(row)
-        print(json.dumps(asdict(row)), flush=True)
+        print(f"{family:28}{row['outcome']:12}{row['seconds']:6.1f} s  {row['why'][:110]}", flush=True)
+    if not chosen:
+        result = {"transformers": transformers.__version__, "torch": torch.__version__, "families": rows}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        PAGE.write_text(table(rows))
 
 
 if __name__ == "__main__":

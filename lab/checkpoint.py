@@ -15,13 +15,23 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.errors import LabError
-from lab.files import explain_write_errors, read_json, safetensors_errors, sha256_file, sync_folder
+from lab.errors import LabError, first_line
+from lab.files import (
+    MOST_JSON_BYTES,
+    explain_write_errors,
+    open_own,
+    read_json,
+    safetensors_errors,
+    sha256_file,
+    sync_folder,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +51,39 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         return load_file(self.path / f"{name}.safetensors")
+
+    @contextlib.contextmanager
+    def restoring(self, captured: Callable[[], Mapping[str, Mapping[str, "torch.Tensor"]]]) -> Iterator[None]:
+        """Within, a run goes back to this checkpoint; what does not fit it is refused, and so is what it
+        would not write itself: every file whole and of the right hash may still be another run's.
+
+        Args:
+            captured: what would now be written, by file and name; called when the block has ended.
+
+        Raises:
+            LabError: something is missing, too much, or of another kind or size.
+        """
+        try:
+            yield
+            for stem, tensors in captured().items():
+                there = {key: (value.shape, value.dtype) for key, value in self.tensors(stem).items()}
+                here = {key: (value.shape, value.dtype) for key, value in tensors.items()}
+                for key in {**there, **here}:
+                    if there.get(key) != here.get(key):
+                        raise ValueError(f"{key} in {stem}.safetensors")
+        except _misfits() as error:
+            raise LabError(
+                f"{self.path}: does not fit this run ({type(error).__name__}: {first_line(error)[:160]}). "
+                "Restore it from a copy, or delete it to go back to an earlier one."
+            ) from error
+
+
+def _misfits() -> tuple[type[Exception], ...]:
+    """What torch, numpy and the parts of a run make of values and tensors that are not theirs."""
+    from safetensors import SafetensorError
+
+    of_values = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError)
+    return (*of_values, RuntimeError, MemoryError, OSError, zlib.error, SafetensorError)
 
 
 def step_name(step: int) -> str:
@@ -77,7 +120,9 @@ def written(root: Path, name: str, shared: Sequence[Path] = ()) -> Iterator[Path
             files |= {os.path.relpath(file, root / name): _fingerprint(file) for file in shared}
             manifest = aside / "manifest.json"
             manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
+            mode = stat.S_IMODE(manifest.stat().st_mode)
             for path in (*inside, manifest):
+                path.chmod(mode)  # safetensors gives its files to their owner alone
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
             for folder in {path.parent for path in (*inside, manifest)}:
@@ -136,7 +181,11 @@ def steps(root: Path) -> list[Path]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Removes all but the `keep` newest step checkpoints, and shared files none of the rest needs."""
+    """Removes all but the `keep` newest step checkpoints, and shared files none of the rest needs.
+
+    A run that was killed leaves shared files that no checkpoint ever named; so all that lie in shared/ itself
+    may go, but no link is followed, and no folder in it is the lab's.
+    """
     for old in steps(root)[:-keep]:
         doomed = root / f".deleting-{old.name}"
         old.rename(doomed)
@@ -144,11 +193,12 @@ def prune(root: Path, keep: int) -> None:
     needed: set[Path] = set()
     try:
         for path in steps(root):
-            needed |= {(path / file).resolve() for file in _manifest(path)["files"]}
+            needed |= {Path(os.path.normpath(path / file)) for file in _manifest(path)["files"]}
     except LabError:
         return  # a damaged manifest may need any shared file: leave them all, and let training go on
-    for file in (root / "shared").rglob("*") if (root / "shared").exists() else ():
-        if file.is_file() and file.resolve() not in needed:
+    shared = root / "shared"
+    for file in shared.iterdir() if shared.is_dir() and not shared.is_symlink() else ():
+        if file not in needed and file.is_file() and not file.is_symlink():
             file.unlink(missing_ok=True)
 
 
@@ -168,7 +218,7 @@ def find(root: Path, which: str = "latest") -> Path | None:
     if which == "latest":
         return next(iter(reversed(steps(root))), None)
     path = root / which
-    return path if path.exists() else None
+    return path if path.parent == root and which != ".." and path.exists() else None
 
 
 def load(path: Path) -> Checkpoint:
@@ -198,7 +248,11 @@ def load(path: Path) -> Checkpoint:
             raise LabError(f"{target}: truncated: {size} of {expected['bytes']} bytes. {remedy}")
         if sha256_file(target) != expected["sha256"]:
             raise LabError(f"{target}: altered: its SHA-256 is not the one in manifest.json. {remedy}")
-    return Checkpoint(path, read_json(path / "state.json", "a checkpoint's state"))
+    state = read_json(path / "state.json", "a checkpoint's state")
+    length = state.get("metrics_bytes", 0) if isinstance(state, dict) else None
+    if not isinstance(length, int) or not 0 <= length < 2**63:
+        raise LabError(f"{path / 'state.json'}: damaged: not what the lab writes. {remedy}")
+    return Checkpoint(path, state)
 
 
 def weights_hash(path: Path) -> str:
@@ -208,7 +262,8 @@ def weights_hash(path: Path) -> str:
 
 def _manifest(path: Path, remedy: str = "Restore it from a copy.") -> dict[str, Any]:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        with open_own(path / "manifest.json", "rb") as file:
+            manifest = json.loads(file.read(MOST_JSON_BYTES))
         if manifest["format"] != FORMAT:
             raise LabError(
                 f"{path}: written in checkpoint format {manifest['format']}, this version reads {FORMAT}. "
@@ -217,10 +272,12 @@ def _manifest(path: Path, remedy: str = "Restore it from a copy.") -> dict[str, 
         files = manifest["files"]
         if "state.json" not in files or any({"bytes", "sha256"} - file.keys() for file in files.values()):
             raise KeyError
+        if not all(isinstance(file["bytes"], int) and "\0" not in name for name, file in files.items()):
+            raise ValueError
         return manifest
     except FileNotFoundError:
         raise LabError(f"{path}: no checkpoint: it has no manifest.json. {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LabError(f"{path / 'manifest.json'}: damaged. {remedy}") from None
 
 

@@ -6,8 +6,11 @@ Imports here are light: help and every error come within a second, torch is load
 import argparse
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
+import re
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lab import comparing, sweep, sync, trust
-from lab.arguments import count, probability
-from lab.errors import LabError
+from lab.arguments import count, probability, seed
+from lab.errors import LONGEST_LINE, LabError, brief, cut, did_you_mean, first_line
+from lab.escape import harmless
+from lab.interrupt import heard
 
 KINDS = ("algorithms", "backbones", "configs", "datasets", "games", "labelers", "objectives")
 
@@ -27,28 +32,73 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise LabError(f"command line: {message}. See `{self.prog} --help`.")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = str(action.metavar or "/".join(action.option_strings)).lower()
+            known = [*map(str, action.choices)]
+            hint = did_you_mean(str(value), known)
+            raise LabError(f"command line: no {what} {brief(value)}.{hint} Known: {', '.join(known)}.")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 for anything the user can mend."""
     arguments = trust.spelled_out(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name need not be text in this terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(arguments)
+        with heard():
+            code = _run(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # where a full disk is noticed
+            return code
     except LabError as error:
-        print(f"lab: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return _refuse(str(error))
+    except KeyboardInterrupt as error:
         advice = {
             "train": " Continue the run with --resume.",
             "rlhf": " The same command goes on where it stopped.",
             "sweep": " The same command goes on where it stopped.",
             "sync": " The same command goes on where it stopped: no row is sent twice.",
         }.get(next(iter(arguments), ""), "")
-        print(f"lab: stopped at once.{advice}", file=sys.stderr)
-        return 130
+        _refuse(f"stopped at once.{advice}")
+        return 128 + getattr(signal, str(error), signal.SIGINT)
     except BrokenPipeError:  # `lab list | head`
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:  # of the machine: a full disk, no permission, a name that is too long
+        place = f"{error.filename}: " if error.filename else ""
+        code = _refuse(
+            f"{place}{error.strerror or error}. Free some space, or check the name and permissions."
+        )
+        _discard_output()
+        return code
+    except RecursionError:
+        return _refuse("a file is nested too deeply to be read. Restore it from a copy.")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            return _refuse(f"not enough memory ({first_line(error)}). Make sizes in the config smaller.")
+        raise
+
+
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|not enough memory|invalid buffer size", re.IGNORECASE
+)
+"""How torch's errors say it."""
+
+
+def _refuse(why: str) -> int:
+    """Says in a line why a command ends; returns its exit code."""
+    with contextlib.suppress(OSError):  # stderr on a full disk
+        lines = (cut(harmless(line), LONGEST_LINE) for line in why.splitlines())
+        print("lab: " + "\n".join(lines), file=sys.stderr, flush=True)
+    return 2
+
+
+def _discard_output() -> None:
+    """Lets what is still to be printed go nowhere: at exit Python would complain of it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:
@@ -87,9 +137,7 @@ def _build_parser() -> _Parser:
 
     def run_argument(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("run", type=Path, metavar="RUN", help="a run folder, e.g. runs/pong")
-        sub.add_argument(
-            "--checkpoint", default="best", help="best (default), latest, or a folder in checkpoints/"
-        )
+        sub.add_argument("--checkpoint", help="best (default), latest, or a folder in checkpoints/")
         trust.add_argument(sub)
 
     train = command(
@@ -129,7 +177,7 @@ def _build_parser() -> _Parser:
         help="probability of a random action, e.g. 0.05 as Mnih et al. 2015",
     )
     evaluate.add_argument(
-        "--seed", type=int, help="seed of the first game (game i has seed + i) or of sampling"
+        "--seed", type=seed, help="seed of the first game (game i has seed + i) or of sampling"
     )
     evaluate.add_argument(
         "--part", help="of a model's data: train, held_out or one by its name; default the test part, if any"
@@ -143,9 +191,9 @@ def _build_parser() -> _Parser:
     )
     run_argument(play)
     play.add_argument("--out", type=Path, help="the mp4; default media/play.mp4 in the run folder")
-    play.add_argument("--seed", type=int, default=0, help="seed of the game (0)")
+    play.add_argument("--seed", type=seed, help="seed of the game (0)")
     play.add_argument("--epsilon", type=probability, help="chance of a random action (0.001)")
-    play.add_argument("--max_steps", type=count, default=27_000, help="agent steps at most (the whole game)")
+    play.add_argument("--max_steps", type=count, help="agent steps at most (the whole game)")
     play.add_argument(
         "--world-model",
         action="store_true",
@@ -204,6 +252,10 @@ def _train(options: argparse.Namespace) -> int:
         source = str(options.config / "run.json")
         values = dict(Run.open(options.config).info["config"])
     else:
+        if options.resume and options.config.suffix not in (".yaml", ".yml") and not options.config.is_file():
+            from lab.run import Run
+
+            Run.resume(options.config)  # says that there is none, and which is near
         source = str(options.config)
         values = config.read_yaml(options.config)
     overrides = config.split_overrides(options.overrides)
@@ -230,6 +282,13 @@ def _pipeline_of(folder: Path) -> Any:
     return pipeline.find(Run.open(place).info["pipeline"], str(place / "run.json"))
 
 
+def _fill_in(options: argparse.Namespace, **defaults: Any) -> None:
+    """Puts in what was not given."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     chosen = _pipeline_of(options.run)
     result = chosen.evaluate(options.run, options)
@@ -238,6 +297,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _play(options: argparse.Namespace) -> int:
+    _fill_in(options, checkpoint="best", seed=0, max_steps=27_000)
     result = _pipeline_of(options.run).play(options.run, options)
     if options.world_model:
         print(f"{result['run']}: {result['steps']} frames, {result['frames_per_second']:g} a second")
@@ -248,6 +308,7 @@ def _play(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    _fill_in(options, checkpoint="best")
     print(_pipeline_of(options.run).export(options.run, options))
     return 0
 

@@ -8,6 +8,7 @@ convert the values. Whatever is wrong becomes one `LabError` line naming the pla
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -19,21 +20,52 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lab.errors import LabError, did_you_mean
+from lab.errors import LabError, brief, did_you_mean
 
 T = TypeVar("T")
+
+
+MOST_CHARACTERS, MOST_VALUES, DEEPEST = 100_000, 20_000, 50
+"""Of one YAML text: its length, its values with every alias written out, and how deep they are nested."""
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `5e-4` as a string; people mean the number. Of a key given twice it takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(keys):
-            if key.value in {other.value for other in keys[:number]} and key.value != "<<":
-                problem = f"the key {key.value!r} is there twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    problem = f"the key {brief(key.value)} is there twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        float(value)  # an OverflowError here, not somewhere in a computation
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _size(node: yaml.Node, above: tuple[int, ...], sizes: dict[int, int]) -> int:
+    """Values in a node with its aliases written out, counted without writing them out."""
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="an alias refers to itself", problem_mark=node.start_mark)
+    if len(above) > DEEPEST:
+        problem = f"nested more than {DEEPEST} deep"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    if id(node) not in sizes:
+        below = [*itertools.chain(*node.value)] if isinstance(node, yaml.MappingNode) else node.value
+        parts = below if isinstance(node, yaml.CollectionNode) else ()
+        sizes[id(node)] = 1 + sum(_size(part, (*above, id(node)), sizes) for part in parts)
+        if sizes[id(node)] > MOST_VALUES:
+            problem = f"more than {MOST_VALUES:,} values, aliases written out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return sizes[id(node)]
 
 
 _Loader.add_implicit_resolver(
@@ -45,13 +77,26 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str, source: str) -> Any:
     """Parses one YAML text; `source` names it in the error."""
+    if len(text) > MOST_CHARACTERS:
+        raise LabError(f"{source}: longer than {MOST_CHARACTERS:,} characters: no config. Shorten it.")
+    loader = _Loader("")
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, (), {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise LabError(f"{source}: not valid YAML: nested more than {DEEPEST} deep. Flatten it.") from None
+    # ValueError: a date such as 2024-13-45; the others: `!!timestamp x`, `!!int ""`
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, LookupError, ArithmeticError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or " ".join(str(error).split()) or "cannot be parsed"
         raise LabError(f"{where}: not valid YAML: {problem}. Correct that line.") from None
+    finally:
+        loader.dispose()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -67,8 +112,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         by_name = [p for p in nearby if Path(p).stem == path.stem]
         hint = f" Did you mean {by_name[0]!r}?" if by_name else did_you_mean(str(path), nearby)
         raise LabError(f"{path}: no such config file.{hint} `lab list` shows the configs.")
+    if not path.is_file() and path.parent != Path("/dev/fd"):  # there a shell puts `<(command)`
+        raise LabError(f"{path}: is no ordinary file. Name a YAML file.")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(4 * MOST_CHARACTERS + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise LabError(f"{path}: cannot be read as text: {error}. Name a YAML file.") from None
     raw = parse_yaml(text, str(path))
@@ -188,7 +236,7 @@ def _one_line(error: BaseException, values: dict[str, Any], source: str, overrid
     if not want:
         choices = re.search(r"(?:accepted values|invalid choice)[^:]*: (.+)", text)
         want = choices.group(1) if choices else text
-    return f"{where}: {key} = {value!r} is not valid. Expected {want}."
+    return f"{where}: {key} = {brief(value)} is not valid. Expected {want}."
 
 
 class ConfigError(ValueError):
@@ -203,6 +251,28 @@ def require(condition: bool, key: str, message: str) -> None:
     """Raises `ConfigError` for `key` unless `condition` holds."""
     if not condition:
         raise ConfigError(key, message)
+
+
+def require_within(config: Any, prefix: str, **ranges: tuple[float, float]) -> None:
+    """Raises `ConfigError` for the first field that lies outside of its range; None is within every range.
+
+    Args:
+        config: the dataclass.
+        prefix: of the fields' keys, e.g. "ppo."; empty at the top.
+        ranges: field -> (least, most), both allowed.
+    """
+    for key, (least, most) in ranges.items():
+        value = getattr(config, key)
+        require(
+            value is None or least <= value <= most,
+            f"{prefix}{key}",
+            f"{value:,} must be from {least:,} to {most:,}" if value is not None else "",
+        )
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can stand in a file and in a path: no NUL, no half of a pair of surrogates."""
+    return not re.search("[\\0\\ud800-\\udfff]", value)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -268,7 +338,8 @@ def _check_keys(cls: type, values: Any, source: str, path: tuple[str, ...]) -> N
     if not isinstance(values, Mapping):
         example = next(iter(_hints(cls)))
         raise LabError(
-            f"{source}: {here} = {values!r} is not valid. Expected a group of keys such as {here}.{example}."
+            f"{source}: {here} = {brief(values)} is not valid. Expected a group of keys such as "
+            f"{here}.{example}."
         )
     hints = _hints(cls)
     for key, value in values.items():
@@ -277,7 +348,7 @@ def _check_keys(cls: type, values: Any, source: str, path: tuple[str, ...]) -> N
             everywhere = list(_all_keys(cls, path))
             hint = did_you_mean(full, everywhere) or did_you_mean(str(key), hints)
             group = f"in {here}" if here else "at the top level"
-            raise LabError(f"{source}: unknown key {full!r}.{hint} Keys {group}: {', '.join(hints)}.")
+            raise LabError(f"{source}: unknown key {brief(full)}.{hint} Keys {group}: {', '.join(hints)}.")
         if dataclasses.is_dataclass(hints[key]):
             _check_keys(typing.cast(type, hints[key]), value, source, (*path, str(key)))
 
@@ -289,19 +360,23 @@ def _check_values(hint: Any, values: Any, source: str, path: tuple[str, ...]) ->
         hints = _hints(typing.cast(type, hint)) if dataclasses.is_dataclass(hint) else {}
         for key, value in values.items():
             if not isinstance(key, str):
-                raise LabError(f"{source}: {'.'.join(path)} has the key {key!r}. Expected a text.")
+                raise LabError(f"{source}: {'.'.join(path)} has the key {brief(key)}. Expected a text.")
             _check_values(hints.get(key, Any), value, source, (*path, key))
     elif isinstance(values, list):
         for item in values:
             _check_values(Any, item, source, path)
     elif isinstance(values, float) and not math.isfinite(values):
         problem = "a finite number"
+    elif isinstance(values, int) and not -(2**63) <= values < 2**64:
+        problem = "a number of at most 64 bits"
+    elif isinstance(values, str) and not is_text(values):
+        problem = "a text without NUL and without halves of characters"
     elif values is None and hint is not Any and not {None, type(None)} & {*typing.get_args(hint)}:
         problem = hint.__name__
     elif not isinstance(values, str | int | float | None):
         problem = "a number, a text, true, false, null, or a list or mapping of these"
     if problem:
-        raise LabError(f"{source}: {'.'.join(path)} = {values!r} is not valid. Expected {problem}.")
+        raise LabError(f"{source}: {'.'.join(path)} = {brief(values)} is not valid. Expected {problem}.")
 
 
 def _has(tree: Any, parts: Sequence[str]) -> bool:

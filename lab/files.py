@@ -1,14 +1,18 @@
-"""Writing files so that a crash, a full disk or a power cut never leaves half of one."""
+"""Writing files so that a crash, a full disk or a power cut never leaves half of one, and reading those that
+somebody else may have made: a run folder comes by tar and git, and both carry symbolic links.
+"""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from lab.errors import LabError
+from lab.errors import LONGEST_VALUE, LabError, cut
 
 
 @contextlib.contextmanager
@@ -19,6 +23,56 @@ def explain_write_errors(what: str, remedy: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise LabError(f"{what}: cannot be written: {reason}. {remedy}") from error
+
+
+def check_contained(folder: Path) -> None:
+    """Raises for anything in a folder that leads out of it, or is no file: what is written or read below it
+    then stays there. Its own links, such as checkpoints/latest, may be links.
+
+    Raises:
+        LabError: a symbolic link leads elsewhere; or there is a pipe, a device or a socket.
+    """
+    inside = os.path.realpath(folder)
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place, name)
+            kind = path.lstat().st_mode
+            if stat.S_ISLNK(kind):
+                target = os.path.realpath(path)
+                # W&B's client links its logs, which are in its cache. Nothing reads or writes them here.
+                is_log = path.match("wandb/*/logs/*.log")
+                if not is_log and not Path(target).is_relative_to(inside):
+                    raise LabError(
+                        f"{path}: is a link to {target}, outside of the folder; nothing was read or written. "
+                        "Remove it, or put what it means in its place."
+                    )
+            elif not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise LabError(f"{path}: is a pipe, a device or a socket, which no run has. Remove it.")
+
+
+def open_own(path: Path, mode: str, **options: Any) -> IO[Any]:
+    """`path.open(mode)` for files of the lab's own in folders that may be a stranger's: follows no link, and
+    waits for no pipe.
+
+    Raises:
+        OSError: as `open` does; or it is a link, or no file.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        # Windows has neither flag, nor does it make links for everybody.
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            handle = os.open(name, flags, 0o666)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(errno.ELOOP, "is a symbolic link", name) from None
+            raise
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(errno.EINVAL, "is no ordinary file", name)
+        return handle
+
+    return open(path, mode, opener=opener, **options)
 
 
 def sync_folder(folder: Path) -> None:
@@ -39,7 +93,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
     try:
+        aside.touch()
+        mode = stat.S_IMODE(aside.stat().st_mode)
         yield aside
+        aside.chmod(mode)  # safetensors gives its files to their owner alone
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
@@ -71,14 +128,40 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+MOST_JSON_BYTES = 2**28
+"""Of a record or a state; the largest ever seen has a thousandth."""
+
+
 def read_json(path: Path, what: str) -> Any:
-    """Reads JSON; `what` says in the error what the file is."""
+    """Reads JSON; `what` says in the error what the file is.
+
+    Raises:
+        LabError: it is missing, no file, or not JSON: so it is, too, if a text in it is none, or if it is too
+            long or nested too deeply to be a record of the lab.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if not stat.S_ISREG(
+            path.stat().st_mode
+        ):  # a link is one of transformers' cache, or was refused before
+            raise OSError(errno.EINVAL, "is no ordinary file")
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON_BYTES + 1)
+        if len(data) > MOST_JSON_BYTES:
+            raise ValueError(f"longer than {MOST_JSON_BYTES:,} bytes")
+        text = data.decode()
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a pair is no character, and cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except FileNotFoundError:
         raise LabError(f"{path}: missing; it is {what}. Name a run folder that has it.") from None
+    except RecursionError:
+        raise LabError(
+            f"{path}: damaged (nested too deeply); it is {what}. Restore it from a copy."
+        ) from None
     except (OSError, ValueError) as error:
-        raise LabError(f"{path}: damaged ({error}); it is {what}. Restore it from a copy.") from None
+        why = cut(str(error), LONGEST_VALUE)
+        raise LabError(f"{path}: damaged ({why}); it is {what}. Restore it from a copy.") from None
 
 
 def sha256_file(path: Path) -> str:

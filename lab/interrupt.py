@@ -1,13 +1,40 @@
-"""SIGINT and SIGTERM as a polite request: finish the step, save, leave."""
+"""SIGINT, SIGTERM and SIGHUP as a polite request: finish the step, save, leave."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Windows has no SIGHUP."""
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP end a command as Ctrl-C does, with a line; also before it has begun."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS[1:]:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `signal_name`; the second ends at once."""
+    """While entered, the first signal to stop only sets `signal_name`; the second ends at once.
+
+    A terminal that is closed sends SIGHUP; under nohup, which ignores it, it stays ignored.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -15,8 +42,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            for number in SIGNALS:
+                if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from lab.files import open_own
+
 try:
     import fcntl
 except ImportError:  # Windows has no flock: two processes in one folder are then not caught
@@ -38,7 +40,7 @@ def is_locked(path: Path) -> bool:
     if fcntl is None:
         return False
     try:
-        with path.open("rb") as file:
+        with open_own(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

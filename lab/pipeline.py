@@ -30,7 +30,10 @@ class Pipeline(Protocol):
         ...
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
-        """Evaluates a run; returns one JSON object."""
+        """Evaluates a run; returns one JSON object.
+
+        Options that were not given are None; one that does nothing here is refused.
+        """
         ...
 
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:

@@ -1,9 +1,12 @@
 """Progress: a bar for people, plain lines where there is no terminal."""
 
+import contextlib
 import sys
 import time
 from types import TracebackType
 from typing import Any
+
+from lab.escape import harmless
 
 PLAIN_SECONDS = 15.0
 
@@ -79,11 +82,12 @@ class Progress:
             )
 
     def say(self, line: str) -> None:
-        """Prints a line without breaking the bar."""
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        """Prints a line without breaking the bar; a full disk behind stderr stops no training."""
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.console.print(harmless(line), highlight=False, markup=False)
+            else:
+                print(harmless(line), file=sys.stderr, flush=True)
 
 
 def pace(speed: float, unit: str) -> str:

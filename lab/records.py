@@ -30,6 +30,7 @@ import orjson
 
 from lab import locks
 from lab.errors import LabError, did_you_mean, first_line
+from lab.escape import harmless, one_line
 from lab.tracking import ENDED, INTERRUPTED, choose_mode
 
 Array = npt.NDArray[np.float64]
@@ -118,6 +119,13 @@ class Record:
     """Why it failed, if that is recorded."""
     notes: tuple[str, ...] = ()
     """What is wrong with it, one line each."""
+
+    def __post_init__(self) -> None:
+        """Whoever wrote the record may not speak to the terminal, a table or a plot of who reads it."""
+        for key in ("id", "name", "group", "job_type", "state", "x_axis", "started"):
+            object.__setattr__(self, key, one_line(getattr(self, key)))
+        config = {one_line(key): harmless(x) if isinstance(x, str) else x for key, x in self.config.items()}
+        object.__setattr__(self, "config", config)
 
     @property
     def seed(self) -> Any:

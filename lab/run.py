@@ -25,17 +25,18 @@ from typing import IO, Any, NoReturn
 
 from lab import checkpoint, locks
 from lab.config import differences, to_dict, with_defaults
-from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors, read_json, write_json
+from lab.errors import LabError, brief, did_you_mean
+from lab.files import check_contained, explain_write_errors, open_own, read_json, write_json
 from lab.tracking import Tracker, rewind, scrub, scrub_argv
 
 PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "ale-py", "wandb", "safetensors")
 STATES = ("running", "finished", "failed", "interrupted")
 # What the rest of the lab reads of a run.json; without any of it the file is damaged.
-_NEEDED = (
-    *("id", "name", "group", "pipeline", "job_type", "x_axis", "state"),
-    *("config", "compute", "parents", "sessions", "summary"),
-)
+_NEEDED = {
+    **dict.fromkeys(("id", "name", "group", "pipeline", "job_type", "x_axis", "state"), str),
+    **dict.fromkeys(("config", "compute", "summary"), dict),
+    **dict.fromkeys(("parents", "sessions"), list),
+}
 
 
 class Run:
@@ -55,6 +56,7 @@ class Run:
             )
         if folder.exists() and not folder.is_dir():
             raise LabError(f"{folder}: is a file. Choose another folder with --out.")
+        check_contained(folder)
         # Empty folders are what a run leaves that was killed in its first moment.
         if folder.is_dir() and any(path.is_file() and path.name != ".lock" for path in folder.rglob("*")):
             raise LabError(f"{folder}: is not empty and no run. Choose another folder with --out.")
@@ -218,15 +220,11 @@ class Run:
         """Adds a result to evaluations.jsonl, or says why it cannot: the run may be somebody else's."""
         path = self.folder / "evaluations.jsonl"
         line = json.dumps({**result, "_time": time.time()}) + "\n"
-        flags = (
-            os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        )  # a link may lead anywhere
         try:
-            with open(os.open(path, flags, 0o644), "a", encoding="utf-8") as file:  # noqa: PTH123
+            with open_own(path, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            why = "is a link" if path.is_symlink() else error.strerror or str(error)
-            print(f"note: {path}: not kept there: {why}.", file=sys.stderr)
+            print(f"note: {path}: not kept there: {error.strerror or error}.", file=sys.stderr)
 
     def update(self, **fields: Any) -> None:
         """Changes fields of run.json, atomically."""
@@ -275,7 +273,7 @@ class Run:
         self.update(state="running")
 
     def _take_lock(self) -> None:
-        self._lock = (self.folder / ".lock").open("w")
+        self._lock = open_own(self.folder / ".lock", "a")
         if not locks.lock(self._lock):
             self._release_lock()
             pid = (self.info["sessions"] or [{}])[-1].get("pid", "?")
@@ -289,16 +287,30 @@ class Run:
             self._lock = None
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether a name from a file is one, and no path that leads elsewhere."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
+
+
 def folder_name(name: str) -> str:
     """A run name as a folder name."""
     return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "run"
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
+    check_contained(folder)
     info = read_json(folder / "run.json", "the record of the run")
     missing = [key for key in _NEEDED if not isinstance(info, dict) or key not in info]
     if missing:
         raise LabError(f"{folder / 'run.json'}: damaged: it lacks {missing[0]!r}. Restore it from a copy.")
+    for key, kind in _NEEDED.items():
+        if not isinstance(info[key], kind):
+            raise LabError(
+                f"{folder / 'run.json'}: damaged: {key} = {brief(info[key])} is not what the lab writes. "
+                "Restore it from a copy."
+            )
+    if not all(isinstance(one, dict) for key in ("parents", "sessions") for one in info[key]):
+        raise LabError(f"{folder / 'run.json'}: damaged: its sessions or parents are no records.")
     return info
 
 

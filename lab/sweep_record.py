@@ -8,6 +8,7 @@ runs/pong_lr/
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,14 +17,15 @@ from typing import Any
 
 from lab import config
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors, read_json, write_json
-from lab.run import Run, folder_name
+from lab.files import check_contained, explain_write_errors, read_json, write_json
+from lab.run import Run, folder_name, is_plain_name
 from lab.search import Setting, Tried, same
 from lab.sweep_file import Sweep, short_names, word
 from lab.tracking import read_metrics
 
 FORMAT = 1
 NAME_LENGTH = 120
+STATES = ("waiting", "running", "interrupted", "finished", "failed")
 
 
 class MissingMetric(LabError):
@@ -39,10 +41,17 @@ class Trial:
     seed: int | None
     """None: the config's."""
     state: str = "waiting"
-    """waiting, running, interrupted, finished or failed."""
+    """One of `STATES`."""
     value: float | None = None
     """The metric's last value."""
     error: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises a `TypeError` for what no sweep writes: the record may be a stranger's."""
+        is_number = self.value is None or (isinstance(self.value, int | float) and math.isfinite(self.value))
+        is_seed = self.seed is None or (isinstance(self.seed, int) and self.seed >= 0)
+        if not (is_plain_name(self.name) and self.state in STATES and is_seed and is_number):
+            raise TypeError(self.name)
 
 
 @dataclass
@@ -115,6 +124,8 @@ class Record:
             LabError: the folder holds another sweep, or something else.
         """
         path, identity = folder / "sweep.json", sweep.identity()
+        if folder.is_dir():
+            check_contained(folder)
         if not path.exists():
             if folder.exists() and not folder.is_dir():
                 raise LabError(f"{folder}: is a file. Choose another folder with --out.")
@@ -127,10 +138,12 @@ class Record:
                 raise LabError(f"{path}: has format {raw['format']}, this version of the lab reads {FORMAT}.")
             changed = config.differences(_ungrown(raw["identity"], identity), identity)
             candidates = [
-                Candidate(one["setting"], [Trial(**trial) for trial in one["trials"]])
+                Candidate(_setting(one["setting"], sweep), [Trial(**trial) for trial in one["trials"]])
                 for one in raw["candidates"]
             ]
-            record = cls(folder, identity, raw["metric"], candidates, raw["wandb"])
+            if not isinstance(raw["metric"], str) or not all(one.trials for one in candidates):
+                raise TypeError
+            record = cls(folder, identity, raw["metric"], candidates, _place(raw["wandb"]))
         except (KeyError, TypeError, AttributeError):
             raise LabError(f"{path}: damaged. Restore it from a copy, or choose another folder.") from None
         if changed:
@@ -212,6 +225,23 @@ def _covers(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
         return all(any(same(value, other) for other in new["values"]) for value in old["values"])
     alike = all(new[key] == old[key] for key in ("distribution", "q"))
     return alike and new["low"] <= old["low"] and old["high"] <= new["high"]
+
+
+def _setting(value: Any, sweep: Sweep) -> Setting:
+    """A setting as it was kept; a `TypeError` for one of other keys than are searched."""
+    if value.keys() != {parameter.key for parameter in sweep.parameters}:
+        raise TypeError(value)
+    return value
+
+
+def _place(value: Any) -> dict[str, str] | None:
+    """Where W&B has the sweep; a `TypeError` for what W&B never says: it becomes words of a command line."""
+    if value is not None and not all(
+        isinstance(value[key], str) and re.fullmatch(r"(?!-)[\w./:@%+~-]*", value[key])
+        for key in ("path", "id", "url")
+    ):
+        raise TypeError(value)
+    return value
 
 
 def setting_name(sweep: Sweep, setting: Setting) -> str:

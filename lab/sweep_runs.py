@@ -13,8 +13,8 @@ from typing import IO
 
 from lab import locks, trust
 from lab.errors import LabError
-from lab.files import explain_write_errors
-from lab.interrupt import StopRequest
+from lab.files import explain_write_errors, open_own
+from lab.interrupt import SIGNALS, StopRequest
 from lab.progress import duration
 from lab.search import Setting
 from lab.sweep_file import Sweep, check_setting, word
@@ -22,7 +22,8 @@ from lab.sweep_record import Candidate, MissingMetric, Record, Trial, last_value
 from lab.tracking import SWEEP_VARIABLE
 
 POLL_SECONDS = 0.1
-_STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)  # exit codes of who was stopped before it could save
+# Exit codes of who was stopped before it could save.
+_STOPPED = tuple(code for number in SIGNALS for code in (-number, 128 + number))
 
 
 class Runner:
@@ -46,7 +47,7 @@ class Runner:
             LabError: the metric is not there.
             KeyboardInterrupt: asked to stop a second time; the runs are killed then.
         """
-        with StopRequest() as stop, _hangup_as_termination():
+        with StopRequest() as stop:
             try:
                 while True:
                     self._collect()
@@ -111,7 +112,7 @@ class Runner:
         log = self.log(trial)
         with explain_write_errors(str(log), "Free some space; the same command goes on then."):
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as out:
+            with open_own(log, "ab") as out:
                 out.write(f"$ lab {shlex.join(arguments)}\n".encode())
                 out.flush()
                 process = subprocess.Popen(
@@ -236,24 +237,11 @@ def threads_each(jobs: int) -> int:
 
 
 @contextlib.contextmanager
-def _hangup_as_termination() -> Iterator[None]:
-    """A terminal that is closed asks for an end like SIGTERM; under nohup it does not."""
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
-        yield
-        return
-    before = signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from running the sweep in this folder meanwhile."""
     with explain_write_errors(str(folder), "Choose a folder you may write to with --out."):
         folder.mkdir(parents=True, exist_ok=True)
-        lock: IO[str] = (folder / ".lock").open("w")
+        lock: IO[str] = open_own(folder / ".lock", "a")
     with lock:
         if not locks.lock(lock):
             raise LabError(f"{folder}: another process runs this sweep. Wait for it, or stop it first.")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lab import locks, records
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors, sha256_file
+from lab.files import explain_write_errors, open_own, sha256_file
 from lab.sync_rows import Row, identity, without
 from lab.tracking import _server_url
 
@@ -99,7 +99,7 @@ def locked(folder: Path) -> Iterator[tuple[int, ...] | None]:
     """Locks a run; yields what a process must inherit to hold the lock too, or None if it is taken."""
     path = folder / ".lock"
     with explain_write_errors(str(path), "lab sync must be able to lock a run: send a copy of it."):
-        file = path.open("ab")
+        file = open_own(path, "ab")
     with file:
         yield (file.fileno(),) if locks.lock(file) else None
 

@@ -23,7 +23,7 @@ from typing import IO, Any
 from lab.artifacts import Artifacts
 from lab.config import parse_yaml, require
 from lab.errors import LabError
-from lab.files import explain_write_errors
+from lab.files import explain_write_errors, open_own
 
 MODES = ("auto", "online", "offline", "disabled")
 AXIS_GROUPS = ("rollout/*", "train/*", "eval/*", "time/*", "objective/*", "media/*")
@@ -172,7 +172,7 @@ class Tracker:
         self.problem = ""
         self._finish_seconds = finish_seconds
         self._path = folder / "metrics.jsonl"
-        self._file: IO[str] = self._path.open("a", encoding="utf-8", buffering=1)
+        self._file: IO[str] = open_own(self._path, "a", encoding="utf-8", buffering=1)
         self.mode = mode
         self._wandb: Any = None
         self._artifacts: Artifacts | None = None
@@ -351,14 +351,17 @@ def rewind(path: Path, length: int) -> None:
     """
     if not path.exists():
         return
-    with explain_write_errors(str(path), "Free some space, then continue with --resume."):
-        with path.open("rb") as file:
-            file.seek(length)
-            tail = file.read()
+    with (
+        explain_write_errors(str(path), "Free some space, then continue with --resume."),
+        open_own(path, "r+b") as file,
+    ):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(min(length, size))
+        tail = file.read()
         if tail:
-            with path.with_name("metrics.discarded.jsonl").open("ab") as aside:
+            with open_own(path.with_name("metrics.discarded.jsonl"), "ab") as aside:
                 aside.write(tail if tail.endswith(b"\n") else tail + b"\n")
-            os.truncate(path, length)
+            file.truncate(length)
 
 
 def unrecorded(finish_seconds: float) -> Any:
@@ -382,10 +385,11 @@ def unrecorded(finish_seconds: float) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a half-written last line (a run killed just then) is left out."""
     rows = []
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open_own(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row, dict) else []
     return rows
 
 

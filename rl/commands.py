@@ -8,13 +8,14 @@ from pathlib import Path
 
 from lab import checkpoint
 from lab.arguments import count, probability
+from lab.config import ConfigError
 from lab.device import quiet_threads
 from lab.errors import LabError
 from lab.files import explain_write_errors
 from lab.progress import Progress
 from lab.run import Run
 from rl import games
-from rl.config import EnvConfig
+from rl.config import EnvConfig, check_seed
 
 IMAGE_SIZE = 44
 """Side of the images of random play, pixels, unless --image_size says otherwise."""
@@ -56,6 +57,12 @@ def _frames(options: argparse.Namespace) -> int:
     out: Path = options.out
     if out.suffix != ".npz":
         raise LabError(f"--out {out}: frames are written as an .npz file. Name it so.")
+    try:
+        check_seed("--seed", options.seed, options.n_envs)
+        for size in filter(None, (options.image_size, IMAGE_SIZE)):
+            EnvConfig(game=options.game, n_envs=options.n_envs, image_size=size)
+    except ConfigError as error:
+        raise LabError(f"command line: {error}.") from None
     if out.exists():
         raise LabError(f"--out {out}: is there already. Name another file, or remove it.")
     with explain_write_errors(str(out), "Name another file."):

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lab.errors import LabError
+from lab.files import explain_write_errors
 from lab.interrupt import StopRequest
 from rl.evaluate import Player, Stopped, make_env
 
@@ -60,6 +61,8 @@ def film(
     player.begin(1)
     names = env.action_meanings
     aside = path.with_name(f".{path.stem}.tmp.mp4")
+    with explain_write_errors(str(path), "Name another file with --out."):
+        aside.touch()  # ffmpeg would say so later, and in another way
     total, steps, ended = 0.0, 0, False
     spread = 1e-6
     writer = imageio_ffmpeg.write_frames(
@@ -92,7 +95,7 @@ def film(
         aside.replace(path)
     except OSError as error:
         raise LabError(
-            f"{path}: the film cannot be written: {error}. Free some space and try again."
+            f"{path}: the film cannot be written: {error}. Free some space, or name another file with --out."
         ) from None
     finally:
         writer.close()

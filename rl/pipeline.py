@@ -121,8 +121,8 @@ class RLPipeline:
         if options.episodes is not None and options.episodes > MOST_EPISODES:
             raise LabError(f"--episodes {options.episodes}: at most {MOST_EPISODES:,}. Ask for fewer.")
         _check_seed(options.seed, options.episodes or 1)
-        run = Run.open(folder)
-        checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
+        run, which = Run.open(folder), options.checkpoint or "best"
+        checkpoint.load(run.find_checkpoint(which))  # damage is found before torch is loaded
         quiet_threads()
         from rl.evaluate import evaluate_run, run_config
 
@@ -130,7 +130,7 @@ class RLPipeline:
         episodes = e.episodes if options.episodes is None else options.episodes
         epsilon = e.epsilon if options.epsilon is None else options.epsilon
         seed = unseen_seed(e, episodes) if options.seed is None else options.seed
-        result = evaluate_run(run, options.checkpoint, episodes, epsilon, seed)
+        result = evaluate_run(run, which, episodes, epsilon, seed)
         run.keep_evaluation(result)
         return result
 

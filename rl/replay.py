@@ -263,7 +263,11 @@ class FrameReplay(ReplayBuffer):
         from safetensors.numpy import load_file
 
         for name in segments:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no segment's name")
             tensors = load_file(folder / name)
+            if (tensors["last"] - tensors["first"] > self.slots).any():
+                raise ValueError(f"{name} holds more than the memory does")
             for i in range(self.n_envs):
                 self._unpack(i, tensors)
             self._written = tensors["last"].copy()
@@ -296,7 +300,9 @@ class FrameReplay(ReplayBuffer):
 
     def _unpack(self, env: int, tensors: dict[str, np.ndarray]) -> None:
         at = np.arange(tensors["first"][env], tensors["last"][env]) % self.slots
-        frames = np.frombuffer(zlib.decompress(tensors[f"frames_{env}"].data), np.uint8).copy()
+        size = len(at) * self.height * self.width  # a few bytes may claim to be a thousand times as many
+        deflated = zlib.decompressobj().decompress(tensors[f"frames_{env}"].data, size + 1)
+        frames = np.frombuffer(deflated, np.uint8).copy()
         rows = torch.from_numpy(env * self.slots + at).to(self.storage_device)
         self._frames.index_copy_(0, rows, torch.from_numpy(frames).view(len(at), -1).to(self.storage_device))
         for name, ring in (("actions", self._actions), ("rewards", self._rewards), ("kinds", self._kinds)):

@@ -361,11 +361,12 @@ class _Session:
             if stop:
                 raise Stopped
 
-        if isinstance(agent, DQN):
-            agent.replay.restore(self.run.checkpoints / "shared", state["agent"]["replay"]["segments"])
-        agent.restore(tensors, state["agent"], heard)
-        self.best, self.due = state["best"], list(state["due"])
-        self.seconds_before = state["elapsed_seconds"]
+        with saved.restoring(lambda: agent.capture()[0]):
+            if isinstance(agent, DQN):
+                agent.replay.restore(self.run.checkpoints / "shared", state["agent"]["replay"]["segments"])
+            agent.restore(tensors, state["agent"], heard)
+            self.best, self.due = state["best"], list(state["due"])
+            self.seconds_before = state["elapsed_seconds"]
 
     # ---- ends ----
 

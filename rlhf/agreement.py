@@ -48,18 +48,20 @@ class Probe:
         return [p + a for p, a in zip(self.prompts, self.answers, strict=True)]
 
 
-def make_probe(vocab_size: int, prompts: Sequence[Sequence[int]] = (), special: Sequence[int] = ()) -> Probe:
+def make_probe(config: Any, prompts: Sequence[Sequence[int]] = ()) -> Probe:
     """A probe made of the tokens of prompts, or of a vocabulary.
 
     Args:
-        vocab_size: of the model.
+        config: of the model; ids that it names stand for something else than text, as padding or an image.
         prompts: real ones, of the run.
-        special: ids that stand for something else than text, which some models handle apart.
     """
     generator = torch.Generator().manual_seed(0)
-    pool = [token for prompt in prompts[:64] for token in prompt]
+    text = config.get_text_config()
+    named = [value for c in (config, text) for name, value in vars(c).items() if "_token_i" in name]
+    special = {i for value in named for i in (value if isinstance(value, list) else [value])}
+    pool = [token for prompt in prompts[:64] for token in prompt if token not in special]
     if len(set(pool)) < 8:
-        pool += sorted(set(range(vocab_size)) - set(special))
+        pool += sorted(set(range(text.vocab_size)) - special)
     picked = torch.randint(len(pool), (40,), generator=generator).tolist()
     tokens = [pool[i] for i in picked]
     lead = tokens[:6]
@@ -218,23 +220,23 @@ def check_training_mode(model: Any) -> None:
     device = next(model.parameters()).device
     if device.type == "meta":
         return
-    probe = make_probe(inner.get_input_embeddings().weight.shape[0])
+    probe = make_probe(inner.config)
     ids = torch.tensor([probe.rows[0]], device=device)
-    body, training = inner.base_model, model.training
+    training = model.training
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             passes = []
             for mode in (False, True, True):
                 model.train(mode)
-                passes.append(body(input_ids=ids, **_no_cache(body)).last_hidden_state.float())
+                passes.append(inner(input_ids=ids, **_no_cache(inner)).logits.float())
     finally:
         model.train(training)
     scale = max(float(passes[0].std()), 1e-6)
     apart = max(float((other - passes[0]).abs().max()) for other in passes[1:]) / scale
     if not apart <= tolerance(model, [passes[0] / scale]):
         raise LabError(
-            f"{name_of(model)}: is random in training mode though dropout is off (hidden states differ by "
+            f"{name_of(model)}: is random in training mode though dropout is off (its outputs differ by "
             f"{apart:.2g} of their spread), and gradient checkpointing needs that mode. Set "
             "ppo.gradient_checkpointing to false."
         )

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from lab import locks
 from lab.errors import LabError
-from lab.files import explain_write_errors, sync_folder, written_aside
+from lab.files import explain_write_errors, open_own, sync_folder, written_aside
+from lab.interrupt import SIGNALS
 from lab.progress import Progress
 from rlhf.data import pairs_of
 from rlhf.forms import Row
@@ -271,7 +272,7 @@ def _parse(path: Path) -> Iterator[tuple[Row, int]]:
 class _RankingsFile:
     """rankings.jsonl, open to be continued: every row is on disk before the next is begun."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path = path
         self._file = file
         parsed = list(_parse(path))
@@ -286,7 +287,7 @@ class _RankingsFile:
         with explain_write_errors(str(path), "Choose a folder you may write to."):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a buffer would try again, on closing, what did not fit the disk.
-            file = path.open("ab", buffering=0)
+            file = open_own(path, "ab", buffering=0)
             sync_folder(path.parent)
         with file:
             _lock(file, path)
@@ -314,7 +315,7 @@ class _RankingsFile:
         self._file.truncate(self._ends[-1])
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def _lock(file: IO[bytes], path: Path) -> None:
     if not locks.lock(file):
         raise LabError(f"{path}: another process is writing it. Wait for it, or stop it first.")
 
@@ -355,7 +356,7 @@ def _signals_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
     finally:

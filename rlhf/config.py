@@ -6,7 +6,7 @@ Imports nothing heavy: a mistake in a config is reported before torch is loaded.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lab.config import require
+from lab.config import require, require_within
 from lab.device import DeviceConfig
 from lab.tracking import TrackingConfig
 
@@ -46,6 +46,7 @@ class ModelConfig:
             "vocab_size follows from the tokenizer; leave it out",
         )
         require(self.lora_rank >= 0, "model.lora_rank", "must not be negative")
+        require_within(self, "model.", lora_rank=(0, 2**16), lora_alpha=(1, 2**20))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ class DataConfig:
             "data.max_new_tokens",
             f"{self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length}",
         )
+        require_within(self, "data.", max_length=(2, 2**22))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,17 @@ class TrainingConfig:
             f"{self.section}.schedule",
             f"{self.schedule!r} is none of {', '.join(SCHEDULES)}",
         )
+        require_within(
+            self,
+            f"{self.section}.",
+            epochs=(0, 10**6),
+            batch_size=(1, 2**20),
+            learning_rate=(0, 1_000),
+            warmup_steps=(0, 10**9),
+            weight_decay=(0, 1_000),
+            max_grad_norm=(0, 10**9),
+            save_every_steps=(1, 10**9),
+        )
 
     @property
     def micro(self) -> int:
@@ -155,6 +168,8 @@ class CollectConfig:
             self.max_prompts is None or self.max_prompts >= 1, "collect.max_prompts", "must be at least 1"
         )
         require(self.temperature > 0, "collect.temperature", "must be positive")
+        limits: dict[str, tuple[float, float]] = {"answers": (2, 1_024), "rounds": (1, 10**4)}
+        require_within(self, "collect.", **limits, max_prompts=(1, 10**9), temperature=(0, 1_000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +190,7 @@ class RewardConfig(TrainingConfig):
             self.loss in REWARD_LOSSES, "reward.loss", f"{self.loss!r} is none of {', '.join(REWARD_LOSSES)}"
         )
         require(0 < self.held_out < 1, "reward.held_out", "is a share between 0 and 1")
+        require_within(self, "reward.", center_coef=(0, 10**6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +246,22 @@ class PPOStageConfig(TrainingConfig):
             require(getattr(self, key) >= 0, f"ppo.{key}", "must be 0 or more")
         for key in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, key) <= 1, f"ppo.{key}", "must lie between 0 and 1")
+        require_within(
+            self,
+            "ppo.",
+            rollouts=(1, 10**9),
+            rollout_size=(1, 2**20),
+            critic_learning_rate=(0, 1_000),
+            kl_coef=(0, 10**6),
+            kl_target=(0, 10**9),
+            kl_horizon=(1, 10**12),
+            clip=(0, 1_000),
+            clip_value=(0, 10**9),
+            value_coef=(0, 10**6),
+            ptx_coef=(0, 10**6),
+            score_clip=(0, 10**9),
+            temperature=(0, 1_000),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +279,7 @@ class EvalStageConfig:
         for key in ("prompts", "samples"):
             require(getattr(self, key) >= 1, f"eval.{key}", "must be at least 1")
         require(self.best_of == 0 or self.best_of >= 2, "eval.best_of", "must be 0 or at least 2")
+        require_within(self, "eval.", prompts=(1, 10**9), samples=(1, 10**4), best_of=(0, 1_024))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +305,7 @@ class RLHFRun:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "seed", f"{self.seed} must be between 0 and 2^31 - 1")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", "must be at least 1")
+        require_within(self, "", keep_checkpoints=(1, 10**6))
         require(
             not (self.model.lora_rank and self.ppo.gradient_checkpointing),
             "ppo.gradient_checkpointing",

@@ -223,7 +223,7 @@ def decoding_of(model: Any, prompts: Sequence[Sequence[int]] = ()) -> Decoding:
     known = _DECODINGS.setdefault(inner, {})
     autocast = torch.is_autocast_enabled(weight.device.type)
     if autocast not in known:
-        probe = make_probe(inner.get_input_embeddings().weight.shape[0], prompts)
+        probe = make_probe(inner.config, prompts)
         with torch.autocast(weight.device.type, enabled=False):
             if False not in known:
                 known[False] = _find_decoding(model, probe, DECODINGS)

@@ -6,7 +6,9 @@ its folder holds config.json and safetensors alone, `AutoModel` opens the body, 
 beside it. `rlhf.models.open_reward`, or `classifier_class`, opens the whole.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,16 +58,9 @@ def examine(config: PreTrainedConfig, where: str) -> Facts:
         LabError: it cannot be policy and reward model, and why, in one line.
     """
     text = text_config(config, where)
-    try:
-        with torch.device("meta"):
-            policy = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
-            classifier = classifier_class(text)(text)
-    except LabError:
-        raise
-    except Exception as error:  # whatever a family's code raises about a configuration
-        raise LabError(
-            f"{where}: no {text.model_type} can be built as its config.json says: {first_line(error)[:200]}"
-        ) from None
+    with _building(text, where), torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+        classifier = classifier_class(text)(text)
     if policy.get_input_embeddings() is None or policy.get_output_embeddings() is None:
         raise LabError(f"{where}: a {text.model_type} does not read and write tokens. Use a language model.")
     return Facts(
@@ -94,6 +89,8 @@ def text_config(config: PreTrainedConfig, where: str) -> PreTrainedConfig:
     text = config.get_text_config(decoder=True)
     if text is not config and type(text) in causal_models:
         return text_config(text, where)
+    if not type(config).__module__.startswith("transformers."):
+        raise LabError(f"{what} are not transformers' own, so no score head can be put on them. {use}")
     if type(config) not in causal_models:
         raise LabError(f"{what} do not continue a text. {use}")
     others = sorted(config.sub_configs.keys() - PARTS_OF_ONE_MODEL)
@@ -107,9 +104,24 @@ def text_config(config: PreTrainedConfig, where: str) -> PreTrainedConfig:
         raise LabError(
             f"{what} are bidirectional: a token sees those after it, so it cannot predict them. {use}"
         )
-    if _body(config) is None:
+    with _building(config, where):
+        body = _body(config)
+    if body is None:
         raise LabError(f"{what} are the decoder of a model with an encoder, and nothing without it. {use}")
     return config
+
+
+@contextlib.contextmanager
+def _building(config: PreTrainedConfig, where: str) -> Iterator[None]:
+    """One line for whatever a family's own code raises about a configuration."""
+    try:
+        yield
+    except LabError:
+        raise
+    except Exception as error:
+        raise LabError(
+            f"{where}: no {config.model_type} can be built as its config.json says: {first_line(error)[:200]}"
+        ) from None
 
 
 def positions(config: PreTrainedConfig) -> int | None:

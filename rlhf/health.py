@@ -66,13 +66,22 @@ class Health(TrainerCallback):
         """What makes the result worthless or doubtful, one line each."""
         found = []
         if not state.global_step:
-            found.append(f"{self.stage}: no update was made")
+            found.append("no update was made")
         elif not self.moved:
-            found.append(f"{self.stage}: all gradients were 0, so nothing was learned")
+            found.append("all gradients were 0, so nothing was learned")
         late = self.explained[len(self.explained) // 2 :]
         if len(self.explained) >= CRITIC_ROLLOUTS and (worth := statistics.median(late)) < CRITIC_WORST:
             found.append(
-                f"{self.stage}: the critic explains nothing (explained variance {worth:.2f} in the second "
+                f"the critic explains nothing (explained variance {worth:.2f} in the second "
                 "half; 0 is as good as a constant). Lower ppo.critic_learning_rate"
             )
         return found
+
+
+def warn(stage: Any, *lines: str) -> None:
+    """Says what makes a stage's result doubtful, and keeps it in run.json's summary under `warnings`."""
+    if lines:
+        known = stage.run.info["summary"].get("warnings", [])
+        stage.run.summarize(warnings=[*known, *(line for line in lines if line not in known)])
+    for line in lines:
+        stage.progress.say(f"         warning: {line}.")

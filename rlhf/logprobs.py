@@ -228,7 +228,7 @@ def reading_of(model: Any, prompts: Sequence[Sequence[int]] = ()) -> Reading:
     if autocast not in known:
         ways = [Reading(name, shares) for name in _bodies(inner) for shares in (True, False)]
         ways += [Reading(shares=False), Reading(shares=False, together=False)]
-        probe = make_probe(inner.get_input_embeddings().weight.shape[0], prompts)
+        probe = make_probe(inner.config, prompts)
         with torch.autocast(weight.device.type, enabled=False):
             if False not in known:
                 known[False] = _find_reading(model, probe, ways)

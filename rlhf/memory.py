@@ -46,23 +46,26 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def rows_that_fit(model: Any, n_tokens: int, reserve: int = 0, free: int | None = None) -> int:
+def rows_that_fit(model: Any, n_tokens: int, reserve: int = 0) -> int:
     """How many rows of `n_tokens` can be sampled at once: a power of two, at least 1.
 
     Args:
         model: whose; its device, weights and autocast decide.
         n_tokens: of prompt and answer.
-        reserve: bytes that will be needed beside, as of an optimiser that has not stepped yet.
-        free: bytes there are; None: what the device has free now.
+        reserve: bytes that will be needed besides, as of an optimiser that has not stepped yet.
     """
     weight = next(p for p in model.parameters() if p.is_floating_point())
     kind = weight.device.type
-    if kind == "meta" and free is None:
+    if kind == "meta":
         return AT_MOST
-    autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-    there = free_bytes(weight.device) if free is None else free
-    if autocast:  # copies of the weights in the format that is computed in
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(kind):  # copies of the weights are made in the format that is computed in
+        dtype = torch.get_autocast_dtype(kind)
         reserve += sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    rows = int((there - reserve) * SHARE) // bytes_per_row(model.config, n_tokens, dtype.itemsize)
-    return min(AT_MOST, 1 << max(0, rows.bit_length() - 1)) if rows > 0 else 1
+    return rows_in(free_bytes(weight.device) - reserve, model.config, n_tokens, dtype.itemsize)
+
+
+def rows_in(free: int, config: Any, n_tokens: int, cache_bytes: int) -> int:
+    """How many rows fit `SHARE` of the free bytes: a power of two, at least 1; see `bytes_per_row`."""
+    rows = int(free * SHARE) // bytes_per_row(config, n_tokens, cache_bytes)
+    return min(AT_MOST, 1 << (rows.bit_length() - 1)) if rows > 0 else 1

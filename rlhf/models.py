@@ -55,6 +55,7 @@ def start(
         LabError: neither a folder nor on the Hub, or the Hub cannot be reached; or no causal language model.
     """
     if config.path != "labgpt":
+        examine(config)  # what a later stage would refuse
         tokenizer = start_tokenizer(config, demonstrations, source)
         # LabGPT computes no padding, and is a tenth faster. Adapters, though, are for the model they name.
         if not config.lora_rank and labgpt.computes(Path(config.path)):
@@ -241,7 +242,10 @@ def _config(name: str) -> Any:
     except LabError:
         raise
     except Exception as error:  # whatever the Hub's client, json or a family's checks raise
-        raise LabError(f"{name}: no model that can be opened: {first_line(error)[:200]}") from None
+        raise LabError(
+            f"{name}: no model that can be opened: {first_line(error)[:200]} Name a transformers folder or a "
+            "model of the Hub (which must be reachable)."
+        ) from None
 
 
 def _holds_scores(config: Any) -> bool:
@@ -258,6 +262,9 @@ def _read(kind: Any, name: str, config: Any, keep_format: bool, fresh: Sequence[
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = from_pretrained(kind, name, config=config, dtype=dtype, **options)
+        if len(set(report["missing_keys"]) - set(fresh)) > 1:  # the text model of a larger one?
+            options["key_mapping"] = _TEXT_MODEL_WITHIN
+            model, report = from_pretrained(kind, name, config=config, dtype=dtype, **options)
     except LabError:
         raise
     except Exception as error:  # whatever transformers, torch or safetensors raise
@@ -277,6 +284,14 @@ def _read(kind: Any, name: str, config: Any, keep_format: bool, fresh: Sequence[
         _log.warning("%s: %d of its weights are not used: %s ...", name, len(unused), unused[0])
     model.saved_format = own
     return model
+
+
+_TEXT_MODEL_WITHIN = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""Where models that read images as well keep their text model, before transformers 5 and since."""
 
 
 def _saved_format(config: Any, folder: Path) -> torch.dtype:

@@ -15,6 +15,7 @@ from typing import Any
 from lab import checkpoint, config, tracking
 from lab.device import check_without_torch, quiet_threads
 from lab.errors import LabError, did_you_mean
+from lab.files import check_contained
 from lab.pipeline import refuse_options
 from lab.run import Run, folder_name
 from rlhf import labelers, preflight, sources
@@ -150,6 +151,7 @@ class RLHFPipeline:
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
         refuse_options(options, ("episodes", "epsilon"), "is for games; this run is of a language model")
+        refuse_options(options, ("checkpoint",), "is for other runs; what the stages left is evaluated")
         refuse_options(options, ("part",), "is for models that learned from a data set; this run has prompts")
         quiet_threads()
         from rlhf.work import evaluate_run
@@ -189,6 +191,8 @@ def run_stages(
                 f"command line: no stage {name!r} in this config.{did_you_mean(name, recipe.stages)} "
                 f"It has {', '.join(recipe.stages)}."
             )
+    if recipe.folder.is_dir():
+        check_contained(recipe.folder)
     check_without_torch(settings.device)
     again = STAGES[STAGES.index(restart_from) :] if restart_from else ()
     wanted = [only] if only else recipe.stages
@@ -280,6 +284,8 @@ def find_model(folder: Path) -> Path:
     Raises:
         LabError: there is none.
     """
+    if any((place / "run.json").exists() for place in (folder, folder / "sft", folder.parent)):
+        check_contained(folder)  # a folder of transformers' cache is all links
     for place in (folder / "ppo" / "model", folder / "sft" / "model", folder / "model", folder):
         if (place / "config.json").exists():
             return place
@@ -288,6 +294,7 @@ def find_model(folder: Path) -> Path:
 
 def read_settings(folder: Path) -> RLHFRun:
     """The config of a stage's or a recipe's folder."""
+    check_contained(folder)
     for place in (folder, folder / "sft", folder.parent / "sft"):
         if (place / "run.json").exists():
             return config.build(RLHFRun, Run.open(place).info["config"], {}, str(place / "run.json"))

@@ -13,6 +13,8 @@ from lab.device import Compute
 from lab.errors import LabError
 from lab.files import write_atomic
 from rlhf import models
+from rlhf.agreement import make_probe, tolerance
+from rlhf.check import check_model
 from rlhf.config import RLHFRun
 from rlhf.labelers import Answer, Scorer
 from rlhf.ppo import PPOConfig, PPOTrainer
@@ -123,6 +125,7 @@ def train_policy(
         """The critic as an adapter of the policy; and so the reward model, whose own weights can go."""
         judge = AdapterClassifier(owner, "reward", reward).to(compute.device)
         judge.set_trainable(False)
+        _check_same_scores(reward_of_ids.scorer, RewardScorer(judge, tokenizer), reward)
         reward_of_ids.scorer = RewardScorer(judge, tokenizer)
         critic = AdapterClassifier(owner, "critic", reward).to(compute.device)
         critic.set_trainable(True)
@@ -132,7 +135,7 @@ def train_policy(
         critic: Any = shared_critic
     else:
         critic = in_reward_units(models.open_reward(reward)[0])
-    del scorer, reward_model
+    del scorer, reward_model  # of which the shared critic, once it is made, needs no more
     trainer = _Trainer(
         model=model,
         reward_funcs=reward_of_ids,
@@ -143,6 +146,8 @@ def train_policy(
         critic=critic,
         ptx_dataset=_ptx(demonstrations, tokenizer, settings) if config.ptx_coef else None,
     )
+    for line in check_model(trainer.model, tokenizer):
+        stage.progress.say(f"         {line}")
     trainer.gold = gold
     trainer.max_prompt = room_for_prompts(settings.data)
     done = train(
@@ -194,6 +199,18 @@ def ppo_arguments(settings: RLHFRun, compute: Compute, folder: Path) -> PPOConfi
         ptx_coef=config.ptx_coef,
         disable_dropout=True,
     )
+
+
+def _check_same_scores(merged: RewardScorer, shared: RewardScorer, folder: Path) -> None:
+    """The reward model as an adapter of the policy must score as the one in its folder does."""
+    probe = make_probe(merged.config)
+    ours, own = (scorer.score_ids(probe.prompts, probe.answers) for scorer in (shared, merged))
+    apart = float((ours - own).abs().max())
+    if not apart <= tolerance(merged.model, [own]) * max(1.0, float(own.std())):
+        raise LabError(
+            f"{folder}: as an adapter of the policy the reward model scores otherwise than by itself (by "
+            f"{apart:.2g}). Train both stages from one model, or set model.lora_rank to 0."
+        )
 
 
 def _check_end_token(scorer: RewardScorer, prompts: Any, tokenizer: Any) -> None:

@@ -356,7 +356,7 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
         """
         if not self._rows_at_once:
             trained = {id(p): p for m in (self.model, self.critic_model) for p in m.parameters()}
-            known = self.optimizer.state if self.optimizer is not None else {}
+            known: Any = getattr(self.optimizer, "state", {})
             to_come = sum(3 * 4 * p.numel() for p in trained.values() if p.requires_grad and p not in known)
             n_tokens = max(map(len, prompt_ids)) + self.max_completion_length
             self._rows_at_once = rows_that_fit(self.model, n_tokens, to_come)

@@ -28,10 +28,12 @@ from trl.trainer.reward_trainer import RewardTrainer
 from lab.errors import LabError, did_you_mean
 from rlhf.checkpoints import PlainCheckpoints
 from rlhf.data import ordered_pairs
+from rlhf.randomness import switch_off_randomness
 from rlhf.scoring import (
     RewardScorer,
     last_token_scores,
     pad_right,
+    score_reading_of,
     sequence_classifier,
 )
 from rlhf.tokenization import TooLong, tokenize
@@ -132,6 +134,9 @@ class RankingTrainer(PlainCheckpoints, RewardTrainer):
         self.on_too_long = on_too_long
         collator = functools.partial(collate, multiple_of=int(args.pad_to_multiple_of or 1))
         super().__init__(model, args, data_collator=collator, train_dataset=train_dataset, **more)
+        if args.disable_dropout:
+            switch_off_randomness(self.model)
+        score_reading_of(sequence_classifier(self.model))
         _let_forward_go_by_length(self.model)
 
     def _prepare_dataset(

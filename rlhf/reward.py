@@ -9,6 +9,7 @@ from lab.device import Compute
 from lab.errors import LabError
 from rlhf import models
 from rlhf.config import RLHFRun
+from rlhf.health import warn
 from rlhf.ranking import RankingTrainer, center, init_head
 from rlhf.scoring import RewardScorer, calibration_plot, held_out_report, sequence_classifier
 from rlhf.sft import lora
@@ -80,7 +81,25 @@ def train_reward(
     _scale(trained, tokenizer, fitting)
     report = held_out_report(RewardScorer(trained, tokenizer), fitting)
     stage.tracker.log(trainer.state.global_step, {"eval/accuracy": report["accuracy"]})
-    stage.run.summarize(**{"eval/accuracy": report["accuracy"], "held_out": report})
+    low, high = report["accuracy_low"], report["accuracy_high"]
+    stage.run.summarize(
+        **{
+            "eval/accuracy": report["accuracy"],
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "held_out": report,
+        }
+    )
+    stage.progress.say(
+        f"         {report['accuracy']:.1%} ({low:.1%} to {high:.1%}) of {report['pairs']} held-out pairs in "
+        "the right order"
+    )
+    if low <= 0.5 <= high:
+        warn(
+            stage,
+            f"the reward model may be guessing: its accuracy on held-out pairs is {low:.0%} to {high:.0%}, "
+            "which includes 50%. Give it more comparisons or epochs before trusting what PPO makes of it",
+        )
     plot = stage.run.media / "calibration.png"
     calibration_plot(report, plot)
     stage.tracker.log_media(trainer.state.global_step, "media/calibration", plot)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lab.errors import LabError
 from lab.files import explain_write_errors, written_aside
+from lab.statistics import wilson_interval
 from rlhf.agreement import evaluating, first_that_agrees, make_probe, name_of, tolerance
 from rlhf.data import ordered_pairs
 from rlhf.forms import Text
@@ -121,48 +122,45 @@ def score_reading_of(classifier: Any) -> ScoreReading:
         LabError: no way does: something else than a linear layer stands between body and score.
     """
     weight = classifier.score.weight
-    own = getattr(type(classifier), "forward", nn.Module.forward)
-    if weight.device.type == "meta" or own is getattr(nn.Module, "forward", None):
+    if weight.device.type == "meta":
         return ScoreReading()
     known = _READINGS.setdefault(classifier, {})
     autocast = torch.is_autocast_enabled(weight.device.type)
     if autocast not in known:
         with torch.autocast(weight.device.type, enabled=False):
             if False not in known:
-                known[False] = _find_score_reading(classifier, own)
+                known[False] = _find_score_reading(classifier)
         if autocast:
-            known[True] = _find_score_reading(classifier, own)
+            known[True] = _find_score_reading(classifier)
     return known[autocast]
 
 
-def _find_score_reading(classifier: Any, own: Any) -> ScoreReading:
-    config, device = classifier.config.get_text_config(), classifier.score.weight.device
-    vocab_size = classifier.base_model.get_input_embeddings().weight.shape[0]
-    probe = make_probe(vocab_size, special=[token for token in [config.pad_token_id] if token is not None])
+def _find_score_reading(classifier: Any) -> ScoreReading:
+    device = classifier.score.weight.device
+    probe = make_probe(classifier.config)
     lengths = [len(row) - 1 for row in probe.rows]
     ids, wanted = pad_right([row[:-1] for row in probe.rows]).to(device), [len(a) for a in probe.answers]
 
     def compute(way: ScoreReading) -> list[Tensor]:
         shared = probe.shared if way.shares else 0
-        return list(
-            _scores(classifier, ids, lengths, wanted, shared, way.together)[:, 0].float().split(wanted)
-        )
+        scores = _scores(classifier, ids, lengths, wanted, shared, way.together)
+        return list(scores[:, 0].float().split(wanted))
 
+    def own(row: list[int], n: int) -> Tensor:
+        ends = range(len(row) - n, len(row))
+        rows = [torch.tensor([row[:end]], device=device) for end in ends]
+        return torch.stack([type(classifier).forward(classifier, ids).logits[0, 0].float() for ids in rows])
+
+    plainest = ScoreReading(shares=False, together=False)
+    ways = [ScoreReading(), ScoreReading(shares=False), plainest]
     with evaluating(classifier), torch.no_grad():
-        truth = [
-            torch.stack(
-                [
-                    own(classifier, input_ids=torch.tensor([row[:end]], device=device)).logits[0, 0].float()
-                    for end in range(len(row) - n, len(row))
-                ]
-            )
-            for row, n in zip(probe.rows, wanted, strict=True)
-        ]
-        ways = [ScoreReading(), ScoreReading(shares=False), ScoreReading(shares=False, together=False)]
-        spread = float(torch.cat(truth).std())
-        way, refused = first_that_agrees(
-            ways, compute, truth, max(spread, 1e-3) * tolerance(classifier, truth)
-        )
+        if type(classifier).forward is nn.Module.forward:  # an adapter of another model has none of its own
+            truth = compute(plainest)
+        else:
+            truth = [own(row, n) for row, n in zip(probe.rows, wanted, strict=True)]
+        spread = max(float(torch.cat(truth).std()), 1e-6)
+        within = spread * tolerance(classifier, [scores / spread for scores in truth])
+        way, refused = first_that_agrees(ways, compute, truth, within)
     if way is None:
         raise LabError(
             f"{name_of(classifier)}: its scores are not what its own forward gives ({refused[-1][1]}), so it "
@@ -200,6 +198,11 @@ class RewardScorer:
         self.shift: float = getattr(config, "reward_shift", 0.0) if shift is None else shift
         self.scale: float = getattr(config, "reward_scale", 1.0) if scale is None else scale
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def config(self) -> Any:
+        """Of the reward model."""
+        return self._classifier.config
 
     def score_ids(
         self,
@@ -269,7 +272,7 @@ def held_out_report(
 
     Returns:
         For JSON; each pair counts once:
-        accuracy, pairs, mean_margin;
+        accuracy, its 95% interval accuracy_low to accuracy_high, pairs, mean_margin;
         brier: mean squared error of the probability, 0.25 if it is always 0.5 (Brier 1950);
         expected_calibration_error: mean distance between a bin's confidence and accuracy, weighted by pairs
             (Guo et al. 2017, arXiv 1706.04599, eq. 3);
@@ -310,8 +313,12 @@ def held_out_report(
         }
         for b in sorted(by_bin)
     ]
+    pairs_of_row = [sum(1 for _ in ordered_pairs(row["ranks"])) for row in rows]
+    low, high = clustered_interval([own.tolist() for own in right.split(pairs_of_row)])
     return {
         "accuracy": right.mean().item(),
+        "accuracy_low": low,
+        "accuracy_high": high,
         "pairs": len(margins),
         "mean_margin": margin.mean().item(),
         "brier": (1 - margin.sigmoid()).square().mean().item(),
@@ -325,6 +332,32 @@ def held_out_report(
         },
         "by_confidence": by_confidence,
     }
+
+
+def clustered_interval(clusters: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The 95% interval of a fraction whose cases come in clusters, as pairs of answers to one prompt do.
+
+    Wilson's, for so many independent cases as vary as much: the variance of the ratio is that between
+    clusters (Cochran 1977, section 2.9), the quantile Student's for as many (Korn and Graubard 1998).
+
+    Args:
+        clusters: of cases, each 1 or 0; empty clusters do not count.
+    """
+    clusters = [cluster for cluster in clusters if len(cluster)]
+    k, n = len(clusters), sum(map(len, clusters))
+    fraction = sum(map(sum, clusters)) / n
+    if k < 2:
+        return 0.0, 1.0  # nothing is known of how prompts differ
+    z, freedom = 1.959964, k - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    squares = sum((sum(cluster) - fraction * len(cluster)) ** 2 for cluster in clusters)
+    variance = squares * k / (k - 1) / n**2
+    binomial = fraction * (1 - fraction)
+    # Where all cases are alike nothing is seen of the variance, and each cluster counts as one.
+    effective = min(float(n), binomial / variance) if variance > 0 and binomial > 0 else float(k)
+    effective = max(1, round(effective * (z / t) ** 2))
+    interval = wilson_interval(fraction * effective, effective)
+    return float(interval.low), float(interval.high)
 
 
 def _group(keys: Iterable[Any]) -> dict[Any, list[int]]:
@@ -375,7 +408,8 @@ def calibration_plot(report: Mapping[str, Any], path: Path) -> None:
         label="reward model, with standard error",
     )
     upper.set(
-        title=f"{report['accuracy']:.1%} of {report['pairs']:,} held-out pairs in the right order",
+        title=f"{report['accuracy']:.1%} ({report['accuracy_low']:.1%} to {report['accuracy_high']:.1%}) of "
+        f"{report['pairs']:,} held-out pairs in the right order",
         ylabel="observed: in the right order",
         xlim=(0.49, 1.01),
         ylim=(None, 1.03),

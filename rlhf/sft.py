@@ -240,6 +240,11 @@ def make_trainer(
             f"model.lora_targets: the model has no module {settings.model.lora_targets}. Name some it has, "
             "or all-linear."
         ) from None
+    except ValueError as error:
+        if "[PEFT" not in str(error):
+            raise
+        reason = str(error).rpartition("] ")[2].partition(". ")[0]
+        raise LabError(f"model.lora_targets: {reason}. Name others, or set model.lora_rank to 0.") from None
     trainer.notes = notes
     _check_first_batch(trainer, tokenizer, source)
     return trainer

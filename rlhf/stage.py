@@ -26,6 +26,7 @@ from lab.run import Run
 from lab.tracking import Tracker
 from rlhf import checkpoints
 from rlhf.config import TrainingConfig
+from rlhf.health import Health, check_weights, warn
 
 # Nobody is told what is trained here, and no tokenizer starts threads of its own.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -182,6 +183,8 @@ def train(trainer: Any, stage: Stage, note: Callable[[Mapping[str, float]], str]
     trainer.stage = stage
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(KeepToTheStage(stage, note))
+    health = Health(stage.run.folder.name)
+    trainer.add_callback(health)  # behind the other, which says whether there will be a checkpoint
     latest = checkpoint.find(stage.run.checkpoints)
     if latest:
         state = checkpoint.load(latest).state
@@ -189,7 +192,12 @@ def train(trainer: Any, stage: Stage, note: Callable[[Mapping[str, float]], str]
         checkpoints.check_step(latest, state["step"])
         trainer._total_train_tokens = state["train_tokens"]
     trainer.train(resume_from_checkpoint=str(latest) if latest else None)
-    return trainer.state.global_step >= trainer.state.max_steps
+    done = trainer.state.global_step >= trainer.state.max_steps
+    for model in (trainer.model, getattr(trainer, "critic_model", None)) if done else ():
+        if model is not None:
+            check_weights(model, health.stage)
+    warn(stage, *(health.warnings(trainer.state) if done else ()))
+    return done
 
 
 @contextmanager

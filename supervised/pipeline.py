@@ -71,7 +71,7 @@ class SupervisedPipeline:
             "is for agents and chats, and means nothing here: this run learned from a data set",
         )
         run = Run.open(folder)
-        saved = checkpoint.load(run.find_checkpoint(options.checkpoint))
+        saved = checkpoint.load(run.find_checkpoint(options.checkpoint or "best"))
         quiet_threads()
         from supervised.evaluate import evaluate_run
 

@@ -115,9 +115,9 @@ def test_a_config_that_is_missing_or_a_folder_is_one_line(lab_command: LabComman
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "no command 'trian'. Did you mean 'train'?"),
         (["train"], "required: CONFIG"),
-        (["list", "gamess"], "invalid choice: 'gamess'"),
+        (["list", "gamess"], "no kind 'gamess'. Did you mean 'games'?"),
         (["list", "--jsn"], "unknown argument '--jsn'"),
         (["evaluate", ".", "--episodes=ten"], "argument --episodes: 'ten' is no whole number of at least 1"),
         (["evaluate", ".", "--episodes=0"], "argument --episodes: '0' is no whole number of at least 1"),

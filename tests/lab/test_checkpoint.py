@@ -1,6 +1,7 @@
 """Checkpoints are there whole or not at all, are checked before use, and run no code."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -328,3 +329,45 @@ def test_damage_to_a_shared_file_is_found(tmp_path: Path) -> None:
     assert "segment: truncated: 3 of 7 bytes" in refuses(path)
     segment.unlink()
     assert "segment: missing from the checkpoint" in refuses(path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_colleagues_may_read_all_of_a_checkpoint_or_none(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = checkpoint.save(tmp_path, "best", {"model": {"w": torch.ones(2)}}, {"step": 1})
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"w": torch.ones(3), "b": torch.ones(1)},
+        {"w": torch.ones(2)},
+        {"w": torch.ones(2), "b": torch.ones(1), "more": torch.ones(1)},
+        {"w": torch.ones(2).double(), "b": torch.ones(1)},
+        {"v": torch.ones(2), "b": torch.ones(1)},
+        {},
+    ],
+)
+def test_tensors_that_a_run_would_not_write_are_refused(
+    tmp_path: Path, change: dict[str, torch.Tensor]
+) -> None:
+    own = {"model": {"w": torch.ones(2), "b": torch.ones(1)}}
+    good, other = (
+        checkpoint.load(checkpoint.save(tmp_path, name, tensors, {"step": 1}))
+        for name, tensors in (("good", own), ("other", {"model": change}))
+    )
+    with good.restoring(lambda: own):
+        pass
+    with pytest.raises(LabError, match=r"other: does not fit this run"), other.restoring(lambda: own):
+        pass
+
+
+@pytest.mark.parametrize("length", [-1, 10**30, "9", None, 2.5])
+def test_a_state_that_no_run_wrote_is_damaged(tmp_path: Path, length: object) -> None:
+    path = checkpoint.save(tmp_path, "best", {}, {"metrics_bytes": length})
+    with pytest.raises(LabError, match=r"state\.json: damaged"):
+        checkpoint.load(path)

@@ -602,7 +602,7 @@ def test_interrupted_it_saves_its_runs_and_goes_on_where_it_stopped(
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
-    asked = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+    asked = number.name
     assert f"[0/6] {asked}: 2 runs will save and end; once more ends them at once" in output
     assert "0 of 6 runs finished. Continue with: lab sweep sweep.yaml --pause=0.02" in output
     assert states(root) == ["interrupted", "interrupted"]
@@ -816,3 +816,44 @@ def test_without_a_sweep_at_wandb_the_search_goes_on(write: Write, lab: Lab, loc
         assert "1 of 1 runs finished" in result.stdout
         [run] = server.runs.values()
         assert run.settings.get("sweep") is None
+
+
+@pytest.mark.usefixtures("toy_here")
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("candidates", 0, "trials", 0, "name"), "../../escaped__s0"),
+        (("candidates", 0, "trials", 0, "name"), "/tmp/escaped__s0"),
+        (("candidates", 0, "trials", 0, "name"), ".."),
+        (("candidates", 0, "trials", 0, "name"), 3),
+        (("candidates", 0, "trials", 0, "state"), "paused"),
+        (("candidates", 0, "trials", 0, "value"), "9"),
+        (("candidates", 0, "trials", 0, "seed"), -1),
+        (("candidates", 0, "trials"), []),
+        (("candidates", 0, "setting"), {"out": "/tmp/escaped"}),
+        (("candidates", 0, "setting"), {"trust": ""}),
+        (("wandb",), {"path": "--help", "id": "a", "url": ""}),
+        (("wandb",), {"path": "a/b/c", "id": "a", "url": "\x1b]0;title"}),
+        (("metric",), 3),
+    ],
+)
+def test_a_record_that_no_sweep_wrote_is_refused(
+    write: Write, tmp_path: Path, path: tuple[Any, ...], value: Any
+) -> None:
+    """sweep.json may be a stranger's, and its names become folders and words of command lines."""
+    sweep, folder = read_sweep(write(), {}, None), tmp_path / "records"
+    record = Record.open(folder, sweep)
+    setting = sweep.ask([])
+    assert setting is not None
+    record.add(sweep, setting)
+    folder.mkdir()
+    record.save()
+    assert len(Record.open(folder, sweep).trials) == 2, "what a sweep wrote is read"
+    raw = json.loads(record.path.read_text())
+    node = raw
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    record.path.write_text(json.dumps(raw))
+    with pytest.raises(LabError, match=r"sweep\.json: damaged"):
+        Record.open(folder, sweep)

@@ -131,3 +131,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--seed", 3_000_000_000), "--seed: 3000000000 must be from 0 to"),
+        (("--seed", 2**30 - 1), "--seed: 1073741823 must be from 0 to"),  # seed + i is what has to fit
+        (("--n_envs", 10**9), "env.n_envs: 1000000000 must be from 1 to"),
+        (("--image_size", 9_999), "env.image_size: 9999 must be from 8 to"),
+    ],
+)
+def test_numbers_that_no_emulator_takes_are_refused(
+    tmp_path: Path, arguments: tuple[object, ...], said: str
+) -> None:
+    with pytest.raises(LabError, match=said):
+        lab_frames("pong", "--out", tmp_path / "new" / "play.npz", *arguments)
+    assert not (tmp_path / "new").exists()

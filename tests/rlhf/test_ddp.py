@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.conftest import REPO
+# Not from tests.conftest, which clears the environment that the processes started here need.
+REPO = Path(__file__).parents[2]
 
 # PEFT 0.21 still asks for what transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

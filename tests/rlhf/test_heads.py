@@ -158,6 +158,16 @@ def test_of_a_model_for_images_too_the_text_model_is_used(family: str) -> None:
     assert not facts.config.sub_configs
 
 
+def test_a_configuration_that_no_model_can_be_built_of_is_one_line() -> None:
+    """Whatever the family's own code makes of it."""
+    config = config_of("llama", num_hidden_layers=1)
+    config.rope_parameters = {"rope_type": "no such"}
+    with pytest.raises(LabError) as caught:
+        heads.examine(config, "the/model")
+    [line] = str(caught.value).splitlines()
+    assert line.startswith("the/model: no llama can be built as its config.json says: ")
+
+
 def test_quantized_weights_are_refused() -> None:
     config = config_of("llama", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(LabError, match="quantized"):

@@ -325,7 +325,7 @@ def test_missing_weights_are_one_line(tmp_path: Path, save_tiny: Callable[..., P
 def test_a_model_of_the_hub_that_cannot_be_reached() -> None:
     """The tests are offline, so no name is known there."""
     line = refused(models.start, ModelConfig(path="nobody/nothing"), TEXTS, "reviews", 0)
-    assert line.startswith("nobody/nothing: no tokenizer found: ")
+    assert line.startswith("nobody/nothing: no model that can be opened: ")
     assert "the Hub (which must be reachable)" in line
 
 

@@ -1,0 +1,37 @@
+"""Names and texts of strangers where something may obey them: one function for each medium.
+
+    harmless      a terminal          escape sequences, directions of writing
+    cell          a spreadsheet       formulas
+    script_data   a script in a page  the end of the script, comments
+
+Plots are drawn within matplotlib's `rc_context(PLAIN)`: a dollar in a name begins no formula.
+"""
+
+import json
+from typing import Any
+
+PLAIN = {"text.parse_math": False}
+
+
+def harmless(text: str) -> str:
+    """A text for a terminal: what it would obey and not show is spelled out. Newlines and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """A name, as `harmless`, without newlines and tabs."""
+    return harmless(" ".join(text.split()))
+
+
+def cell(value: Any) -> Any:
+    """A value for CSV: a text that a spreadsheet would compute becomes one that it shows."""
+    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
+    return f"'{value}" if is_formula else value
+
+
+def script_data(value: Any) -> str:
+    """JSON to stand within `<script>`: no text in it ends the script or begins a comment there."""
+    text = json.dumps(value, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
