@@ -214,9 +214,6 @@ def run_stages(
             if only or name in done:
                 recipe.result(name)
     if due:
-        for parent in dict.fromkeys(parent for stage in due for parent in recipe.parents(stage)):
-            if parent not in again and recipe.state(parent) == "finished":
-                recipe.result(parent)
         _check_sources(recipe, due, restart_from)
     for line in found.said:
         print(line, flush=True)
