@@ -25,6 +25,8 @@ RESULT = ROOT / "benchmarks" / "results" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
 MOST_PARAMETERS = 30_000_000
 
+VOCABULARY = 96
+"""Tokens of a tiny model."""
 SIZES: dict[str, int | float] = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "attention_hidden_size"), 32
@@ -72,7 +74,8 @@ SIZES: dict[str, int | float] = {
     **dict.fromkeys(("num_layers", "num_encoder_layers", "num_decoder_layers", "num_blocks"), 2),
     "num_layers_per_stack": 1,
     **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size"), 96
+        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size"),
+        VOCABULARY,
     ),
     **dict.fromkeys(
         ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"), 128
@@ -351,7 +354,7 @@ def main() -> None:
     chosen = parser.parse_args().only
     import transformers
 
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.utils.logging.set_verbosity(50)  # critical
     torch.set_num_threads(1)
     rows = []
     for family in chosen or families():

@@ -249,9 +249,9 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
                 "again under the policy's. Please set gradient_checkpointing=False (TRL's default is True)."
             )
         for model in (self.model, self.ref_model, made):
-            if model is not None:
+            if isinstance(model, nn.Module):
                 switch_off_randomness(model)
-        if self.ref_model is not None:
+        if isinstance(self.ref_model, nn.Module):
             self.ref_model.eval()
         if self.args.activation_checkpointing:
             made.gradient_checkpointing_enable()
@@ -395,7 +395,8 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
             drawn = self._drawn[0] if len(self._drawn) == 1 else None
             sampled = drawn.logprobs[:, : mask.shape[1]] * mask if drawn is not None else None
             if drawn is not None and self.accelerator.mixed_precision == "no":  # exactly what is wanted
-                logps, entropies = sampled, drawn.entropies[:, : mask.shape[1]] * mask
+                logps = drawn.logprobs[:, : mask.shape[1]] * mask
+                entropies = drawn.entropies[:, : mask.shape[1]] * mask
             else:
                 logps, entropies = self._in_parts(lambda part: self._policy(self.model, part), packed)
             reference, _ = self._in_parts(self._reference, packed)
