@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -254,7 +254,7 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
         if isinstance(self.ref_model, nn.Module):
             self.ref_model.eval()
         if self.args.activation_checkpointing:
-            made.gradient_checkpointing_enable()
+            cast(Any, made).gradient_checkpointing_enable()
         self.critic_model: nn.Module = made.eval()
         self.critic = self.accelerator.prepare_model(Critic(made))
         self.ptx_dataset = ptx_dataset
