@@ -485,7 +485,7 @@ def test_rows_that_a_chat_template_cannot_render_are_as_bad_as_others(
     monkeypatch.chdir(tmp_path)
     furnish(tmp_path)
     save(FAMILIES["qwen3"], tmp_path / "base")
-    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
     (tmp_path / "base" / "chat_template.jinja").write_text(refuses + CHATML)
 
     def asked(word: str, system: bool = False) -> list[dict[str, str]]:
