@@ -42,7 +42,7 @@ class Result:
             return f"exit code {self.code}"
         lines = [line for line in self.err.splitlines() if line.startswith("lab: ")]
         if self.code == 2 and not 1 <= len(lines) <= LINES:
-            return f"{len(lines)} lines of refusal"
+            return f"{len(lines)} lines of refusal: {self.err[-300:]!r}"
         if any(len(line) > 1_500 for line in self.err.splitlines()):
             return "a line of more than 1,500 characters"
         if any(not c.isprintable() and c not in "\n\t\r" for c in self.err):
