@@ -15,7 +15,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from lab.device import Compute
 from lab.errors import LabError
 from rlhf import heads, models
+from rlhf.agreement import name_of
 from rlhf.config import ModelConfig, RLHFRun
+from rlhf.sft_loss import settle_loss
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 from rlhf.tokenization import (
     BATCH,
@@ -55,7 +57,7 @@ class _Trainer(StageTrainer, SFTTrainer):
         self.fits: dict[str, Fit] = {}
         """Of the data sets `train` and `eval`."""
         self.notes: list[str] = []
-        """What was decided about the tokenizer."""
+        """What was decided about the tokenizer and the loss."""
         super().__init__(**kwargs)
 
     def _prepare_dataset(
@@ -250,8 +252,17 @@ def make_trainer(
             raise
         reason = str(error).rpartition("] ")[2].partition(". ")[0]
         raise LabError(f"model.lora_targets: {reason}. Name others, or set model.lora_rank to 0.") from None
-    trainer.notes = notes
     _check_first_batch(trainer, tokenizer, source)
+    with trainer.accelerator.autocast():
+        learned: Any = trainer.train_dataset
+        rows = learned[: min(64, len(learned))]["input_ids"]
+        why = settle_loss(trainer.model, trainer.data_collator, rows, config.packing)
+    if why:
+        notes.append(
+            f"TRL's way to the loss is not that of {name_of(trainer.model)} ({why}): its own forward is "
+            "taken, which needs more memory"
+        )
+    trainer.notes = notes
     return trainer
 
 

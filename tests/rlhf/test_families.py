@@ -177,7 +177,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Pat
                 "sft": training,
                 "reward": training | {"held_out": 0.3},
                 "ppo": training | {"epochs": 1, "rollouts": 2, "rollout_size": 4, "micro_batch_size": 2},
-                "eval": {"prompts": 2, "samples": 2, "best_of": 2},
+                "eval": {"prompts": 2, "samples": 2, "best_of": 2, "labeler": {"name": "vader"}},
                 "device": {"device": "cpu", "precision": "fp32", "threads": 1},
                 "tracking": {"wandb": "disabled"},
             }
