@@ -2,15 +2,15 @@
 
     harmless      a terminal          escape sequences, directions of writing
     cell          a spreadsheet       formulas
+    markup        a page              tags, attributes
     script_data   a script in a page  the end of the script, comments
 
-Plots are drawn within matplotlib's `rc_context(PLAIN)`: a dollar in a name begins no formula.
+Of plots, which need a font for it, see `lab.figure`.
 """
 
+import html
 import json
 from typing import Any
-
-PLAIN = {"text.parse_math": False}
 
 
 def harmless(text: str) -> str:
@@ -31,7 +31,12 @@ def cell(value: Any) -> Any:
     return f"'{value}" if is_formula else value
 
 
+def markup(text: str) -> str:
+    """A text to stand in HTML, attributes included."""
+    return html.escape(text, quote=True)
+
+
 def script_data(value: Any) -> str:
     """JSON to stand within `<script>`: no text in it ends the script or begins a comment there."""
-    text = json.dumps(value, allow_nan=False)
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

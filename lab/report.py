@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.compare import Comparison, Group, named
+from lab.escape import cell, harmless
 from lab.files import explain_write_errors, write_atomic
 from lab.statistics import Interval, ThresholdSteps
 from lab.verdict import MOST_RUNS, POWER, Difference, turned
@@ -19,11 +20,6 @@ NAMED = 3
 """Groups of a kind of which the answer says by how much."""
 
 
-def printable(text: str) -> str:
-    """A text from a run's files without what would steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
 class _Csv:
     """A CSV file as text. Texts that a spreadsheet would take for formulas begin with an apostrophe there."""
 
@@ -32,15 +28,10 @@ class _Csv:
         self._rows = csv.writer(self._out, lineterminator="\n")
 
     def writerow(self, cells: Sequence[object]) -> None:
-        self._rows.writerow(
-            [f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA else cell for cell in cells]
-        )
+        self._rows.writerow(map(cell, cells))
 
     def getvalue(self) -> str:
         return self._out.getvalue()
-
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def number(value: float) -> str:
@@ -274,36 +265,34 @@ def show(comparison: Comparison, console: "Console") -> None:
     """Prints table, answer, differences and notes."""
     from rich.table import Table
 
-    console.print(printable(question(comparison)), style="bold", highlight=False, markup=False)
+    console.print(harmless(question(comparison)), style="bold", highlight=False, markup=False)
     heads, rows = table(comparison)
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for head in heads:
-        shown.add_column(printable(head), justify="left" if head == "group" else "right", overflow="fold")
+        shown.add_column(harmless(head), justify="left" if head == "group" else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*map(printable, row))
+        shown.add_row(*map(harmless, row))
     console.print(shown, highlight=False, markup=False)
-    console.print(printable(headline(comparison)), highlight=False, markup=False)
+    console.print(harmless(headline(comparison)), highlight=False, markup=False)
     heads, rows = task_table(comparison)
     if rows:
         console.print("\nmean of each task", style="bold")
         tasks = Table(box=None, pad_edge=False, header_style="dim")
         for head in heads:
-            tasks.add_column(
-                printable(head), justify="left" if head == heads[0] else "right", overflow="fold"
-            )
+            tasks.add_column(harmless(head), justify="left" if head == heads[0] else "right", overflow="fold")
         for row in rows:
-            tasks.add_row(*map(printable, row))
+            tasks.add_row(*map(harmless, row))
         console.print(tasks, highlight=False, markup=False)
     if comparison.differences and len(comparison.groups) > 1:
         console.print("\nconfig keys that differ", style="bold")
         differences = Table(box=None, pad_edge=False, header_style="dim")
         for head in ("key", *(group.label for group in comparison.groups)):
-            differences.add_column(printable(head), overflow="fold")
+            differences.add_column(harmless(head), overflow="fold")
         for key, values in comparison.differences.items():
-            differences.add_row(*map(printable, [key, *(values[group.label] for group in comparison.groups)]))
+            differences.add_row(*map(harmless, [key, *(values[group.label] for group in comparison.groups)]))
         console.print(differences, highlight=False, markup=False)
     for note in comparison.notes:
-        console.print(printable(f"note: {note}"), style="dim", highlight=False, markup=False)
+        console.print(harmless(f"note: {note}"), style="dim", highlight=False, markup=False)
 
 
 def markdown(comparisons: Sequence[Comparison], figure: str = "") -> str:
@@ -333,7 +322,7 @@ def markdown(comparisons: Sequence[Comparison], figure: str = "") -> str:
 
 def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
     return "\n".join([line(heads), line(["---"] * len(heads)), *map(line, rows)])
 

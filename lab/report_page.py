@@ -1,7 +1,5 @@
 """A comparison as one HTML file: plots to hover, zoom and filter, tables to sort; nothing is loaded."""
 
-import html
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lab.compare import Comparison, Group
+from lab.escape import markup, script_data
 from lab.records import Series
 from lab.report import headline, number, question, table, task_table
 from lab.report_plot import has_profile, palette, runs_are_few, score_label
@@ -30,19 +29,20 @@ def page(comparisons: Sequence[Comparison], title: str, command: str) -> str:
         command: what made it, shown below the title.
     """
     colors = palette(comparisons)
+    data = [_comparison(comparison, colors) for comparison in comparisons]
     sections = [_section(index, comparison, colors) for index, comparison in enumerate(comparisons)]
     places = [
-        f'<a href="#metric{index}">{_e(comparison.question.metric)}</a>'
+        f'<a href="#metric{index}">{markup(comparison.question.metric)}</a>'
         for index, comparison in enumerate(comparisons)
     ]
     # Whatever stands in a label: the browser is told to load nothing.
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{_e(title)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{markup(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width"><style>
 {_asset("page.css")}</style></head><body>
-<h1>{_e(title)}</h1><code>{_e(command)}</code>
+<h1>{markup(title)}</h1><code>{markup(command)}</code>
 <nav aria-label="metrics">{" &middot; ".join(places) if len(places) > 1 else ""}</nav>
 <div id="tools" role="search">
 <input id="search" type="search" placeholder="filter groups and runs" aria-label="filter groups and runs">
@@ -52,7 +52,7 @@ def page(comparisons: Sequence[Comparison], title: str, command: str) -> str:
 <span class="about">hover to compare, click to keep, drag to zoom, double-click to see all</span></div>
 <main>{"".join(sections)}{_lineage(comparisons)}</main>
 <div id="tip" role="status" hidden></div>
-<script type="application/json" id="data">{_data(comparisons, colors)}</script>
+<script type="application/json" id="data">{script_data(data)}</script>
 <script>
 {_asset("page.js")}</script></body></html>
 """
@@ -62,24 +62,15 @@ def _asset(name: str) -> str:
     return (files("lab") / name).read_text(encoding="utf-8")
 
 
-def _e(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
-def _data(comparisons: Sequence[Comparison], colors: _Colors) -> str:
-    """What the script draws, as JSON; within <script> no < may be read as the beginning of a tag."""
-    values = [_comparison(comparison, colors) for comparison in comparisons]
-    return json.dumps(values, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
 def _section(index: int, comparison: Comparison, colors: _Colors) -> str:
     q, groups = comparison.question, comparison.groups
     labels = [group.label for group in groups]
     heads, rows = table(comparison)
     parts = [
-        f'<section id="metric{index}"><h2>{_e(q.metric)}</h2><p class="answer">{_e(headline(comparison))}</p>'
+        f'<section id="metric{index}"><h2>{markup(q.metric)}</h2>',
+        f'<p class="answer">{markup(headline(comparison))}</p>',
     ]
-    parts.append(f'<p class="about">{_e(question(comparison))}</p>')
+    parts.append(f'<p class="about">{markup(question(comparison))}</p>')
     parts.append(_table(f"groups by {q.metric}, the best first", heads, rows, labels, labels, colors))
     task_heads, task_rows = task_table(comparison)
     if task_rows:
@@ -91,7 +82,7 @@ def _section(index: int, comparison: Comparison, colors: _Colors) -> str:
     if has_profile(comparison):
         figures.append(("profile", f"performance profile: fraction of runs above each {q.metric}"))
     drawn = [
-        f'<figure id="{name}{index}"><figcaption>{_e(caption)}</figcaption></figure>'
+        f'<figure id="{name}{index}"><figcaption>{markup(caption)}</figcaption></figure>'
         for name, caption in figures
     ]
     parts.append(f'<div class="plots">{"".join(drawn)}</div>')
@@ -101,7 +92,7 @@ def _section(index: int, comparison: Comparison, colors: _Colors) -> str:
         parts.append(_table("config keys that differ", ["group", *keys], differing, labels, labels, colors))
     parts.append(_runs(comparison, colors))
     if comparison.notes:
-        notes = "".join(f"<li>{_e(note)}</li>" for note in comparison.notes)
+        notes = "".join(f"<li>{markup(note)}</li>" for note in comparison.notes)
         parts.append(f'<ul class="notes">{notes}</ul>')
     return "".join((*parts, "</section>"))
 
@@ -124,14 +115,17 @@ def _table(
     """
     lines = []
     for index, row in enumerate(rows):
-        about = f' data-group="{_e(labels[index])}" data-filter="{_e(marks[index])}"' if labels else ""
+        about = ""
+        if labels:
+            about = f' data-group="{markup(labels[index])}" data-filter="{markup(marks[index])}"'
         color = (colors or {}).get(labels[index]) if labels else None
         dot = f'<span class="dot" style="background:var(--c{color % 8})"></span>' if color is not None else ""
         cells = "".join(map(_cell, row[1:]))
-        lines.append(f'<tr{about}><th scope="row">{dot}{_e(row[0])}</th>{cells}</tr>')
-    top = "".join(f'<th scope="col"><button type="button">{_e(head)}</button></th>' for head in heads)
+        lines.append(f'<tr{about}><th scope="row">{dot}{markup(row[0])}</th>{cells}</tr>')
+    top = "".join(f'<th scope="col"><button type="button">{markup(head)}</button></th>' for head in heads)
     return (
-        f'<div class="wide{" tall" * (len(rows) > 30)}" tabindex="0"><table><caption>{_e(caption)}</caption>'
+        f'<div class="wide{" tall" * (len(rows) > 30)}" tabindex="0">'
+        f"<table><caption>{markup(caption)}</caption>"
         f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -140,8 +134,8 @@ def _cell(text: str) -> str:
     """A cell; numbers and points of intervals are sorted by their value, which may be written with commas."""
     found = re.match(r"[-+]?(\d[\d,]*\.?\d*(e[-+]?\d+)?)(?= |$)", text)
     if found is None:
-        return f'<td class="text">{_e(text)}</td>' if len(text) > 24 else f"<td>{_e(text)}</td>"
-    return f'<td data-value="{found[0].replace(",", "")}">{_e(text)}</td>'
+        return f'<td class="text">{markup(text)}</td>' if len(text) > 24 else f"<td>{markup(text)}</td>"
+    return f'<td data-value="{found[0].replace(",", "")}">{markup(text)}</td>'
 
 
 def _runs(comparison: Comparison, colors: _Colors) -> str:
@@ -251,10 +245,10 @@ def _lineage(comparisons: Sequence[Comparison]) -> str:
     for link in links:
         (x1, y1), (x2, y2) = place[link.parent], place[link.child]
         path = f"M{x1 + 180} {y1} C{x1 + 205} {y1} {x2 - 25} {y2} {x2} {y2}"
-        drawn.append(f'<path d="{path}"><title>{_e(link.sha256[:12])}</title></path>')
+        drawn.append(f'<path d="{path}"><title>{markup(link.sha256[:12])}</title></path>')
     for run, (x, y) in place.items():
-        text = f'<text x="{x + 8}" y="{y + 4}">{_e(names[run][:24])}</text>'
-        title = f"<title>{_e(f'{names[run]} ({run})')}</title>"
+        text = f'<text x="{x + 8}" y="{y + 4}">{markup(names[run][:24])}</text>'
+        title = f"<title>{markup(f'{names[run]} ({run})')}</title>"
         drawn.append(f'<g>{title}<rect x="{x}" y="{y - 15}" width="180" height="30" rx="5"/>{text}</g>')
     width, height = (max(p[i] for p in place.values()) for i in (0, 1))
     size = f'width="{width + 210}" height="{height + 30}"'

@@ -1,13 +1,12 @@
 """The picture of a comparison: curves with their bands, scores with their intervals. PNG or SVG."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.compare import Comparison, Group
-from lab.files import explain_write_errors, written_aside
+from lab.figure import drawn, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,12 +54,6 @@ def score_label(comparison: Comparison) -> str:
     return f"{q.metric}: single runs, mean, {q.confidence:.0%} interval"
 
 
-def literal(text: str) -> str:
-    """A text as matplotlib shows it letter by letter: no formulas between dollar signs, no escapes."""
-    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-    return shown.replace("$", r"\$")
-
-
 def shortened(label: str, length: int = LABEL_LENGTH) -> str:
     """A label with its middle left out where it is long: what tells groups apart stands at the ends."""
     if len(label) <= length:
@@ -75,34 +68,25 @@ def draw(comparisons: Sequence[Comparison], paths: Sequence[Path]) -> None:
     Raises:
         LabError: a file cannot be written.
     """
-    from matplotlib.figure import Figure
-
     colors = palette(comparisons)
     most = max(len(comparison.groups) for comparison in comparisons)
     many = most > 2 * len(COLORS)
     tall = 0.24 * most + 0.9  # inches for a row of text each
-    if many:
-        figure = Figure(figsize=(11, (3.8 + tall) * len(comparisons)), layout="constrained", dpi=110)
-        grid = figure.subplots(
-            2 * len(comparisons), 1, height_ratios=[3.8, tall] * len(comparisons), squeeze=False
-        )
-        pairs = grid.reshape(len(comparisons), 2)
-    else:
-        height = max(3.6, tall)
-        figure = Figure(figsize=(12, height * len(comparisons)), layout="constrained", dpi=110)
-        pairs = figure.subplots(len(comparisons), 2, squeeze=False, width_ratios=[3, 2])
-    for (curves, scores), comparison in zip(pairs, comparisons, strict=True):
-        _draw_curves(curves, comparison, colors)
-        _draw_scores(scores, comparison, colors)
-        for axes in (curves, scores):
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box in its place
-        for path in paths:
-            explained = explain_write_errors(str(path), "Free some space and try again.")
-            with explained, written_aside(path) as aside:
-                figure.savefig(aside, format=path.suffix[1:])
+    width, height = (11, 3.8 + tall) if many else (12, max(3.6, tall))
+    with drawn(paths, width, height * len(comparisons), dpi=110) as figure:
+        if many:
+            grid = figure.subplots(
+                2 * len(comparisons), 1, height_ratios=[3.8, tall] * len(comparisons), squeeze=False
+            )
+            pairs = grid.reshape(len(comparisons), 2)
+        else:
+            pairs = figure.subplots(len(comparisons), 2, squeeze=False, width_ratios=[3, 2])
+        for (curves, scores), comparison in zip(pairs, comparisons, strict=True):
+            _draw_curves(curves, comparison, colors)
+            _draw_scores(scores, comparison, colors)
+            for axes in (curves, scores):
+                axes.grid(alpha=0.25)
+                axes.spines[["top", "right"]].set_visible(False)
 
 
 def _style(number: int | None) -> tuple[str, str | tuple[int, tuple[int, ...]]]:
@@ -130,7 +114,7 @@ def _draw_curves(axes: "Axes", comparison: Comparison, colors: dict[str, int | N
         axes.plot(x, mean, color=color, ls=dash, lw=width, alpha=1 if number is not None else 0.6)
         if number is not None:
             axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-    axes.set(xlabel=literal(comparison.x_label), ylabel=literal(q.metric))
+    axes.set(xlabel=shown(comparison.x_label), ylabel=shown(q.metric))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     said = "color as in the plot of scores" + (f"; {grey} groups in grey" if grey else "")
     if all(group.curve is None for group in comparison.groups):
@@ -146,8 +130,8 @@ def _draw_scores(axes: "Axes", comparison: Comparison, colors: dict[str, int | N
     for group, y in zip(groups, places, strict=True):
         color, dash = _style(colors[group.label])
         _draw_score(axes, group, y, color, dash)
-    axes.set(xlabel=literal(score_label(comparison)))
-    axes.set_yticks(list(places), [literal(shortened(f"{group.label} (n={group.n})")) for group in groups])
+    axes.set(xlabel=shown(score_label(comparison)))
+    axes.set_yticks(list(places), [shortened(shown(f"{group.label} (n={group.n})")) for group in groups])
     for tick, group in zip(axes.get_yticklabels(), groups, strict=True):
         tick.set_color(_style(colors[group.label])[0] if colors[group.label] is not None else "#555")
         tick.set_fontsize(9)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lab.errors import LabError
+from lab.figure import drawn
 from lab.files import explain_write_errors, written_aside
 from lab.tracking import read_metrics
 from rlhf import intervals
@@ -378,36 +379,32 @@ def overoptimization_plot(metrics: Path, path: Path, sft: Mapping[str, Mapping[s
     rows = [row for row in read_metrics(metrics) if "objective/kl" in row]
     if not rows or "proxy" not in sft:
         return False
-    from matplotlib.figure import Figure
-
     kl = np.array([row["objective/kl"] for row in rows])
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color=_GREY, linewidth=0.9, linestyle=":")
-    curves = [("proxy", "objective/scores", "reward model (what PPO maximises)", _PROXY, "-", "o")]
-    if "gold" in sft and all("objective/gold_scores" in row for row in rows):
-        curves.append(("gold", "objective/gold_scores", "labeler (what was meant)", _GOLD, "--", "^"))
-    for which, key, label, color, dashes, marker in curves:
-        spread = sft[which]["std"]
-        if not spread > 0:
-            label += ", its points: SFT's answers all have one score"
-        values = (np.array([row[key] for row in rows]) - sft[which]["mean"]) / (spread or 1.0)
-        axes.scatter(kl, values, s=10, color=color, alpha=0.3, linewidths=0, marker=marker)
-        window = max(1, len(values) // 12)
-        kernel = np.ones(window) / window
-        x, y = np.convolve(kl, kernel, "valid"), np.convolve(values, kernel, "valid")
-        axes.plot(x, y, dashes, color=color, linewidth=2, label=label)
-    axes.set(
-        xlabel="KL to the SFT policy, nats per answer",
-        ylabel="mean score, in standard deviations\nof the SFT policy's answers from their mean",
-        title="Proxy and gold against KL over PPO",
-    )
-    axes.legend(loc="best", fontsize=9, frameon=False)
-    axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
-        figure.savefig(aside, format="png")
+    with drawn(path, 7, 4) as figure:
+        axes = figure.subplots()
+        axes.axhline(0, color=_GREY, linewidth=0.9, linestyle=":")
+        curves = [("proxy", "objective/scores", "reward model (what PPO maximises)", _PROXY, "-", "o")]
+        if "gold" in sft and all("objective/gold_scores" in row for row in rows):
+            curves.append(("gold", "objective/gold_scores", "labeler (what was meant)", _GOLD, "--", "^"))
+        for which, key, label, color, dashes, marker in curves:
+            spread = sft[which]["std"]
+            if not spread > 0:
+                label += ", its points: SFT's answers all have one score"
+            values = (np.array([row[key] for row in rows]) - sft[which]["mean"]) / (spread or 1.0)
+            axes.scatter(kl, values, s=10, color=color, alpha=0.3, linewidths=0, marker=marker)
+            window = max(1, len(values) // 12)
+            kernel = np.ones(window) / window
+            x, y = np.convolve(kl, kernel, "valid"), np.convolve(values, kernel, "valid")
+            axes.plot(x, y, dashes, color=color, linewidth=2, label=label)
+        axes.set(
+            xlabel="KL to the SFT policy, nats per answer",
+            ylabel="mean score, in standard deviations\nof the SFT policy's answers from their mean",
+            title="Proxy and gold against KL over PPO",
+        )
+        axes.legend(loc="best", fontsize=9, frameon=False)
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
     return True
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.errors import LabError
-from lab.files import explain_write_errors, written_aside
+from lab.figure import drawn
 from lab.statistics import wilson_interval
 from rlhf.agreement import evaluating, first_that_agrees, make_probe, name_of, tolerance
 from rlhf.data import ordered_pairs
@@ -384,8 +384,6 @@ def calibration_plot(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         LabError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     bins = report["by_confidence"]
@@ -394,53 +392,50 @@ def calibration_plot(report: Mapping[str, Any], path: Path) -> None:
     pairs = [b["pairs"] for b in bins]
     error = [_wilson_error(a, n) for a, n in zip(accuracy, pairs, strict=True)]
 
-    figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
-    upper.plot([0.5, 1], [0.5, 1], color=_GREY, linewidth=0.9, linestyle="--", label="calibrated")
-    upper.errorbar(
-        confidence,
-        accuracy,
-        [*zip(*error, strict=True)],
-        fmt="o",
-        color=_BLUE,
-        capsize=3,
-        label="reward model, with standard error",
-    )
-    upper.set(
-        title=f"{report['accuracy']:.1%} ({report['accuracy_low']:.1%} to {report['accuracy_high']:.1%}) of "
-        f"{report['pairs']:,} held-out pairs in the right order",
-        ylabel="observed: in the right order",
-        xlim=(0.49, 1.01),
-        ylim=(None, 1.03),
-    )
-    upper.legend(
-        loc="best",
-        fontsize=8,
-        title=f"Brier score {report['brier']:.3f}\n"
-        f"expected calibration error {report['expected_calibration_error']:.3f}",
-        title_fontsize=8,
-        alignment="left",
-    )
-    bars = lower.bar(
-        [b["low"] for b in bins],
-        pairs,
-        [b["high"] - b["low"] for b in bins],
-        align="edge",
-        color=_BLUE,
-        alpha=0.5,
-        edgecolor="white",
-    )
-    lower.bar_label(bars, [f"{n:,}" for n in pairs], fontsize=7, color=_GREY)
-    lower.margins(y=0.25)
-    lower.set_yticks([])  # the numbers are on the bars
-    lower.set(xlabel="predicted: sigmoid of the difference of rewards", ylabel="pairs")
-    for axes in (upper, lower):
-        axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    upper.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
-        figure.savefig(aside, format="png")
+    with drawn(path, 6, 6) as figure:
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
+        upper.plot([0.5, 1], [0.5, 1], color=_GREY, linewidth=0.9, linestyle="--", label="calibrated")
+        upper.errorbar(
+            confidence,
+            accuracy,
+            [*zip(*error, strict=True)],
+            fmt="o",
+            color=_BLUE,
+            capsize=3,
+            label="reward model, with standard error",
+        )
+        upper.set(
+            title=f"{report['accuracy']:.1%} ({report['accuracy_low']:.1%} to {report['accuracy_high']:.1%}) "
+            f"of {report['pairs']:,} held-out pairs in the right order",
+            ylabel="observed: in the right order",
+            xlim=(0.49, 1.01),
+            ylim=(None, 1.03),
+        )
+        upper.legend(
+            loc="best",
+            fontsize=8,
+            title=f"Brier score {report['brier']:.3f}\n"
+            f"expected calibration error {report['expected_calibration_error']:.3f}",
+            title_fontsize=8,
+            alignment="left",
+        )
+        bars = lower.bar(
+            [b["low"] for b in bins],
+            pairs,
+            [b["high"] - b["low"] for b in bins],
+            align="edge",
+            color=_BLUE,
+            alpha=0.5,
+            edgecolor="white",
+        )
+        lower.bar_label(bars, [f"{n:,}" for n in pairs], fontsize=7, color=_GREY)
+        lower.margins(y=0.25)
+        lower.set_yticks([])  # the numbers are on the bars
+        lower.set(xlabel="predicted: sigmoid of the difference of rewards", ylabel="pairs")
+        for axes in (upper, lower):
+            axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
+            axes.grid(alpha=0.25)
+            axes.set_axisbelow(True)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        upper.yaxis.set_major_formatter(PercentFormatter(1, 0))

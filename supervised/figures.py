@@ -1,34 +1,17 @@
 """Pictures of what a model was shown, made and learned."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lab.files import explain_write_errors, written_aside
+from lab.figure import drawn, shown
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#e08a1e", "#666666"
 LARGEST, LABELS = 22.0, 60
 """Inches of a matrix's side, and rows or columns up to which each has its name: a thousand would take
 gigabytes to draw, and nobody could read them."""
-
-
-@contextmanager
-def drawn(path: Path, width: float, height: float) -> Iterator[Any]:
-    """Yields a matplotlib figure of this size in inches; what is drawn on it becomes a PNG."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context({"text.parse_math": False}):  # a dollar in the name of a class is one
-        figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-        with explain_write_errors(str(path), "Free some space and try again."), written_aside(path) as aside:
-            figure.savefig(aside, format="png")
 
 
 def image_grid(
@@ -53,7 +36,7 @@ def image_grid(
             _show(axes, image)
             if titles is not None:
                 color = ORANGE if wrong and wrong[i] else "black"
-                axes.set_title(_label(titles[i]), fontsize=7, color=color, pad=2)
+                axes.set_title(shown(titles[i]), fontsize=7, color=color, pad=2)
     return path
 
 
@@ -109,7 +92,7 @@ def confusion(path: Path, counts: np.ndarray, classes: Sequence[str]) -> Path:
         axes = figure.add_subplot()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if n <= LABELS:
-            names = [_label(name) for name in classes]
+            names = [shown(name) for name in classes]
             axes.set_xticks(range(n), names, rotation=45, ha="right", fontsize=8)
             axes.set_yticks(range(n), names, fontsize=8)
         axes.set(xlabel="taken for", ylabel="is")
@@ -160,7 +143,7 @@ def learning_curve(path: Path, rows: Sequence[Mapping[str, Any]], headline: str)
             others = {key: row[key] for row in rows for key in row if key.endswith(f"_{name}")}
             for style, (key, value) in zip(("--", ":"), sorted(others.items()), strict=False):
                 other = key.removeprefix("eval/").removesuffix(f"_{name}")
-                axes.axhline(value, color=GREY, linestyle=style, label=other)
+                axes.axhline(value, color=GREY, linestyle=style, label=shown(other))
             axes.set(xlabel="optimiser steps", ylabel=name.replace("_", " "))
             axes.grid(alpha=0.25)
             for side in ("top", "right"):
@@ -199,9 +182,9 @@ def attention(path: Path, weights: np.ndarray, columns: Sequence[str], rows: Seq
         axes = figure.add_subplot()
         axes.imshow(weights, cmap="Blues", vmin=0)
         if len(columns) <= LABELS:
-            axes.set_xticks(range(len(columns)), map(_label, columns), rotation=60, ha="right", fontsize=8)
+            axes.set_xticks(range(len(columns)), map(shown, columns), rotation=60, ha="right", fontsize=8)
         if len(rows) <= LABELS:
-            axes.set_yticks(range(len(rows)), map(_label, rows), fontsize=8)
+            axes.set_yticks(range(len(rows)), map(shown, rows), fontsize=8)
         axes.set_xlabel("looked at", fontsize=8, color=GREY)
         axes.set_ylabel("looks", fontsize=8, color=GREY)
     return path
@@ -252,24 +235,9 @@ def diffusion(
     return path
 
 
-def _label(token: str) -> str:
-    """A text as the font can show it: what it has no glyph for, by its number."""
-    known = _glyphs()
-    shown = (c if c.isprintable() and ord(c) in known else c.encode("unicode_escape").decode() for c in token)
-    return "".join(shown)
-
-
-@cache
-def _glyphs() -> Mapping[int, int]:
-    """What matplotlib's own font can show, by code point."""
-    from matplotlib.font_manager import findfont, get_font
-
-    return get_font(findfont("DejaVu Sans")).get_charmap()
-
-
 def _show(axes: Any, image: np.ndarray) -> None:
     """One image (channels, height, width)."""
-    shown = image.transpose(1, 2, 0) if len(image) in (3, 4) else image.mean(0)
+    pixels = image.transpose(1, 2, 0) if len(image) in (3, 4) else image.mean(0)
     whole = 255 if image.dtype == np.uint8 else 1.0
-    axes.imshow(np.clip(shown / whole, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(np.clip(pixels / whole, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.axis("off")

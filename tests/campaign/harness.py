@@ -41,11 +41,12 @@ class Result:
         if self.code not in (0, 2):
             return f"exit code {self.code}"
         lines = [line for line in self.err.splitlines() if line.startswith("lab: ")]
+        lines = lines or self.out.splitlines()  # `lab sync` lists there what became of each run
         if self.code == 2 and not 1 <= len(lines) <= LINES:
-            return f"{len(lines)} lines of refusal"
+            return f"{len(lines)} lines of refusal: {self.err[-300:]!r}"
         if any(len(line) > 1_500 for line in self.err.splitlines()):
             return "a line of more than 1,500 characters"
-        if any(not c.isprintable() and c not in "\n\t\r" for c in self.err):
+        if any(not c.isprintable() and c not in "\n\t\r" for c in self.err + self.out):
             return "control characters on the terminal"
         return ""
 

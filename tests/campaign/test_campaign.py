@@ -192,24 +192,13 @@ def _stopped_after(seconds: float, *arguments: str) -> Callable[[], int]:
 
 
 @pytest.fixture(scope="module")
-def theirs(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs of all three kinds, and one that can be resumed."""
-    root = tmp_path_factory.mktemp("theirs")
-    runs = {"rl": finished_run}
-    scratch = tmp_path_factory.mktemp("scratch")
-    dqn = [str(DQN), *TINY, "--tracking.wandb=disabled", "--agent.buffer_size=2000"]
-    for name, arguments in {
-        "dqn": ["train", *[word for word in dqn if "rollout_steps" not in word and "minibatch" not in word]],
-        "supervised": ["train", str(_smallest()), "--smoke"],
-    }.items():
-        result = forked(lab(*arguments, "--out", str(root / name)), root, scratch)
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each kind."""
+    root, scratch = (tmp_path_factory.mktemp(name) for name in ("theirs", "scratch"))
+    for name, (begin, _) in _pipelines(root).items():
+        result = forked(lab(*[word.replace("RUN", name) for word in begin]), root, scratch)
         assert result.code == 0, f"{name}: {result.err}"
-        runs[name] = root / name
-    furnish(root)
-    (root / "rlhf.yaml").write_text(yaml.safe_dump(values(data={"comparisons": "collect"})))
-    result = forked(lab("rlhf", "rlhf.yaml", "--out", "rlhf", "--trust"), root, scratch)
-    assert result.code == 0, result.err
-    return runs | {"rlhf": root / "rlhf"}
+    return {name: root / name for name in COMMANDS}
 
 
 def _smallest() -> Path:
@@ -217,7 +206,7 @@ def _smallest() -> Path:
 
 
 COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "rl": (
+    "pqn": (
         ("evaluate", "RUN", "--episodes=1", "--json"),
         ("play", "RUN", "--max_steps=3"),
         ("export", "RUN"),
@@ -295,7 +284,7 @@ def _remove(path: Path) -> None:
 def _pipelines(root: Path) -> dict[str, tuple[list[str], list[str]]]:
     """Of each pipeline: how a tiny run begins and how it goes on; the folder is RUN."""
     furnish(root)
-    recipe = values(data={"comparisons": "collect"}, seed=3)
+    recipe = values(data={"comparisons": "collect"}) | {"seed": 3}
     (root / "rlhf.yaml").write_text(yaml.safe_dump(recipe))
     (root / "mlp.yaml").write_text(_smallest().read_text())
     pqn = ["train", str(PONG), *TINY, "--tracking.wandb=disabled", "--out", "RUN"]
