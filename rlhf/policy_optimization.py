@@ -41,9 +41,6 @@ class RewardOfIds:
         """Scores, float32 (answers,)."""
         return self.scorer.score_ids(prompt_ids, completion_ids, self.batch_size)
 
-    def __call__(self, **_: Any) -> list[float]:
-        raise LabError("the reward model scores token ids, not text")
-
 
 class _Trainer(StageTrainer, PPOTrainer):
     """PPOTrainer with the lab's checkpoints, tables of samples, and the labeler's opinion beside."""

@@ -110,6 +110,13 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
             notes.append(
                 f"{unseen[1]:,} prompts to evaluate on are trained on, and left out of the evaluation"
             )
+    test_part = found.get(Needed("demonstrations", settings.data.demonstrations, "eval"))
+    if whole and not problems and test_part:
+        held_out = attempt(lambda: splits.demonstrations(settings)[1])
+        if held_out is not None and (shared := len(test_part.rows) - len(held_out)):
+            notes.append(
+                f"{shared:,} held-out demonstrations have prompts that are trained on, and are left out"
+            )
     if "ppo" in stages and settings.ppo.ptx_coef:
         demonstrations = found.get(Needed("demonstrations", settings.data.demonstrations))
         if demonstrations and "completion" not in demonstrations.rows.column_names:
