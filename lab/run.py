@@ -46,6 +46,10 @@ class Run:
         self.folder, self.info = folder, info
         self._lock: IO[str] | None = None
 
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None) is not None:  # it was refused before it went on
+            self._release_lock()
+
     @staticmethod
     def check_new(folder: Path) -> None:
         """Raises a `LabError` unless a new run may be created in `folder`."""

@@ -109,7 +109,9 @@ def enlargement(model: Any, row: Sequence[int]) -> float:
     head = inner_model(model).get_output_embeddings()
     spread: list[float] = []
     if head is not None:
-        handle = head.register_forward_hook(lambda _, __, output: spread.append(float(output.float().std())))
+        handle = head.register_forward_hook(
+            lambda _, __, output: spread.append(float(output.float().std(correction=0)))
+        )
         try:
             plain_logits(model, row)
         finally:
@@ -168,7 +170,7 @@ def tolerance(model: Any, truth: Sequence[Tensor]) -> float:
     coarse = torch.is_autocast_enabled(kind) or weight.dtype != torch.float32
     if not coarse:
         return FP32_TOLERANCE
-    return max(FP32_TOLERANCE, BF16_TOLERANCE * max(float(x.std()) for x in truth))
+    return max(FP32_TOLERANCE, BF16_TOLERANCE * max(float(x.std(correction=0)) for x in truth))
 
 
 def name_of(model: Any) -> str:
@@ -232,7 +234,7 @@ def check_training_mode(model: Any) -> None:
                 passes.append(inner(input_ids=ids, **_no_cache(inner)).logits.float())
     finally:
         model.train(training)
-    scale = max(float(passes[0].std()), 1e-6)
+    scale = max(float(passes[0].std(correction=0)), 1e-6)
     apart = max(float((other - passes[0]).abs().max()) for other in passes[1:]) / scale
     if not apart <= tolerance(model, [passes[0] / scale]):
         raise LabError(

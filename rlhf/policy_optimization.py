@@ -216,7 +216,7 @@ def _check_same_scores(merged: RewardScorer, shared: RewardScorer, folder: Path)
     probe = make_probe(merged.config)
     ours, own = (scorer.score_ids(probe.prompts, probe.answers) for scorer in (shared, merged))
     apart = float((ours - own).abs().max())
-    if not apart <= tolerance(merged.model, [own]) * max(1.0, float(own.std())):
+    if not apart <= tolerance(merged.model, [own]) * max(1.0, float(own.std(correction=0))):
         raise LabError(
             f"{folder}: as an adapter of the policy the reward model scores otherwise than by itself (by "
             f"{apart:.2g}). Train both stages from one model, or set model.lora_rank to 0."

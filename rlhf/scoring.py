@@ -158,7 +158,7 @@ def _find_score_reading(classifier: Any) -> ScoreReading:
             truth = compute(plainest)
         else:
             truth = [own(row, n) for row, n in zip(probe.rows, wanted, strict=True)]
-        spread = max(float(torch.cat(truth).std()), 1e-6)
+        spread = max(float(torch.cat(truth).std(correction=0)), 1e-6)
         within = spread * tolerance(classifier, [scores / spread for scores in truth])
         way, refused = first_that_agrees(ways, compute, truth, within)
     if way is None:

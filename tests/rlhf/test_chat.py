@@ -455,7 +455,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
         run_chat(folders["one"], "--against", tmp_path)
     with pytest.raises(LabError, match="is a reward model"):
         run_chat(folders["reward"])
-    with pytest.raises(LabError, match="must not be negative"):
+    with pytest.raises(LabError, match="must be a number that is not negative"):
         run_chat(folders["one"], "--temperature", -1)
     with pytest.raises(LabError, match="at least 1"):
         run_chat(folders["one"], "--max_new_tokens", 0)

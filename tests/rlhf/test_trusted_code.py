@@ -68,7 +68,8 @@ def test_evaluating_a_run_runs_nothing_that_its_record_names(
 def test_a_config_is_not_trusted_either(
     place: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert NAME in refused(capsys, command, "config.yaml", "--out", "other")
+    line = refused(capsys, command, "config.yaml", "--out", "other")
+    assert NAME in line or (command == "collect" and "stage sft is not begun" in line)
     assert not (place / "it_ran").exists()
     assert not (place / "other").exists()
 
@@ -126,7 +127,7 @@ def test_a_record_sends_nothing_to_the_host_it_names(
     labeler = {"name": f"judge:{url}", "model": "m", "api_key_env": "AWS_SECRET_ACCESS_KEY"}
     for path in (place / "run").glob("*/run.json"):
         info = json.loads(path.read_text())
-        info["config"]["collect"]["labeler"] = labeler
+        info["config"]["collect"]["labeler"] = info["config"]["eval"]["labeler"] = labeler
         path.write_text(json.dumps(info))
     line = refused(capsys, "evaluate", "run")
     assert f"--trust={'judge:' + url + ('#AWS_SECRET_ACCESS_KEY' if key else '')}" in line.replace("'", "")

@@ -159,7 +159,7 @@ def test_other_inputs_need_a_number() -> None:
         (["resnet18", "--img_size=1e9"], "takes no image of img_size"),
         (["resnet18", "--in_chans=1e30"], "Overflow"),
         (["gpt3-175b", "--n_layer=9999999"], "above 10,000"),
-        (["resnet18", "--classes=" + 20 * "9"], "cannot be counted"),
+        (["resnet18", "--classes=" + 20 * "9"], "is more than 1,000,000,000"),
         (["drqn", "--classes=3"], "--classes is for classifiers, not for drqn"),
         (["impala_cnn", "--channels=[]"], "channels [] must be positive"),
         (["nature_cnn", "--width=0"], "width 0 must be positive"),
