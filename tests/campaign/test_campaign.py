@@ -30,6 +30,14 @@ SAMPLE = 24
 """Cases of each campaign in the ordinary suite."""
 
 
+def parts(cases: int, of: int, start: int) -> list[Any]:
+    """All cases of a campaign, in parts that each end within a test's time: (cases, first seed)."""
+    return [
+        pytest.param(of, start + done, id=f"all{done // of}", marks=pytest.mark.slow)
+        for done in range(0, cases, of)
+    ]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No network, no keys, nobody's home; and torch in one thread, as its threads do not survive a fork."""
@@ -89,7 +97,7 @@ _OURS = ("place", "scratch", "elsewhere")
 
 @pytest.mark.parametrize(
     ("cases", "start"),
-    [pytest.param(SAMPLE, 0, id="sample"), pytest.param(2_000, 10_000, id="all", marks=pytest.mark.slow)],
+    [pytest.param(SAMPLE, 0, id="sample"), *parts(2_000, of=200, start=10_000)],
 )
 def test_configs_that_nobody_means(
     place: Path, cases: int, start: int, capsys: pytest.CaptureFixture[str]
@@ -149,7 +157,7 @@ def _as_command(do: Callable[[], int]) -> Callable[[], int]:
     ("cases", "start"),
     [
         pytest.param(6, 0, id="sample", marks=pytest.mark.slow),
-        pytest.param(150, 20_000, id="all", marks=pytest.mark.slow),
+        *parts(150, of=25, start=20_000),
     ],
 )
 def test_extreme_values_really_run(
@@ -240,7 +248,7 @@ ANY: tuple[tuple[str, ...], ...] = (
     ("cases", "start"),
     [
         pytest.param(SAMPLE, 0, id="sample", marks=pytest.mark.slow),
-        pytest.param(500, 30_000, id="all", marks=pytest.mark.slow),
+        *parts(500, of=100, start=30_000),
     ],
 )
 def test_folders_that_nobody_left(
@@ -317,7 +325,7 @@ def _weights(run: Path) -> dict[str, bytes]:
     ("kills", "seed"),
     [
         pytest.param(4, 0, id="sample", marks=pytest.mark.slow),
-        pytest.param(100, 1, id="all", marks=pytest.mark.slow),
+        *parts(100, of=20, start=1),
     ],
 )
 def test_killed_at_any_moment_the_weights_are_the_same(
@@ -357,7 +365,7 @@ def test_killed_at_any_moment_the_weights_are_the_same(
     ("sizes", "seed"),
     [
         pytest.param(3, 0, id="sample", marks=pytest.mark.slow),
-        pytest.param(40, 1, id="all", marks=pytest.mark.slow),
+        *parts(40, of=10, start=1),
     ],
 )
 def test_a_disk_that_is_full_loses_nothing(
