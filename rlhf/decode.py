@@ -184,6 +184,8 @@ class Decoding:
         if not self.cached:
             return "without a cache, which takes long"
         parts = (
+            ("" if self.made else "with a cache that it makes itself"),
+            ("" if self.room or not self.made else "keys and values are copied for every token"),
             ("" if self.selects else "no row is copied or dropped"),
             ("" if self.padded else "prompts of each length by themselves"),
         )
@@ -191,11 +193,10 @@ class Decoding:
 
 
 DECODINGS = (
-    Decoding(),
     *(
-        Decoding(room=False, made=made, padded=padded, selects=selects)
+        Decoding(room=room, made=made, padded=padded, selects=selects)
         for padded, selects in ((True, True), (True, False), (False, True), (False, False))
-        for made in (True, False)
+        for room, made in ((True, True), (False, True), (False, False))
     ),
     Decoding(cached=False, room=False, padded=False),
 )

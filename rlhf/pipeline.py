@@ -213,13 +213,12 @@ def run_stages(
         for name in [stage] if stage in done else recipe.parents(stage):
             if only or name in done:
                 recipe.result(name)
-    if due:
-        _check_sources(recipe, due, restart_from)
+    counts = _check_sources(recipe, due, restart_from) if due else {}
     for line in found.said:
         print(line, flush=True)
     run: Callable[[str], bool] | None = None
     if due:
-        run = _runner(recipe)
+        run = _runner(recipe, counts)
         _put_aside(recipe, aside, found)
         sharing.write(recipe.folder, found)
     for stage in wanted:
@@ -231,7 +230,7 @@ def run_stages(
             return
 
 
-def _runner(recipe: Recipe) -> Callable[[str], bool]:
+def _runner(recipe: Recipe, counts: Mapping[str, Any]) -> Callable[[str], bool]:
     """What runs a stage; torch is loaded here, and a device that is not there refused."""
     quiet_threads()
     from lab.device import resolve
@@ -239,16 +238,23 @@ def _runner(recipe: Recipe) -> Callable[[str], bool]:
 
     resolve(recipe.settings.device)
     mode, why = tracking.choose_mode(recipe.settings.tracking.wandb)
-    return lambda stage: run_stage(recipe, stage, mode, why)
+    return lambda stage: run_stage(recipe, stage, mode, why, counts.get(stage, {}))
 
 
-def _check_sources(recipe: Recipe, stages: Sequence[str], first_again: str | None) -> None:
-    """Raises for anything that these stages cannot use, before anything is trained, moved or written."""
+def _check_sources(
+    recipe: Recipe, stages: Sequence[str], first_again: str | None
+) -> dict[str, dict[str, Any]]:
+    """What each stage will not use of its data, by reason; says so, too.
+
+    Raises for anything that these stages cannot use, before anything is trained, moved or written.
+    """
     _check_labelers(recipe.settings, stages)
     begins = first_again == "sft" or recipe.state("sft") not in ("finished", "taken")
     policy = None if begins else recipe.of("sft") / "model"
-    for note in preflight.check(recipe.settings, stages, recipe.folder, policy):
+    found = preflight.check(recipe.settings, stages, recipe.folder, policy)
+    for note in found.notes:
         print(f"data     {note}", flush=True)
+    return {stage: found.of(recipe.settings, stage) for stage in stages}
 
 
 def _check_labelers(settings: RLHFRun, stages: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from rlhf.roles import AdapterClassifier
 from rlhf.scoring import RewardScorer
 from rlhf.sft import lora, tokenized
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
-from rlhf.tokenization import fitting_prompts, room_for_prompts, tokenize_prompt, tokenize_prompts
+from rlhf.tokenization import fitting_prompts, rendered, room_for_prompts, tokenize_prompt, tokenize_prompts
 
 # Tables of samples: so many answers, about so many tables a run.
 SAMPLES, TABLES = 8, 20
@@ -40,9 +40,6 @@ class RewardOfIds:
     def score_ids(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Any:
         """Scores, float32 (answers,)."""
         return self.scorer.score_ids(prompt_ids, completion_ids, self.batch_size)
-
-    def __call__(self, **_: Any) -> list[float]:
-        raise LabError("the reward model scores token ids, not text")
 
 
 class _Trainer(StageTrainer, PPOTrainer):
@@ -126,6 +123,7 @@ def train_policy(
             "the policy's tokens. Train both stages from one model."
         )
     source = settings.data.prompts or settings.data.demonstrations
+    prompts = rendered("prompts", prompts, tokenizer, settings.data)
     prompts, too_long = fitting_prompts(prompts, tokenizer, settings.data, source)
     stage.run.summarize(prompts={"rows": len(prompts), "too_long": too_long})
     reward_model.to(compute.device).requires_grad_(False)
@@ -239,5 +237,6 @@ def _check_end_token(scorer: RewardScorer, prompts: Any, tokenizer: Any) -> None
 
 def _ptx(demonstrations: Any, tokenizer: Any, settings: RLHFRun) -> list[dict[str, Any]]:
     """Demonstrations as token ids for the language-model loss beside PPO's."""
+    demonstrations = rendered("demonstrations", demonstrations, tokenizer, settings.data)
     rows, _ = tokenized(demonstrations, tokenizer, settings.data.max_length, settings.data.too_long)
     return rows.to_list()

@@ -185,6 +185,17 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horiz
     return kl_coef * (1 + error * episodes / horizon)
 
 
+class _ByIds:
+    """A reward that scores token ids alone, as GRPOTrainer asks for it: with a name, and callable."""
+
+    def __init__(self, reward: Any) -> None:
+        self.score_ids = reward.score_ids
+        self.__name__ = getattr(reward, "__name__", type(reward).__name__)
+
+    def __call__(self, **_: Any) -> list[float]:
+        raise LabError(f"{self.__name__}: scores token ids, not text")
+
+
 class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
     """PPO on TRL's `GRPOTrainer`.
 
@@ -193,8 +204,8 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
             the reward model. It is trained beside the policy. A callable is given the policy once it has its
             adapters and returns the critic (see `rlhf.roles`).
         ptx_dataset: rows of `input_ids` and `completion_mask` for the `ptx_coef` language-model loss.
-        reward_funcs: callables as GRPO's, or objects with `score_ids(prompt_ids, completion_ids)`, which
-            get the very token ids, end token included.
+        reward_funcs: one or a list of callables as GRPO's, or of objects with `score_ids(prompt_ids,
+            completion_ids)`, which get the very token ids, end token included, and need not be callable.
 
     All other arguments are `GRPOTrainer`'s.
     """
@@ -219,12 +230,19 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
 
     def __init__(
         self,
+        model: Any,
+        reward_funcs: Any = None,
         *args: Any,
         critic: nn.Module | str | Path | Callable[[Any], nn.Module],
         ptx_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        functions: list[Any] = [
+            _ByIds(one) if hasattr(one, "score_ids") and not callable(one) else one
+            for one in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])
+            if one is not None
+        ]
+        super().__init__(model, functions, *args, **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise LabError("PPOTrainer: a separate critic works on one process or with DDP, not when sharded")
         if self.ref_model is not None:
@@ -381,7 +399,7 @@ class PPOTrainer(checkpoints.PlainCheckpoints, GRPOTrainer):
             self.reward_funcs = functions
         for column, (own, function) in enumerate(zip(by_ids, functions, strict=True)):
             if own:
-                scores = function.score_ids(self._prompt_ids, completion_ids_list)
+                scores = torch.as_tensor(function.score_ids(self._prompt_ids, completion_ids_list))
                 rewards[:, column] = self.accelerator.gather(scores.to(rewards.device))
         return rewards
 

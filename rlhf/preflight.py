@@ -37,7 +37,7 @@ class Lengths:
     places: list[str] = field(default_factory=list)
     """Of the first that are too long."""
     unfit: dict[str, int] = field(default_factory=dict)
-    """Rows that cannot be tokenised, by why."""
+    """Rows that the chat template cannot render, by why; the rarest reasons as one."""
     unfit_places: list[str] = field(default_factory=list)
 
 
@@ -53,7 +53,25 @@ class Needed:
         return f"{self.source}{' (its part to evaluate on)' if self.split == 'eval' else ''}"
 
 
-def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Found:
+    """What the dry pass found."""
+
+    notes: list[str]
+    """What is to be said, a line each: rows left out, columns not used, room that is scarce."""
+    counts: dict[Needed, dict[str, Any]]
+    """Of what a recipe reads, its rows and how many of them are not used as they are, by reason."""
+
+    def of(self, settings: RLHFRun, stage: str) -> dict[str, dict[str, Any]]:
+        """The counts of what a stage reads, for its summary."""
+        return {
+            f"{one.kind}{' to evaluate on' if one.split == 'eval' else ''}": {"source": one.source, **counts}
+            for one in _needed(settings, [stage])
+            if (counts := self.counts.get(one))
+        }
+
+
+def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path | None = None) -> Found:
     """Looks at all that these stages will need.
 
     Args:
@@ -61,9 +79,6 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
         stages: those that will run.
         folder: of the recipe; it need not be there.
         policy: the model of the first stage, if that is finished.
-
-    Returns:
-        What is to be said, a line each: rows left out, columns not used, room that is scarce.
 
     Raises:
         LabError: all that must be put right before a stage can begin.
@@ -95,6 +110,13 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
             notes.append(
                 f"{unseen[1]:,} prompts to evaluate on are trained on, and left out of the evaluation"
             )
+    test_part = found.get(Needed("demonstrations", settings.data.demonstrations, "eval"))
+    if whole and not problems and test_part:
+        held_out = attempt(lambda: splits.demonstrations(settings)[1])
+        if held_out is not None and (shared := len(test_part.rows) - len(held_out)):
+            notes.append(
+                f"{shared:,} held-out demonstrations have prompts that are trained on, and are left out"
+            )
     if "ppo" in stages and settings.ppo.ptx_coef:
         demonstrations = found.get(Needed("demonstrations", settings.data.demonstrations))
         if demonstrations and "completion" not in demonstrations.rows.column_names:
@@ -105,19 +127,27 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
             f"data.max_length: {settings.data.max_length} is more than the model's {positions} positions. "
             "Lower it."
         )
+    counts: dict[Needed, dict[str, Any]] = {}
     if whole:
         tokenizer = attempt(lambda: _tokenizer(settings, policy, notes))
         for one, loaded in found.items():
             if tokenizer is not None:
                 lengths = _kept_lengths(settings, one, loaded, tokenizer)
                 _judge(settings, one, lengths, problems, notes)
+                counts[one] = _counts(loaded.left_out, lengths)
     _look_at_room(settings, stages, folder, size, problems, notes)
     if len(problems) == 1:
         raise LabError(problems[0])
     if problems:
         listed = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, 1))
         raise LabError(f"{len(problems)} things must be put right before a stage can begin:{listed}")
-    return notes
+    return Found(notes, counts)
+
+
+def _counts(left_out: data.Dropped, lengths: Lengths) -> dict[str, Any]:
+    reasons = {"bad_rows": left_out.reasons, "not_meant": left_out.not_meant, "not_rendered": lengths.unfit}
+    numbers = {"ties": left_out.ties, "too_long": lengths.too_long}
+    return {"rows": left_out.rows} | {k: v for k, v in (reasons | numbers).items() if v}
 
 
 def _needed(settings: RLHFRun, stages: Sequence[str]) -> Iterator[Needed]:
@@ -226,9 +256,15 @@ def _limit(settings: RLHFRun, kind: str) -> int:
 def _judge(settings: RLHFRun, one: Needed, lengths: Lengths, problems: list[str], notes: list[str]) -> None:
     """Says what must be done about rows that are too long or cannot be rendered."""
     what, limit, d = WHAT[one.kind], _limit(settings, one.kind), settings.data
+    unfit = sum(lengths.unfit.values())
     for reason, count in lengths.unfit.items():
-        where = data.named(lengths.unfit_places, count)
-        problems.append(f"{one}: {count:,} of {lengths.rows:,} {what}: {reason.rstrip('.')} ({where}).")
+        told = f"{one}: {count:,} of {lengths.rows:,} {what}: {reason.rstrip('.')}"
+        if d.bad_rows == "skip" and unfit < lengths.rows:
+            notes.append(f"{told}; left out")
+        else:
+            where = data.named(lengths.unfit_places, count)
+            remedy = "" if unfit == lengths.rows else " Correct or remove them, or set data.bad_rows to skip."
+            problems.append(f"{told} ({where}).{remedy}")
     if not lengths.too_long:
         return
     less = f" less data.max_new_tokens {d.max_new_tokens}" if one.kind == "prompts" else ""
@@ -273,50 +309,22 @@ def measure(kind: str, loaded: data.Loaded, tokenizer: Any, limit: int) -> Lengt
         loaded: the rows.
         limit: tokens that a row may have; of a comparison, its longest answer with the prompt.
     """
-    from rlhf.tokenization import BATCH, in_parallel
+    from rlhf.tokenization import counted, in_parallel
 
     lengths, unfit = Lengths(rows=len(loaded.rows)), Counter[str]()
     with in_parallel():
-        for begin in range(0, len(loaded.rows), BATCH):
-            rows = loaded.rows.select(range(begin, min(begin + BATCH, len(loaded.rows)))).to_list()
-            try:
-                counted: list[int | str] = [*_count(kind, rows, tokenizer)]
-            except LabError:
-                counted = [_count_one(kind, row, tokenizer) for row in rows]
-            for index, count in enumerate(counted, begin):
-                if isinstance(count, str):
-                    unfit[count] += 1
-                    if len(lengths.unfit_places) < data.NAMED:
-                        lengths.unfit_places.append(loaded.place(index))
-                    continue
-                lengths.longest = max(lengths.longest, count)
-                if count > limit:
-                    lengths.too_long += 1
-                    if len(lengths.places) < data.NAMED:
-                        lengths.places.append(loaded.place(index))
+        for index, count in enumerate(counted(kind, loaded.rows, tokenizer)):
+            if isinstance(count, str):
+                unfit[count] += 1
+                if len(lengths.unfit_places) < data.NAMED:
+                    lengths.unfit_places.append(loaded.place(index))
+                continue
+            lengths.longest = max(lengths.longest, count)
+            if count > limit:
+                lengths.too_long += 1
+                if len(lengths.places) < data.NAMED:
+                    lengths.places.append(loaded.place(index))
     lengths.unfit = dict(unfit.most_common(5))
+    if rest := unfit.total() - sum(lengths.unfit.values()):
+        lengths.unfit["the chat template cannot render them for other reasons"] = rest
     return lengths
-
-
-def _count(kind: str, rows: list[Any], tokenizer: Any) -> list[int]:
-    """Tokens of each row."""
-    from rlhf.tokenization import rows_of_ids, tokenize_prompts, tokenize_rows
-
-    if kind == "prompts":
-        return [len(ids) for ids in tokenize_prompts([row["prompt"] for row in rows], tokenizer)]
-    if kind == "demonstrations":
-        return [len(ids) for ids, *_ in rows_of_ids(rows, tokenizer)]
-    answers = [
-        (row["prompt"], completion, finished)
-        for row in rows
-        for completion, finished in zip(row["completions"], row["finished"], strict=True)
-    ]
-    counts = iter(len(prompt) + len(answer) for prompt, answer in tokenize_rows(answers, tokenizer))
-    return [max(next(counts) for _ in row["completions"]) for row in rows]
-
-
-def _count_one(kind: str, row: Any, tokenizer: Any) -> int | str:
-    try:
-        return _count(kind, [row], tokenizer)[0]
-    except LabError as error:
-        return str(error)

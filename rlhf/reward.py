@@ -14,7 +14,7 @@ from rlhf.ranking import RankingTrainer, center, init_head
 from rlhf.scoring import RewardScorer, calibration_plot, held_out_report, sequence_classifier
 from rlhf.sft import lora
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
-from rlhf.tokenization import fitting_answers, tokenize_rows
+from rlhf.tokenization import fitting_answers, rendered, tokenize_rows
 
 # Demonstrations the scores are centred on, and held-out comparisons they are scaled by, at most.
 AT_MOST = 512
@@ -48,6 +48,9 @@ def train_reward(
     """
     config = settings.reward
     model, tokenizer = models.open_reward(policy, models.keeps_frozen_format(settings.model, compute))
+    training, held_out = (
+        rendered("comparisons", rows, tokenizer, settings.data) for rows in (training, held_out)
+    )
     init_head(model, settings.seed)
     trainer = _Trainer(
         model=model,
@@ -70,6 +73,7 @@ def train_reward(
         return None
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if demonstrations is not None and "completion" in demonstrations.column_names:
+        demonstrations = rendered("demonstrations", demonstrations, tokenizer, settings.data)
         center(trained, tokenizer, _some_that_fit(demonstrations, tokenizer, settings))
     # Scored whole, whatever training does about those that are too long.
     fitting = fitting_answers(held_out.to_list(), tokenizer, settings.data.max_length)

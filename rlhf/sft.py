@@ -23,6 +23,7 @@ from rlhf.tokenization import (
     BATCH,
     cut_left,
     prepare,
+    rendered,
     rows_of_ids,
 )
 
@@ -226,6 +227,9 @@ def make_trainer(
     model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed, frozen)
     notes = prepare(tokenizer, settings.model, converses or holds_conversations(demonstrations), source)
     models.declare_end(model, tokenizer)
+    demonstrations, held_out = (
+        rendered("demonstrations", rows, tokenizer, settings.data) for rows in (demonstrations, held_out)
+    )
     _check_positions(model, settings.data.max_length)
     try:
         trainer = _Trainer(

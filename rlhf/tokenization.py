@@ -272,6 +272,57 @@ def rows_of_ids(
     ]
 
 
+def counted(kind: str, dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Iterator[int | str]:
+    """Tokens of each row, or why it cannot be rendered.
+
+    Args:
+        kind: demonstrations, comparisons (the longest answer with the prompt counts) or prompts.
+        dataset: such rows, as `rlhf.data` returns them.
+    """
+    for begin in range(0, len(dataset), BATCH):
+        rows = dataset.select(range(begin, min(begin + BATCH, len(dataset)))).to_list()
+        try:
+            yield from _count(kind, rows, tokenizer)
+        except LabError:
+            for row in rows:
+                try:
+                    yield _count(kind, [row], tokenizer)[0]
+                except LabError as error:
+                    yield str(error)
+
+
+def _count(kind: str, rows: list[Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    if kind == "prompts":
+        return [len(ids) for ids in tokenize_prompts([row["prompt"] for row in rows], tokenizer)]
+    if kind == "demonstrations":
+        return [len(ids) for ids, *_ in rows_of_ids(rows, tokenizer)]
+    answers = [
+        (row["prompt"], completion, finished)
+        for row in rows
+        for completion, finished in zip(row["completions"], row["finished"], strict=True)
+    ]
+    counts = iter([len(prompt) + len(answer) for prompt, answer in tokenize_rows(answers, tokenizer)])
+    return [max(next(counts) for _ in row["completions"]) for row in rows]
+
+
+def rendered(kind: str, dataset: Any, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> Any:
+    """The rows that the chat template can render where `data.bad_rows` is skip; else all.
+
+    Args:
+        kind, dataset: as for `counted`.
+
+    Raises:
+        LabError: it can render none of them.
+    """
+    if config.bad_rows != "skip":
+        return dataset
+    counts = list(counted(kind, dataset, tokenizer))
+    kept = [i for i, count in enumerate(counts) if not isinstance(count, str)]
+    if not kept:
+        raise LabError(f"{kind}: none can be used: {counts[0]}")
+    return dataset if len(kept) == len(counts) else dataset.select(kept)
+
+
 def room_for_prompts(config: DataConfig) -> int:
     """Tokens that a prompt may have, so that an answer to it has room too."""
     return config.max_length - config.max_new_tokens
@@ -287,17 +338,17 @@ def fitting_prompts(
     Raises:
         LabError: there are any where that is an error, or no other prompts.
     """
-    room = room_for_prompts(config)
+    room, on_too_long = room_for_prompts(config), config.too_long
     lengths = [len(ids) for ids in tokenize_prompts(dataset["prompt"][:], tokenizer)]
     kept = [i for i, length in enumerate(lengths) if length <= room]
     too_long = len(lengths) - len(kept)
-    if too_long and (config.too_long == "error" or not (kept or config.too_long == "truncate_prompt")):
+    if too_long and (on_too_long == "error" or not (kept or on_too_long == "truncate_prompt")):
         raise LabError(
             f"{source}: {too_long:,} of {len(lengths):,} prompts have more than {room} tokens (the longest "
             f"{max(lengths):,}), which is data.max_length {config.max_length} less data.max_new_tokens "
             f"{config.max_new_tokens}. Change these, or set data.too_long."
         )
-    return (dataset.select(kept) if too_long and config.too_long == "drop" else dataset), too_long
+    return (dataset.select(kept) if too_long and on_too_long == "drop" else dataset), too_long
 
 
 def fitting_answers(

@@ -23,8 +23,13 @@ from rlhf.sharing import RESULTS, fingerprint
 from rlhf.stage_keys import relevant
 
 
-def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
-    """Runs or resumes one stage; returns whether it was finished, and not interrupted."""
+def run_stage(recipe: Recipe, stage: str, mode: str, why: str, counts: dict[str, dict[str, Any]]) -> bool:
+    """Runs or resumes one stage; returns whether it was finished, and not interrupted.
+
+    Args:
+        mode, why: of tracking.
+        counts: what the dry pass counted in the stage's data, for its summary.
+    """
     settings, folder = recipe.settings, recipe.folder / stage
     begun = recipe.owns(stage)
     run = Run.resume(folder) if begun else None
@@ -48,6 +53,7 @@ def run_stage(recipe: Recipe, stage: str, mode: str, why: str) -> bool:
         latest = checkpoint.find(run.checkpoints)
         saved = checkpoint.load(latest).state if latest else {"metrics_bytes": 0}
         run.continue_from(saved["metrics_bytes"])
+    run.summarize(data=counts)
     from rlhf.stage import Stage, quiet_transformers
 
     t, began = settings.tracking, time.monotonic()
@@ -156,13 +162,13 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf import models
     from rlhf.collect import collect
     from rlhf.evaluate import BIASED, draw_samples
-    from rlhf.tokenization import fitting_prompts, room_for_prompts
+    from rlhf.tokenization import fitting_prompts, rendered, room_for_prompts
 
     settings, c = recipe.settings, recipe.settings.collect
     model, tokenizer = models.open_policy(recipe.result("sft"))
     model.to(compute.device).eval()
     found, too_long = fitting_prompts(
-        splits.training_prompts(settings),
+        rendered("prompts", splits.training_prompts(settings), tokenizer, settings.data),
         tokenizer,
         settings.data,
         settings.data.prompts or settings.data.demonstrations,
@@ -299,13 +305,14 @@ def evaluate_recipe(
     from rlhf import models
     from rlhf.evaluate import compare, write_rows
     from rlhf.scoring import RewardScorer
-    from rlhf.tokenization import fitting_prompts, room_for_prompts
+    from rlhf.tokenization import fitting_prompts, rendered, room_for_prompts
 
     settings = recipe.settings
     e = replace(settings.eval, **chosen)
     unseen, trained_on = splits.unseen_prompts(settings)
     policy, tokenizer = models.open_policy(recipe.result("ppo"))
     d = settings.data
+    unseen = rendered("prompts", unseen, tokenizer, d)
     unseen, too_long = fitting_prompts(unseen, tokenizer, d, d.eval_prompts or d.prompts or d.demonstrations)
     baseline, _ = models.open_policy(recipe.result("sft"))
     reward_model, _ = models.open_reward(recipe.result("reward"))

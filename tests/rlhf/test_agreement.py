@@ -1,6 +1,7 @@
 """What the lab computes of a model is what the model's own forward gives, in families that differ in kind."""
 
 import math
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -151,7 +152,35 @@ def test_what_is_slower_than_usual_is_known_before_anything_is_trained() -> None
 
     assert check_model(tiny_model("llama"), Words()) == []
     (line,) = check_model(tiny_model("mamba"), Words())
-    assert line == "MambaForCausalLM (mamba) is sampled prompts of each length by themselves"
+    assert line == "MambaForCausalLM (mamba) is sampled in a slower way: prompts of each length by themselves"
+
+
+def test_every_short_cut_that_is_not_taken_is_said() -> None:
+    for way in (decode.Decoding(), logprobs.Reading("model")):
+        assert way.left_out == ""
+        for field in fields(way):
+            without = replace(way, **{field.name: "" if field.name == "body" else False})  # type: ignore[arg-type]
+            # Rows are read one by one only by the model's own forward.
+            without = replace(without, body="") if field.name == "together" else without  # type: ignore[call-arg]
+            assert without.left_out, without
+    said = [way.left_out for way in decode.DECODINGS]
+    assert len({*said}) == len(said)
+
+
+def test_a_model_that_needs_a_cache_of_transformers_own_gets_it_and_it_is_said() -> None:
+    from transformers import LlamaForCausalLM
+    from transformers.cache_utils import DynamicLayer
+
+    class Particular(LlamaForCausalLM):
+        def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+            if past_key_values is not None and type(past_key_values.layers[0]) is not DynamicLayer:
+                raise TypeError("a cache that is not known here")
+            return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+    model = Particular(tiny_model("llama").config).eval()
+    assert decode.decoding_of(model) == decode.Decoding(room=False)
+    (line,) = check_model(model, None, [[5, 6, 7, 8, 9, 10, 11, 12]])
+    assert line == "Particular (llama) is sampled in a slower way: keys and values are copied for every token"
 
 
 # ---- nothing is random ----

@@ -354,6 +354,20 @@ def test_end_tokens_are_trained_on_where_padding_is_the_end_token(
     assert (last == same.eos_token_id).tolist() == ended
 
 
+def test_a_reward_of_token_ids_needs_no_more_than_score_ids(make: Callable[..., PPOTrainer]) -> None:
+    class Short:
+        def score_ids(
+            self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+        ) -> list[float]:
+            return [-float(len(answer)) for answer in answers]
+
+    trainer = make(reward=Short(), num_rollouts=1)
+    trainer.train()
+    assert trainer.reward_func_names == ["Short"]
+    answers = trainer._buffered_inputs["packed"].answer_lengths
+    assert sorted(trainer.rollout["scores"]) == sorted(-float(length) for length in answers)
+
+
 @pytest.mark.parametrize(("penalty", "score"), [(None, None), (2.0, None), (None, -1.0)])
 def test_answers_that_do_not_end_are_penalised(
     make: Callable[..., PPOTrainer], penalty: float | None, score: float | None

@@ -437,6 +437,11 @@ def test_a_model_that_reads_both_ways_is_refused_before_a_stage(lab: Lab, tmp_pa
         assert begun(tmp_path) == []
 
 
+def counted(folder: Path, stage: str) -> Any:
+    """What a stage's summary says of its data."""
+    return json.loads((folder / "run" / stage / "run.json").read_text())["summary"]["data"]
+
+
 def test_what_is_skipped_and_cut_is_said_and_the_stages_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -456,6 +461,64 @@ def test_what_is_skipped_and_cut_is_said_and_the_stages_go_on(
     assert "comparisons.jsonl: 1 of 9 comparisons have more than 32 tokens" in said
     assert "demonstrations.jsonl: 1 of 9 demonstrations have more than 32 tokens" in said
     assert begun(tmp_path) == ["eval", "ppo", "reward", "sft"]
+    demonstrations = {"source": "demonstrations.jsonl", "rows": 9, "too_long": 1}
+    prompts = demonstrations
+    comparisons: Any = {"source": "comparisons.jsonl", "rows": 11, "ties": 1, "too_long": 1}
+    (reason,) = counted(tmp_path, "reward")["comparisons"].pop("bad_rows").items()
+    assert reason[1] == 1
+    comparisons["bad_rows"] = dict([reason])
+    assert counted(tmp_path, "sft") == {"demonstrations": demonstrations}
+    assert counted(tmp_path, "reward") == {"demonstrations": demonstrations, "comparisons": comparisons}
+    assert counted(tmp_path, "ppo") == {"demonstrations": demonstrations, "prompts": prompts}
+    assert counted(tmp_path, "eval") == counted(tmp_path, "ppo") | {"comparisons": comparisons}
     capsys.readouterr()
     monkeypatch.setattr("rlhf.preflight.check", None)  # a finished recipe needs no row of its data
     assert main(["rlhf", "config.yaml", "--out", "run", "--trust"]) == 0
+
+
+def test_rows_that_a_chat_template_cannot_render_are_as_bad_as_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Gemma's, which has no place for a system's message; in all stages alike."""
+    from tests.rlhf.test_families import CHATML, FAMILIES, save
+
+    monkeypatch.chdir(tmp_path)
+    furnish(tmp_path)
+    save(FAMILIES["qwen3"], tmp_path / "base")
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(refuses + CHATML)
+
+    def asked(word: str, system: bool = False) -> list[dict[str, str]]:
+        before = [{"role": "system", "content": "Be brief."}] if system else []
+        return [*before, {"role": "user", "content": word}]
+
+    def said(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
+    prompts = [*map(asked, WORDS), asked("sloe", system=True)]
+    write(tmp_path / "demonstrations.jsonl", [{"prompt": p, "completion": said("good")} for p in prompts])
+    write(
+        tmp_path / "comparisons.jsonl",
+        [{"prompt": p, "completions": [said("bad"), said("good")], "ranks": [2, 1]} for p in prompts],
+    )
+    data = {"max_length": 96, "eval_prompts": "unseen.jsonl"}
+    unseen = [{"prompt": asked(word, system)} for word, system in (("rye", False), ("tea", True))]
+    write(tmp_path / "unseen.jsonl", unseen)
+    model = {"path": "base", "labgpt": {}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(data=data, model=model)))
+    assert main(["rlhf", "config.yaml", "--out", "run", "--trust"]) == 2
+    problems = capsys.readouterr().err
+    for what in ("1 of 9 demonstrations", "1 of 9 comparisons", "1 of 9 prompts", "1 of 2 prompts"):
+        assert f"{what}: the chat template cannot render this conversation" in problems
+    assert "jsonl, line 9). Correct or remove them, or set data.bad_rows to skip." in problems
+    assert not (tmp_path / "run").exists()
+    assert main(["rlhf", "config.yaml", "--out", "run", "--trust", "--data.bad_rows=skip"]) == 0
+    for stage, names in {
+        "sft": {"demonstrations"},
+        "reward": {"demonstrations", "comparisons"},
+        "ppo": {"demonstrations", "prompts"},
+        "eval": {"demonstrations", "comparisons", "prompts"},
+    }.items():
+        found = counted(tmp_path, stage)
+        assert found.keys() == names
+        assert all([*one["not_rendered"].values()] == [1] for one in found.values()), found

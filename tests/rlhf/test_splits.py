@@ -1,0 +1,83 @@
+"""Nothing that is evaluated was trained on by any stage, and how much was left out for that is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import config
+from lab.errors import LabError
+from rlhf import preflight, splits
+from rlhf.config import STAGES, RLHFRun
+from tests.rlhf.test_refusals import WORDS, furnish, values, write
+
+NEW = ("rye", "tea", "cod")
+
+
+def demonstrations(*words: str) -> list[dict[str, Any]]:
+    return [{"prompt": word, "completion": " good"} for word in words]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder data/ whose train and test parts share four prompts of eight and seven."""
+    monkeypatch.chdir(tmp_path)
+    furnish(tmp_path)
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", demonstrations(*WORDS))
+    write(tmp_path / "data" / "test.jsonl", demonstrations(*WORDS[:4], *NEW))
+    return tmp_path
+
+
+def settings_of(**data: str) -> RLHFRun:
+    return config.build(RLHFRun, values(data=data), {}, "test")
+
+
+def trained_on(settings: RLHFRun) -> set[str]:
+    rows = splits.demonstrations(settings)[0]
+    compared = splits.load(settings, "comparisons", settings.data.comparisons).rows
+    parts = rows, splits.training_prompts(settings), splits.training_comparisons(settings, compared)[0]
+    return {prompt for part in parts for prompt in part["prompt"]}
+
+
+def notes(settings: RLHFRun, folder: Path) -> str:
+    return "\n".join(preflight.check(settings, STAGES, folder / "run").notes)
+
+
+def test_prompts_that_train_and_test_share_are_trained_on_alone(here: Path) -> None:
+    settings = settings_of(demonstrations="data")
+    _, held_out = splits.demonstrations(settings)
+    unseen, dropped = splits.unseen_prompts(settings)
+    assert (sorted(held_out["prompt"]), sorted(unseen["prompt"]), dropped) == (sorted(NEW), sorted(NEW), 4)
+    assert not {*unseen["prompt"], *held_out["prompt"]} & trained_on(settings)
+    said = notes(settings, here)
+    assert "4 prompts to evaluate on are trained on, and left out of the evaluation" in said
+    assert "4 held-out demonstrations have prompts that are trained on, and are left out" in said
+
+
+@pytest.mark.parametrize("held_out", [0.02, 0.3])
+def test_of_prompts_to_evaluate_on_those_of_any_stage_are_left_out(here: Path, held_out: float) -> None:
+    """The demonstrations' and the comparisons' (each a tenth less) and those PPO asks."""
+    write(here / "comparisons.jsonl", [
+        {"prompt": word, "completions": [" bad", " good"], "ranks": [2, 1]} for word in (*WORDS, "cod", "elk")
+    ])  # fmt: skip
+    write(here / "asked.jsonl", [{"prompt": word} for word in (*WORDS, "gnu", "ant")])
+    write(here / "unseen.jsonl", [{"prompt": word} for word in (*WORDS, *NEW, "elk", "gnu", "ant")])
+    names = {"eval_prompts": "unseen.jsonl", "prompts": "asked.jsonl"}
+    whole = values(data=names)
+    settings = config.build(RLHFRun, whole | {"reward": whole["reward"] | {"held_out": held_out}}, {}, "test")
+    unseen, dropped = splits.unseen_prompts(settings)
+    every = {*WORDS, *NEW, "elk", "gnu", "ant"}
+    assert {*unseen["prompt"]} == every - trained_on(settings)
+    assert dropped == len(every & trained_on(settings)) > 0
+    assert f"{dropped} prompts to evaluate on are trained on" in notes(settings, here)
+
+
+def test_evaluating_on_the_demonstrations_is_refused_or_leaves_those_that_are_held_out(here: Path) -> None:
+    settings = settings_of(eval_prompts="demonstrations.jsonl")
+    unseen, dropped = splits.unseen_prompts(settings)
+    assert (*unseen["prompt"],) == (*splits.demonstrations(settings)[1]["prompt"],)
+    assert dropped == len(WORDS) - len(unseen)
+    everything = settings_of(demonstrations="data", eval_prompts="data/train.jsonl")
+    with pytest.raises(LabError, match=r"all 8 prompts of data/train\.jsonl to evaluate on are among those"):
+        preflight.check(everything, STAGES, here / "run")
