@@ -367,7 +367,9 @@ def _check_values(hint: Any, values: Any, source: str, path: tuple[str, ...]) ->
             _check_values(Any, item, source, path)
     elif isinstance(values, float) and not math.isfinite(values):
         problem = "a finite number"
-    elif isinstance(values, int) and not -(2**63) <= values < 2**64:
+    elif (isinstance(values, int) or (isinstance(values, float) and _takes_only_int(hint))) and not (
+        -(2**63) <= values < 2**64
+    ):
         problem = "a number of at most 64 bits"
     elif isinstance(values, str) and not is_text(values):
         problem = "a text without NUL and without halves of characters"

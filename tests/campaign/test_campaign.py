@@ -2,10 +2,14 @@
 change outside of the run's folder. A sample of seconds runs with the other tests, all of it with `-m slow`.
 """
 
+import contextlib
+import ctypes
 import os
 import random
 import shutil
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +28,14 @@ from tests.rlhf.test_refusals import furnish, values
 DQN = PONG.with_name("pong_dqn_cpu.yaml")
 SAMPLE = 24
 """Cases of each campaign in the ordinary suite."""
+
+
+def parts(cases: int, of: int, start: int) -> list[Any]:
+    """All cases of a campaign, in parts that each end within a test's time: (cases, first seed)."""
+    return [
+        pytest.param(of, start + done, id=f"all{done // of}", marks=pytest.mark.slow)
+        for done in range(0, cases, of)
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +97,7 @@ _OURS = ("place", "scratch", "elsewhere")
 
 @pytest.mark.parametrize(
     ("cases", "start"),
-    [pytest.param(SAMPLE, 0, id="sample"), pytest.param(2_000, 10_000, id="all", marks=pytest.mark.slow)],
+    [pytest.param(SAMPLE, 0, id="sample"), *parts(2_000, of=200, start=10_000)],
 )
 def test_configs_that_nobody_means(
     place: Path, cases: int, start: int, capsys: pytest.CaptureFixture[str]
@@ -145,7 +157,7 @@ def _as_command(do: Callable[[], int]) -> Callable[[], int]:
     ("cases", "start"),
     [
         pytest.param(6, 0, id="sample", marks=pytest.mark.slow),
-        pytest.param(150, 20_000, id="all", marks=pytest.mark.slow),
+        *parts(150, of=25, start=20_000),
     ],
 )
 def test_extreme_values_really_run(
@@ -236,7 +248,7 @@ ANY: tuple[tuple[str, ...], ...] = (
     ("cases", "start"),
     [
         pytest.param(SAMPLE, 0, id="sample", marks=pytest.mark.slow),
-        pytest.param(500, 30_000, id="all", marks=pytest.mark.slow),
+        *parts(500, of=100, start=30_000),
     ],
 )
 def test_folders_that_nobody_left(
@@ -313,7 +325,7 @@ def _weights(run: Path) -> dict[str, bytes]:
     ("kills", "seed"),
     [
         pytest.param(4, 0, id="sample", marks=pytest.mark.slow),
-        pytest.param(100, 1, id="all", marks=pytest.mark.slow),
+        *parts(100, of=20, start=1),
     ],
 )
 def test_killed_at_any_moment_the_weights_are_the_same(
@@ -353,7 +365,7 @@ def test_killed_at_any_moment_the_weights_are_the_same(
     ("sizes", "seed"),
     [
         pytest.param(3, 0, id="sample", marks=pytest.mark.slow),
-        pytest.param(40, 1, id="all", marks=pytest.mark.slow),
+        *parts(40, of=10, start=1),
     ],
 )
 def test_a_disk_that_is_full_loses_nothing(
@@ -381,3 +393,108 @@ def test_a_disk_that_is_full_loses_nothing(
         tally.add(f"{name} with room again", result, [] if finished else ["other weights, or none"])
         shutil.rmtree(run, ignore_errors=True)
     check(tally, f"{sizes} full disks from seed {seed}", capsys)
+
+
+def _without_override(do: Callable[[], int]) -> Callable[[], int]:
+    """Lets the permissions of files bind root, too: gives its right to pass over them away (Linux)."""
+
+    def run() -> int:
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+        assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
+        return do()
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_folder_that_cannot_be_written(
+    place: Path, theirs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What reads a run works or is refused in a line, and what would write there says so."""
+    guard, tally = Guard(place), Tally()
+    furnish(place)
+    (place / "rlhf.yaml").write_text(yaml.safe_dump(values(data={"comparisons": "collect"})))
+    shut = place / "shut"
+    shut.mkdir()
+    for name, source in theirs.items():
+        run = Path(shutil.copytree(source, shut / name, symlinks=True))
+        if "--resume" in str(COMMANDS[name]):
+            _as_interrupted(run)
+    before = snapshot(shut)
+    _permit(shut, 0o500)
+    try:
+        for name in theirs:
+            for words in (*COMMANDS[name], *ANY):
+                words = [word.replace("RUN", f"shut/{name}") for word in words]
+                result, touched = guard.run(_without_override(lab(*words)))
+                tally.add(f"lab {' '.join(words)}", result, touched)
+        for name, (begin, _) in _pipelines(place).items():
+            words = [word.replace("RUN", f"shut/new_{name}") for word in begin]
+            result, touched = guard.run(_without_override(lab(*words)))
+            tally.add(f"lab {' '.join(words)}", result, touched or ["nothing"] * (result.code != 2))
+        assert snapshot(shut) == before
+    finally:
+        _permit(shut, 0o700)
+    check(tally, "folders that cannot be written", capsys)
+
+
+def _permit(folder: Path, mode: int) -> None:
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(mode)
+
+
+@pytest.fixture(params=["refuses", "hangs", "hangs up", "answers nonsense"])
+def dead_wandb(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a W&B server that is none."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if request.param != "refuses":
+            server.listen(64)
+            threading.Thread(target=_answer, args=(server, request.param), daemon=True).start()
+        yield address
+
+
+def _answer(server: socket.socket, how: str) -> None:
+    kept = []
+    with contextlib.suppress(OSError):  # closed at the end of the test
+        while True:
+            client, _ = server.accept()
+            kept.append(client)
+            if how == "hangs up":
+                client.close()
+            elif how == "answers nonsense":
+                client.sendall(
+                    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\n<html>\x1b\x00\xff"
+                )
+                client.close()
+
+
+@pytest.mark.slow
+def test_a_wandb_server_that_is_none_costs_no_number(
+    place: Path,
+    theirs: dict[str, Path],
+    dead_wandb: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", dead_wandb)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    guard, tally = Guard(place), Tally()
+    shutil.copytree(theirs["pqn"], place / "run", symlinks=True)
+    begin, _ = _pipelines(place)["pqn"]
+    begin = [word.replace("RUN", "new") for word in begin if not word.startswith("--tracking")]
+    for words, code in (
+        (begin, 0),
+        (["sync", "run", "--disabled"], 2),
+        (["sync", "new"], 2),
+        (["compare", "wandb:a/b", "--metric=eval/mean_reward"], 2),
+    ):
+        result, touched = guard.run(lab(*words))
+        tally.add(f"lab {' '.join(words)}", result, touched or ["nothing"] * (result.code != code))
+    assert len(_weights(place / "new")) == len(_weights(theirs["pqn"])) == 1
+    assert _weights(place / "new") == _weights(theirs["pqn"])
+    check(tally, f"a W&B server that is none: {dead_wandb}", capsys)

@@ -108,6 +108,15 @@ def test_a_whole_float_is_taken_for_an_integer() -> None:
     assert type(built.inner.limit) is int
 
 
+@pytest.mark.parametrize(
+    "word", ["--total_steps=1e30", "--inner.limit=-1e19", "--total_steps=10000000000000000000000"]
+)
+def test_an_integer_has_64_bits_however_it_is_written(word: str) -> None:
+    """What is accepted is printed, and must be accepted again."""
+    with pytest.raises(LabError, match="at most 64 bits"):
+        build({}, word)
+
+
 def test_a_whole_number_does_for_a_float() -> None:
     assert build({}, "--inner.rate=2").inner.rate == 2.0
 
