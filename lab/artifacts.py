@@ -15,7 +15,8 @@ from typing import Any
 from lab import checkpoint
 from lab.errors import first_line
 
-WEIGHTS = re.compile(r".*model.*\.safetensors|.*\.(json|jinja|txt|model)")
+RESUMING = r"(?!manifest|optimizer|rng_state|trainer_state|training_args)"  # manifest.json lists all files
+WEIGHTS = re.compile(RESUMING + r"(.*model.*\.safetensors|.*\.(json|jinja|txt|model))")
 """What is sent of a checkpoint: all that is needed to use it. What only resuming needs stays here."""
 _HASH_LENGTH = 12
 
@@ -66,7 +67,7 @@ class Artifacts:
         with self._warning(lost, stays):
             links.mkdir(parents=True)
             for file in path.iterdir():
-                if WEIGHTS.fullmatch(file.name) and file.name != "manifest.json":  # it lists all files
+                if WEIGHTS.fullmatch(file.name):
                     _link(file, links / file.name)
             whole = (path / "model.safetensors").exists()  # else it is in parts, or an adapter
             sha256 = checkpoint.weights_hash(path) if whole else ""

@@ -314,7 +314,7 @@ def test_a_checkpoint_of_another_run_is_one_line_and_the_run_stays_as_it_was(
     run = trained(settings_of(tmp_path), tmp_path / "run")
     altered(run.find_checkpoint("latest").resolve(), damage)
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    with pytest.raises(LabError, match="is not one that this run saved|not what the lab writes") as caught:
+    with pytest.raises(LabError, match=r"is not one that this run saved|not what the lab writes") as caught:
         trained(settings_of(tmp_path, max_steps=9), run.folder, resume=True)
     assert "\n" not in str(caught.value)
     assert before == {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
