@@ -355,7 +355,8 @@ def test_killed_at_any_moment_the_weights_are_the_same(
                 break
         else:
             result = forked(lab(*[word.replace("RUN", str(run)) for word in go_on]), place, scratch)
-        differs = [] if _weights(run) == whole[name][0] else [f"other weights than {name} as a whole"]
+        same = _weights(run) == whole[name][0]
+        differs = [] if same else [f"other weights than {name} as a whole: {result.err[-300:]!r}"]
         tally.add(f"{name}, {done} kills", result, differs)
         shutil.rmtree(run, ignore_errors=True)
     check(tally, f"{done} kills from seed {seed}", capsys)
