@@ -92,9 +92,10 @@ def _ordinary_floats() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def lab_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment with another empty home, for the commands that tests run."""
+    """An environment for the commands that tests run: another empty home, nothing of earlier tests."""
     home = str(tmp_path_factory.mktemp("home"))
-    return {**os.environ, "HOME": home, "NETRC": f"{home}/.netrc", "COLUMNS": "200"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**kept, "HOME": home, "NETRC": f"{home}/.netrc", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="session")
