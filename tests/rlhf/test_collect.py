@@ -23,6 +23,7 @@ from rlhf.collect import Row, Summary, answers_of, collect, read_rankings, summa
 from rlhf.data import pairs_of
 from rlhf.labelers import Answer, Prompt, Quit, Ranking, Skip, Undo, make
 from rlhf.labelers.human import Human
+from tests.conftest import REPO
 
 WORDS = ("awful", "bad", "fine", "good", "great")
 
@@ -401,7 +402,8 @@ def test_a_full_disk_is_one_clear_line_and_what_was_ranked_stays(tmp_path: Path,
     limit = int(share * (tmp_path / "whole" / "rankings.jsonl").stat().st_size)
     folder = tmp_path / "full"
     command = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(folder), str(limit)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # There, so that the child finds `tests`.
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
     assert (result.returncode, result.stderr) == (2, "")
     name = "preferences.jsonl" if share == 1.0 else "rankings.jsonl"
     assert result.stdout == (
@@ -525,6 +527,7 @@ import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that the Ctrl-C typed there is a signal here
 from pathlib import Path
 from rlhf.labelers.human import Human
+from tests.conftest import REPO
 from tests.rlhf.test_collect import run
 result = run(Path(sys.argv[1]), labeler=Human())
 print(f"[{result.prompts} done, {result.stopped}]")
@@ -535,7 +538,7 @@ def test_at_a_real_terminal_ctrl_c_leaves_at_once_and_keeps_everything(tmp_path:
     master, terminal = pty.openpty()
     command = [sys.executable, "-c", AT_A_TERMINAL, str(tmp_path)]
     with subprocess.Popen(
-        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=REPO
     ) as child:
         os.close(terminal)
         screen = b""
