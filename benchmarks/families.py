@@ -2,7 +2,8 @@
 
 `python -m benchmarks.families` makes a tiny random model of every family that transformers maps to a causal
 language model, compares sampler, log-probabilities and caches of the lab with the model's own forward, and
-writes benchmarks/results/families.json and docs/families.md. `--only NAME ...` does some, and writes nothing.
+writes benchmarks/results/families.json. `--only NAME ...` does some, and writes nothing; `--page` makes
+docs/families.md of that and of what `python -m benchmarks.family_stages` and `--lora` of it wrote.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ from lab.errors import LabError, first_line
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "families.json"
+STAGES = {
+    "all stages": RESULT.with_name("family_stages.json"),
+    "with LoRA": RESULT.with_name("family_stages_lora.json"),
+}
+"""Columns of the page that another command measured."""
 PAGE = ROOT / "docs" / "families.md"
-MOST_PARAMETERS = 30_000_000
+MOST_PARAMETERS = 50_000_000
 
 VOCABULARY = 96
 """Tokens of a tiny model."""
@@ -117,12 +123,43 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10_000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
     "doge": {"keep_window_size": 2048},
     "reformer": {"axial_pos_embds": False},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 8,
+        "attention_hidden_size": 64,
+    },
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What a family needs besides."""
 
@@ -166,10 +203,10 @@ def tiny_config(family: str, dropped: bool = True, kinds: bool = True) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    return _shrunk(CONFIG_MAPPING[family], PARTICULAR.get(family, {}), dropped, kinds)
+    return _shrunk(CONFIG_MAPPING[family], dropped, kinds)
 
 
-def _shrunk(kind: Any, particular: dict[str, Any], dropped: bool, kinds: bool) -> Any:
+def _shrunk(kind: Any, dropped: bool, kinds: bool) -> Any:
     whole = kind()
     other_names = getattr(kind, "attribute_map", {})
     small: dict[str, Any] = {}
@@ -182,17 +219,19 @@ def _shrunk(kind: Any, particular: dict[str, Any], dropped: bool, kinds: bool) -
     for name in kind.sub_configs:
         part = _get(whole, name)
         if part is not None:
-            small[name] = _shrunk(type(part), {}, dropped, kinds).to_dict()
+            small[name] = _shrunk(type(part), dropped, kinds).to_dict()
     if "qk_rope_head_dim" in small:  # latent attention: a head's width follows from its parts
         small.pop("head_dim", None)
-    several = {name: _get(whole, name) for name in PER_LAYER}
+        small |= {name: SIZES["num_attention_heads"] for name in ("num_key_value_heads",) if name in small}
+    several = {other_names.get(name, name): _get(whole, name) for name in PER_LAYER}
     several = {name: list(dict.fromkeys(v)) for name, v in several.items() if isinstance(v, list) and v}
     if kinds and several:  # every kind of layer there is, once
         layers = max(2, *map(len, several.values()))
         small |= {name: [values[i % len(values)] for i in range(layers)] for name, values in several.items()}
         small |= {name: layers for name in LAYERS if name in small}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return kind(**small | {k: v for k, v in tokens.items() if k in vars(whole)} | particular)
+    small |= {k: v for k, v in tokens.items() if k in vars(whole)}
+    return kind(**small | PARTICULAR.get(kind.model_type, {}))
 
 
 def _get(config: Any, name: str) -> Any:
@@ -220,6 +259,8 @@ def tiny_model(family: str) -> Any:
 def _random(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from rlhf.agreement import plain_logits
+
     for part in (config, *(_get(config, name) for name in config.sub_configs)):
         if part is not None and hasattr(part, "is_decoder"):
             part.is_decoder = True  # as its documentation asks for, where a family is an encoder otherwise
@@ -233,6 +274,7 @@ def _random(config: Any) -> Any:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)  # else all tokens are about as likely, and mistakes are not seen
+        plain_logits(model, [5, 6, 7, 8])  # sizes that do not fit each other are found here
     return model
 
 
@@ -262,8 +304,6 @@ def _examine(model: Any) -> dict[str, Any]:
         reading, decoding = logprobs.reading_of(model), decode.decoding_of(model)
     except LabError as error:
         return {"outcome": "refused", "why": str(error)}
-    except Exception as error:
-        return {"outcome": "not tried", "why": f"own forward: {type(error).__name__}: {first_line(error)}"}
     found: dict[str, Any] = {"sampler": decoding.left_out or "quick", "logprobs": reading.left_out or "quick"}
     apart = _apart(model, probe)
     found["logprobs_apart"], found["sampler_apart"], _ = (round(number, 7) for number in apart)
@@ -304,22 +344,48 @@ def apart(ours: Iterable[Tensor], own: Iterable[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, own, strict=True))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """docs/families.md."""
+def table(rows: Sequence[dict[str, Any]], stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """docs/families.md.
+
+    Args:
+        rows: of families.json.
+        stages: for each column of `STAGES`, rows of its file by family.
+    """
     import transformers
 
     counts = Counter(row["outcome"] for row in rows)
     worst = max((row["logprobs_apart"] or 0 for row in rows), default=0)
     worst_sampler = max((row["sampler_apart"] or 0 for row in rows), default=0)
+    through = {
+        column: Counter(stage["outcome"] for stage in found.values()) for column, found in stages.items()
+    }
     lines = [
         "# Families of causal language models",
         "",
-        "Made by `python -m benchmarks.families`: a tiny random model of every family that transformers "
-        f"{transformers.__version__} maps to a causal language model, {len(rows)} of them. What the lab "
-        "computes is compared with the model's own plain forward, one row at a time, without padding and "
-        "cache, with logits as large as a trained model's. Largest difference in nats: log-probabilities "
-        f"{worst:.1e}, "
-        f"sampler {worst_sampler:.1e}.",
+        "A tiny random model of every family that transformers "
+        f"{transformers.__version__} maps to a causal language model, {len(rows)} of them. Made by "
+        "`python -m benchmarks.families`, `python -m benchmarks.family_stages`, the same with `--lora`, and "
+        "`python -m benchmarks.families --page`.",
+        "",
+        "## Through all stages",
+        "",
+        "SFT, reward model, PPO and evaluation, a few updates each, and what they leave opened again. "
+        "*failed*: after something had been trained; *refused*: before, with the reason.",
+        "",
+        "| | all stages | refused | failed | not tried |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {'whole model' if column == 'all stages' else 'LoRA of rank 4'} | "
+            + " | ".join(str(n[kind]) for kind in ("all stages", "refused", "failed", "not tried"))
+            + " |"
+            for column, n in through.items()
+        ),
+        "",
+        "## The same numbers as the model's own forward",
+        "",
+        "What the lab computes is compared with the model's own plain forward, one row at a time, without "
+        "padding and cache, with logits as large as a trained model's. Largest difference in nats: "
+        f"log-probabilities {worst:.1e}, sampler {worst_sampler:.1e}.",
         "",
         "- **quick path**: sampled with a cache whose rows are copied and dropped, read without the head for "
         f"tokens that do not matter ({counts['quick path']}).",
@@ -330,28 +396,54 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "bf16: the largest difference over what is allowed, which is a sixteenth of the logits' standard "
         "deviation. Dropout off: a pass in training mode equals one in eval mode once the lab has switched "
-        "everything off; where not, gradient checkpointing is refused in PPO.",
+        "everything off; where not, gradient checkpointing is refused in PPO. Score head: transformers' own "
+        "sequence classifier (stock), or ours where the family has none.",
         "",
-        "| family | model | outcome | cache rows selected | bf16 | dropout off | what is left out, or why |",
-        "|---|---|---|---|---|---|---|",
+        "| family | model | numbers | cache rows selected | bf16 | dropout off | "
+        + "".join(f"{column} | " for column in stages)
+        + "score head | what is left out, or why |",
+        "|" + "---|" * (8 + len(stages)),
     ]
     said = {True: "yes", False: "no", None: ""}
     for row in rows:
-        bf16 = "" if row["bf16_apart"] is None else f"{row['bf16_apart']:.2f}"
-        why = row["why"].replace("|", "\\|").replace("<", "&lt;")
+        found = [
+            of.get(row["family"], {"outcome": "", "why": "", "score_head": ""}) for of in stages.values()
+        ]
+        reasons = (row["why"], *(f"{each['outcome']}: {each['why']}" for each in found if each["why"]))
+        why = "; ".join(filter(None, dict.fromkeys(reasons)))
         cells = (
-            *(row["family"], row["model"], row["outcome"], said[row["rows_selected"]], bf16),
-            *(said[row["dropout_off"]], why),
+            *(row["family"], row["model"], row["outcome"], said[row["rows_selected"]]),
+            "" if row["bf16_apart"] is None else f"{row['bf16_apart']:.2f}",
+            said[row["dropout_off"]],
+            *("yes" if each["outcome"] == "all stages" else each["outcome"] for each in found),
+            next((each["score_head"] for each in found), ""),
+            why.replace("|", "\\|").replace("<", "&lt;").replace("\n", " "),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def write_page() -> None:
+    """docs/families.md, of what was measured last."""
+    rows = json.loads(RESULT.read_text())["families"]
+    stages = {
+        column: {row["family"]: row for row in json.loads(path.read_text())["rows"]}
+        for column, path in STAGES.items()
+        if path.is_file()
+    }
+    PAGE.write_text(table(rows, stages))
 
 
 def main() -> None:
     """Examines families and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[])
-    chosen = parser.parse_args().only
+    parser.add_argument("--page", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.page:
+        write_page()
+        return
+    chosen = arguments.only
     import transformers
 
     transformers.utils.logging.set_verbosity(50)  # critical
@@ -366,7 +458,7 @@ def main() -> None:
     if not chosen:
         result = {"transformers": transformers.__version__, "torch": torch.__version__, "families": rows}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
-        PAGE.write_text(table(rows))
+        write_page()
 
 
 if __name__ == "__main__":

@@ -120,10 +120,23 @@ def enlargement(model: Any, row: Sequence[int]) -> float:
 
 
 def plain_logits(model: Any, row: Sequence[int]) -> Tensor:
-    """The model's own logits of one row, float32 (tokens, vocabulary): what all else must agree with."""
-    device = next(model.parameters()).device
-    output = model(input_ids=torch.tensor([list(row)], device=device), **_no_cache(model))
-    return output.logits[0].float()
+    """The model's own logits of one row, float32 (tokens, vocabulary): what all else must agree with.
+
+    Raises:
+        LabError: the model cannot compute them, as some families cannot in bf16.
+    """
+    weight = next(model.parameters())
+    ids = torch.tensor([list(row)], device=weight.device)
+    try:
+        return model(input_ids=ids, **_no_cache(model)).logits[0].float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family's forward raises
+        mixed = torch.is_autocast_enabled(weight.device.type)
+        advice = " in bf16. Set device.precision to fp32" if mixed else ""
+        raise LabError(
+            f"{name_of(model)}: its own forward fails{advice}. ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _no_cache(model: Any) -> dict[str, Any]:

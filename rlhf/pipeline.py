@@ -292,7 +292,7 @@ def evaluator(settings: RLHFRun) -> labelers.Labeler | None:
         return None
     if not named:
         raise LabError(
-            "eval.labeler: is empty, and data.comparisons are not collected here, so nothing says who "
+            "eval.labeler.name: is empty, and data.comparisons are not collected here, so nothing says who "
             f"evaluates. Name one of {', '.join(labelers.names())}, or none for an evaluation without a win "
             "rate, e.g. --eval.labeler='{name: none}'."
         )

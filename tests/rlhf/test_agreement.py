@@ -51,6 +51,17 @@ def test_sampler_and_log_probabilities_are_those_of_the_models_own_forward(famil
     assert row.dropout_off, row
 
 
+def test_a_model_that_cannot_compute_in_bf16_is_refused_in_one_line() -> None:
+    model = tiny_model("xmod")  # its language adapters write float32 into bf16
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(LabError) as refused:
+        logprobs.reading_of(model)
+    said = str(refused.value)
+    assert said.startswith(
+        "XmodForCausalLM (xmod): its own forward fails in bf16. Set device.precision to fp32."
+    )
+    assert "\n" not in said
+
+
 @pytest.mark.slow
 def test_no_family_is_computed_otherwise_than_by_its_own_forward() -> None:
     from benchmarks.families import families
@@ -312,5 +323,8 @@ def test_intervals_of_clustered_pairs_hold_the_truth_as_often_as_they_say() -> N
 def test_the_table_has_a_row_for_every_family() -> None:
     from dataclasses import asdict
 
-    text = table([asdict(examine("gemma2"))])
+    trained = {"outcome": "refused", "why": "no | such", "score_head": "ours"}
+    text = table([asdict(examine("gemma2"))], {"all stages": {"gemma2": trained}})
     assert "| gemma2 | Gemma2ForCausalLM | quick path | yes |" in text
+    assert "| yes | refused | ours | refused: no \\| such |" in text
+    assert "| whole model | 0 | 1 | 0 | 0 |" in text
