@@ -99,13 +99,14 @@ SIZES: dict[str, int | float] = {
     **dict.fromkeys(
         ("gated_norm_rank", "time_step_rank", "mamba_dt_rank", "state_size", "ssm_state_size"), 8
     ),
-    **dict.fromkeys(("mamba_d_state", "hidden_size_per_layer_input", "router_hidden_size", "index_topk"), 8),
+    **dict.fromkeys(("mamba_d_state", "hidden_size_per_layer_input", "router_hidden_size"), 8),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 6),
     **dict.fromkeys(("local_attention", "attention_chunk_size", "keep_window_size"), 6),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 4),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     **dict.fromkeys(("n_mamba_heads",), 2),
     **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "n_groups", "o_groups"), 1),
+    "index_topk": 64,  # more than the tokens of a row, as in use
     "lru_width": 32,
     "mamba_d_ssm": 64,
     "first_k_dense_replace": 1,
@@ -166,6 +167,8 @@ PARTICULAR: dict[str, dict[str, Any]] = {
 
 PER_LAYER = "layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types"
 LAYERS = "num_hidden_layers", "n_layer", "n_layers", "num_layers"
+VARIANTS = (True, True), (False, True), (True, False), (False, False)
+"""With dropout, and with every kind of layer: the first that can be made is taken."""
 DROPPED = 0.3
 """Probability of every dropout in a tiny model's config."""
 
@@ -224,7 +227,11 @@ def _shrunk(kind: Any, dropped: bool, kinds: bool) -> Any:
         small.pop("head_dim", None)
         small |= {name: SIZES["num_attention_heads"] for name in ("num_key_value_heads",) if name in small}
     several = {other_names.get(name, name): _get(whole, name) for name in PER_LAYER}
-    several = {name: list(dict.fromkeys(v)) for name, v in several.items() if isinstance(v, list) and v}
+    several = {
+        name: list(dict.fromkeys(values))
+        for name, values in several.items()
+        if isinstance(values, list) and values and not isinstance(getattr(kind, name, None), property)
+    }
     if kinds and several:  # every kind of layer there is, once
         layers = max(2, *map(len, several.values()))
         small |= {name: [values[i % len(values)] for i in range(layers)] for name, values in several.items()}
@@ -244,26 +251,34 @@ def _get(config: Any, name: str) -> Any:
 def tiny_model(family: str) -> Any:
     """A tiny random causal language model of a family, in eval mode, with weights that make a difference.
 
+    Where the family is an encoder otherwise, it is a decoder here, as its documentation asks for.
+
     Raises:
         LabError: there is none by these rules.
     """
     why = ""
-    for dropped, kinds in ((True, True), (False, True), (True, False), (False, False)):
+    for variant in VARIANTS:
         try:
-            return _random(tiny_config(family, dropped, kinds))
+            config = tiny_config(family, *variant)
+            for part in (config, *(_get(config, name) for name in config.sub_configs)):
+                if part is not None and hasattr(part, "is_decoder"):
+                    part.is_decoder = True
+            return random_model(config)
         except Exception as error:  # whatever a config or a model finds wrong with these sizes
             why = why or f"{type(error).__name__}: {first_line(error)}"
     raise LabError(f"{family}: {why}")
 
 
-def _random(config: Any) -> Any:
+def random_model(config: Any) -> Any:
+    """A random model whose weights are large enough to make a difference, in eval mode.
+
+    Raises:
+        Exception: whatever a model finds wrong with its sizes.
+    """
     from transformers import AutoModelForCausalLM
 
     from rlhf.agreement import plain_logits
 
-    for part in (config, *(_get(config, name) for name in config.sub_configs)):
-        if part is not None and hasattr(part, "is_decoder"):
-            part.is_decoder = True  # as its documentation asks for, where a family is an encoder otherwise
     with torch.device("meta"):
         n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if n > MOST_PARAMETERS:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.families import VOCABULARY, families, tiny_config, tiny_model
+from benchmarks.families import VARIANTS, VOCABULARY, families, tiny_config, tiny_model
 from lab.errors import LabError, first_line
 from lab.files import write_json
 
@@ -112,14 +112,17 @@ def try_family(family: str, folder: Path, lora_rank: int = 0) -> Row:
         seconds = round(time.monotonic() - began, 1)
         return Row(family, outcome, why[:300], finished, seconds=seconds, **more)
 
-    try:
-        config = tiny_config(family)
-    except Exception as error:  # whatever a config finds wrong with these sizes
-        return row("not tried", first_line(error))
-    try:  # as it is, not as a decoder that it is not by itself
-        facts = heads.examine(config, family)
-    except LabError as error:
-        return row("refused", str(error).removeprefix(f"{family}: "))
+    facts, refusals = None, []
+    for variant in VARIANTS:  # as it is, not as a decoder that it is not by itself
+        try:
+            facts = heads.examine(tiny_config(family, *variant), family)
+            break
+        except LabError as error:
+            refusals.append(("refused", str(error).removeprefix(f"{family}: ")))
+        except Exception as error:  # whatever a config finds wrong with these sizes
+            refusals.append(("not tried", first_line(error)))
+    if facts is None:
+        return row(*refusals[0])
     head = "stock" if facts.stock_score_head else "ours"
     try:
         model = tiny_model(family)

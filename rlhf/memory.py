@@ -24,18 +24,24 @@ def bytes_per_row(config: Any, n_tokens: int, cache_bytes: int) -> int:
         cache_bytes: a number in the cache takes.
     """
     text = config.get_text_config()
-    heads = int(getattr(text, "num_attention_heads", None) or 1)
     width = int(text.hidden_size)
-    head = int(getattr(text, "head_dim", None) or width // heads)
-    kept_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    inner = getattr(text, "intermediate_size", None) or 4 * width
-    inner = max(inner) if isinstance(inner, list | tuple) else int(inner)
-    cache = 2 * text.num_hidden_layers * kept_heads * head * n_tokens * cache_bytes
+    layers = [_layer(layer, width) for layer in getattr(text, "per_layer_config", [text])]
+    cache = 2 * sum(kept for kept, _ in layers) * n_tokens * cache_bytes
+    inner = max(inner for _, inner in layers)
     logits = (
         5 * 4 * int(text.vocab_size)
     )  # fp32: as they come, scaled, their softmax and its sum, a comparison
     reading = n_tokens * (8 * width + 3 * inner) * 4  # one layer of the prompt
     return cache + logits + reading
+
+
+def _layer(config: Any, width: int) -> tuple[int, int]:
+    """Width of a layer's keys, and of what is inside of it."""
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    head = int(getattr(config, "head_dim", None) or width // heads)
+    kept_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    return kept_heads * head, max(inner) if isinstance(inner, list | tuple) else int(inner)
 
 
 def free_bytes(device: torch.device) -> int:

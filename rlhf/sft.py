@@ -17,7 +17,7 @@ from lab.errors import LabError
 from rlhf import heads, models
 from rlhf.agreement import name_of
 from rlhf.config import ModelConfig, RLHFRun
-from rlhf.sft_loss import settle_loss
+from rlhf.sft_loss import gives_balance_loss, settle_loss
 from rlhf.stage import Stage, StageTrainer, train, training_arguments
 from rlhf.tokenization import (
     BATCH,
@@ -257,6 +257,10 @@ def make_trainer(
         reason = str(error).rpartition("] ")[2].partition(". ")[0]
         raise LabError(f"model.lora_targets: {reason}. Name others, or set model.lora_rank to 0.") from None
     _check_first_batch(trainer, tokenizer, source)
+    if trainer.aux_loss_enabled and not gives_balance_loss(trainer.model):
+        trainer.aux_loss_enabled = False
+        trainer.model.config.get_text_config().output_router_logits = False
+        notes.append(f"{name_of(trainer.model)} gives no loss that balances its experts: none is added")
     with trainer.accelerator.autocast():
         learned: Any = trainer.train_dataset
         rows = learned[: min(64, len(learned))]["input_ids"]

@@ -88,6 +88,21 @@ def settle_loss(
     return refused[0][1] if refused else ""
 
 
+@torch.no_grad()
+def gives_balance_loss(model: Any) -> bool:
+    """Whether a model that can be asked for its routers' decisions gives a loss that balances its experts.
+
+    TRL asks whenever the configuration has a key for it, which some families have and do not heed.
+    """
+    inner = inner_model(model)
+    ids = torch.tensor([[*range(8)]], device=next(model.parameters()).device)
+    try:
+        output = own_forward(inner)(input_ids=ids, use_cache=False, output_router_logits=True)
+    except Exception:  # whatever a family raises on that argument
+        return False
+    return getattr(output, "aux_loss", None) is not None
+
+
 def _with_own_forward(inner: Any) -> Any:
     """A model's forward that gives for `fused_lm_head` what TRL's gives, from the logits of its own."""
     own, before, takes = own_forward(inner), inner.forward, forward_arguments(inner)
