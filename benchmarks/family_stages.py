@@ -138,9 +138,12 @@ def try_family(family: str, folder: Path, lora_rank: int = 0) -> Row:
             models.open_policy(folder / "run" / stage / "model")
         apart = padding_apart(folder / "run" / "reward" / "model")
         return row("all stages", score_head=head, padding_apart=apart)
+    except LabError as error:
+        begun = _finished(folder / "run" / "sft")
+        why = first_line(error).replace(str(folder), "").removeprefix("/base: ")
+        return row("failed" if begun else "refused", why, score_head=head)
     except Exception as error:
-        kind = "" if isinstance(error, LabError) else f"{type(error).__name__}: "
-        return row("failed", f"{kind}{first_line(error)}", score_head=head)
+        return row("failed", f"{type(error).__name__}: {first_line(error)}", score_head=head)
 
 
 def padding_apart(folder: Path) -> float:
