@@ -7,6 +7,7 @@ beside it. `rlhf.models.open_reward`, or `classifier_class`, opens the whole.
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ def text_config(config: PreTrainedConfig, where: str) -> PreTrainedConfig:
         raise LabError(f"{what} are an encoder with a decoder, and do not continue a text. {use}")
     text = config.get_text_config(decoder=True)
     if text is not config and type(text) in causal_models:
+        text = copy.deepcopy(text)
+        # Of a whole, transformers asks the whole's configuration whether embeddings and head are one weight.
+        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
         return text_config(text, where)
     if not type(config).__module__.startswith("transformers."):
         raise LabError(f"{what} are not transformers' own, so no score head can be put on them. {use}")

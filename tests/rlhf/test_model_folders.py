@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.families import random_model, tiny_config
+from benchmarks.family_stages import tokenizer
 from lab.errors import LabError
 from rlhf import heads, labgpt, models
 from rlhf.config import ModelConfig
@@ -246,3 +248,17 @@ def test_examine_knows_an_adapters_base_and_a_fresh_model(run: Path) -> None:
     assert facts.config.model_type == "qwen2"
     assert facts.positions == 64
     assert models.examine(ModelConfig()) is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_text_model_of_a_larger_one_has_the_head_of_the_whole(tied: bool, tmp_path: Path) -> None:
+    """GOT-OCR2, Mistral 3, InternVL and others say in the whole's configuration, not in the text's, what is tied."""
+    config = tiny_config("got_ocr2")
+    config.tie_word_embeddings, config.text_config.tie_word_embeddings = tied, not tied
+    whole = random_model(config)
+    whole.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    policy, _ = models.open_policy(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(policy(input_ids=ids).logits, whole(input_ids=ids).logits)
