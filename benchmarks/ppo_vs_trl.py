@@ -188,7 +188,8 @@ def save_policy(base: Path, folder: Path) -> None:
     from rlhf.stage import quiet_transformers
 
     with quiet_transformers():
-        models.save(*models.start(ModelConfig(path=str(base)), [], "", 0), folder)
+        tokenizer = models.open_tokenizer(str(base))
+        models.save(models.start(ModelConfig(path=str(base)), tokenizer, 0), tokenizer, folder)
 
 
 def make_reward(base: Path, folder: Path, lora_rank: int = 0) -> None:
