@@ -15,6 +15,8 @@ import hypothesis
 import hypothesis.configuration
 import pytest
 
+from tests.forks import Forks
+
 # What a user has set, or has at home, changes no test. This happens before any library looks.
 _SETTINGS = ("WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "ACCELERATE_", "XDG_")
 for _name in [name for name in os.environ if name.startswith(_SETTINGS) or name.endswith("_API_KEY")]:
@@ -100,7 +102,8 @@ def lab_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def lab_command(lab_environment: dict[str, str]) -> LabCommand:
-    """Runs `lab ARGUMENTS` in a process of its own, with nobody to answer a prompt."""
+    """Runs `lab ARGUMENTS` in a process of its own, with nobody to answer a prompt; see `tests.forks`."""
+    forks: list[Forks] = []
 
     def run(
         *arguments: object,
@@ -109,6 +112,10 @@ def lab_command(lab_environment: dict[str, str]) -> LabCommand:
         timeout: float = 120,
         preexec_fn: Callable[[], None] | None = None,
     ) -> "subprocess.CompletedProcess[str]":
+        if preexec_fn is None and not {name for name in env or {} if not name.startswith("WANDB_")}:
+            forks[:] = forks or [Forks(lab_environment)]
+            environment = {**lab_environment, **(env or {})}
+            return forks[0].run([*map(str, arguments)], cwd, environment, timeout)
         return subprocess.run(
             [sys.executable, "-m", "lab.cli", *map(str, arguments)],
             cwd=cwd,

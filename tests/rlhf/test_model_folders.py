@@ -253,7 +253,7 @@ def test_examine_knows_an_adapters_base_and_a_fresh_model(run: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_text_model_of_a_larger_one_has_the_head_of_the_whole(tied: bool, tmp_path: Path) -> None:
-    """GOT-OCR2, Mistral 3, InternVL and others say in the whole's configuration, not in the text's, what is tied."""
+    """GOT-OCR2, Mistral 3, InternVL and others say what is tied in the whole's configuration alone."""
     config = tiny_config("got_ocr2")
     config.tie_word_embeddings, config.text_config.tie_word_embeddings = tied, not tied
     whole = random_model(config)
