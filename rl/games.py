@@ -112,10 +112,14 @@ def check(game: str) -> str:
     known = names()
     flat = {_plain(name): name for name in known}
     base, _, version = game.split("/")[-1].rpartition("-v") if re.search(r"-v\d+$", game) else (game, "", "")
-    plain = _plain(re.sub(r"(noframeskip|deterministic|-ram)$", "", base.lower()))
+    plain = _plain(re.sub(r"(noframeskip|deterministic|[-_]ram)$", "", base.lower()))
+    here = f"env.game = {game!r}:"
+    if plain in flat and re.search(r"[-_]ram$", base.lower()):
+        raise LabError(
+            f"{here} shows the console's memory, and agents here see the screen. Set env.game={flat[plain]}."
+        )
     if plain in flat and version in ("", "4", "5"):
         return flat[plain]
-    here = f"env.game = {game!r}:"
     if plain in flat:
         raise LabError(
             f"{here} of version {version} only the names -v4 and -v5 are known. Name the game, "

@@ -29,6 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_results_say_what_made_them(results: dict[str, Any]) -> None:
     assert set(results) == {"machine", "command", "settings", "rows", "profile"}
     assert {"cpu", "cores_usable", "ram_bytes", "os", "packages", "git", "date"} <= set(results["machine"])
@@ -37,6 +38,7 @@ def test_results_say_what_made_them(results: dict[str, Any]) -> None:
     assert results["settings"]["quick"]
 
 
+@pytest.mark.slow
 def test_both_sides_do_the_same_work(results: dict[str, Any]) -> None:
     speed = [row for row in results["rows"] if row["measure"] == "speed"]
     assert [(row["side"], row["precision"]) for row in speed] == [
@@ -54,6 +56,7 @@ def test_both_sides_do_the_same_work(results: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_million_transitions_take_at_most_7_3_gigabytes(results: dict[str, Any]) -> None:
     memory = {
         row["side"]: row["bytes_per_transition"] for row in results["rows"] if row["measure"] == "memory"
@@ -63,6 +66,7 @@ def test_a_million_transitions_take_at_most_7_3_gigabytes(results: dict[str, Any
     assert memory["sb3_optimize_memory_usage"] == 4 * 84 * 84 + 8 + 3 * 4
 
 
+@pytest.mark.slow
 def test_profiles_add_up(results: dict[str, Any]) -> None:
     for side in ("ours", "sb3"):
         profile = results["profile"][side]
@@ -71,6 +75,7 @@ def test_profiles_add_up(results: dict[str, Any]) -> None:
         assert profile["operations"]
 
 
+@pytest.mark.slow
 def test_the_sides_of_supervised_speed_do_the_same_work(tmp_path: Path) -> None:
     out = tmp_path / "supervised_speed.json"
     command = [sys.executable, "-m", "benchmarks.supervised_speed", "--quick", "--rounds", "1"]

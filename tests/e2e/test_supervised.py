@@ -89,6 +89,7 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert all(torch.equal(left[key], right[key]) for key in left), (which, name)
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_within_an_epoch_it_ends_as_if_never_stopped(
     unstopped: Path, config: Path, lab_command: LabCommand, lab_environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -104,7 +105,8 @@ def test_killed_and_stopped_within_an_epoch_it_ends_as_if_never_stopped(
     assert_same_run(unstopped, folder)
 
 
-@pytest.mark.parametrize("limit", [30_000, 3_000])  # less than the weights; less than the record of the run
+# Less than the weights; less than the record of the run.
+@pytest.mark.parametrize("limit", [30_000, pytest.param(3_000, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     unstopped: Path, run: Path, lab_command: LabCommand, tmp_path: Path, limit: int
 ) -> None:

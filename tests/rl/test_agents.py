@@ -94,6 +94,7 @@ def test_dueling_head_is_value_plus_centred_advantage() -> None:
     torch.testing.assert_close(head(features).mean(1, keepdim=True), head.value(features))
 
 
+@pytest.mark.slow
 def test_updates_and_target_copies_per_agent_step_do_not_depend_on_n_envs(
     make_dqn: Callable[..., DQN],
 ) -> None:

@@ -148,6 +148,6 @@ def test_what_is_no_atari_game_for_one_player_is_said(game: str, said: str) -> N
         games.check(game)
 
 
-@pytest.mark.parametrize("game", ["PongDeterministic-v4", "ALE/Pong-v5", "PongNoFrameskip-v4", "Pong-ram-v4"])
+@pytest.mark.parametrize("game", ["PongDeterministic-v4", "ALE/Pong-v5", "PongNoFrameskip-v4"])
 def test_names_of_gym_are_understood(game: str) -> None:
     assert games.check(game) == "pong"

@@ -274,6 +274,7 @@ class Cue(VecEnv):
     def set_attr(self, *args: Any, **kwargs: Any) -> None: ...
 
 
+@pytest.mark.slow
 def test_it_remembers_a_cue_that_dqn_has_long_forgotten() -> None:
     eyes = {"channels": [4], "kernels": [4], "strides": [4], "paddings": [0], "width": 16}
     of_both: dict[str, Any] = {

@@ -273,10 +273,11 @@ def test_film_emulator_plays_the_same_game_in_colour() -> None:
         assert a[2] == b[2]
 
 
-def test_every_game_plays() -> None:
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_game_plays(every: int) -> None:
     names = games.names()
     assert len(names) == 104
-    for name in names:
+    for name in names[::every]:
         env = AtariVecEnv(name, 1, image_size=16, num_threads=1)
         assert env.reset().shape == (1, 4, 16, 16)
         env.step(np.array([env.action_space.n - 1]))  # type: ignore[attr-defined]
@@ -286,6 +287,12 @@ def test_every_game_plays() -> None:
 @pytest.mark.parametrize("name", ["MsPacman", "ms-pacman", "ALE/MsPacman-v5", "MsPacmanNoFrameskip-v4"])
 def test_common_spellings_are_understood(name: str) -> None:
     assert games.check(name) == "ms_pacman"
+
+
+@pytest.mark.parametrize("name", ["Pong-ram-v4", "ALE/Pong-ram-v5", "pong_ram"])
+def test_a_game_by_its_memory_is_not_the_game_by_its_screen(name: str) -> None:
+    with pytest.raises(LabError, match="memory, and agents here see the screen. Set env.game=pong"):
+        games.check(name)
 
 
 def test_an_unknown_game_names_the_nearest() -> None:

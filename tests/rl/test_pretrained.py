@@ -254,7 +254,9 @@ def test_runs_that_are_none_are_refused(seen: Path, tmp_path: Path) -> None:
     assert "no checkpoint 'best'" in refused(settings, tmp_path)
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
+@pytest.mark.parametrize(
+    "algorithm", ["pqn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dqn", "drqn"))]
+)
 def test_a_run_begins_with_all_the_weights_of_another_agents(tmp_path: Path, algorithm: str) -> None:
     """With another learning rate, too; the optimiser, the memory and exploration begin as ever."""
     first = settings_of(algorithm, None)

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from tests.lab.wandb_stand_in import WandbStandIn
 
 REPO = Path(__file__).resolve().parents[2]
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("dqn", "drqn")]
 TINY = {
     "pqn": [
         "configs/rl/pong_cpu.yaml",
@@ -148,7 +149,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
+@pytest.mark.parametrize("algorithm", ["pqn", *SLOWER])
 def test_killed_again_and_again_it_ends_as_if_never_stopped(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
@@ -165,7 +166,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(
     assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 3
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
+@pytest.mark.parametrize("algorithm", ["pqn", *SLOWER])
 def test_interrupted_between_checkpoints_it_loses_nothing_and_ends_the_same(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
@@ -183,7 +184,7 @@ def test_interrupted_between_checkpoints_it_loses_nothing_and_ends_the_same(
     assert_same_run(unstopped(algorithm), folder)
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
+@pytest.mark.parametrize("algorithm", ["pqn", *SLOWER])
 def test_what_is_saved_logged_and_filmed_how_often_does_not_change_what_is_learned(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
@@ -199,7 +200,7 @@ def test_what_is_saved_logged_and_filmed_how_often_does_not_change_what_is_learn
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "drqn"])
+@pytest.mark.parametrize("algorithm", [pytest.param("pqn", marks=pytest.mark.slow), "drqn"])
 def test_a_stop_is_heard_within_an_evaluation_which_is_made_again(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
@@ -304,7 +305,7 @@ def test_evaluating_again_gives_the_number_training_reported(unstopped: Callable
     assert "random" in text
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "dqn"])
+@pytest.mark.parametrize("algorithm", ["pqn", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_an_export_plays_in_stock_sb3_as_it_does_here(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
@@ -348,6 +349,7 @@ def test_a_film_shows_the_game_and_the_q_values(unstopped: Callable[[str], Path]
     assert not np.array_equal(frames[0][:, :320], frames[29][:, :320])
 
 
+@pytest.mark.slow
 def test_online_its_checkpoints_are_versions_of_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     return make
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_checkpoint_holds_a_pickle_and_resuming_opens_none(
     saved: Callable[[bool], Path], tmp_path: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +112,7 @@ def test_the_random_numbers_go_on_where_they_were(saved: Callable[[bool], Path],
     assert draw() == expected
 
 
-@pytest.mark.parametrize("epochs", [0.3, 0.5, 1.0, 1.6])
+@pytest.mark.parametrize("epochs", [0.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.3, 1.0, 1.6))])
 def test_resumed_at_its_last_step_it_takes_no_more(tmp_path: Path, epochs: float) -> None:
     """Stopped between its last checkpoint and model/, as a kill may stop it."""
     settings = {"num_train_epochs": epochs, "save_steps": 1, "per_device_train_batch_size": 3}

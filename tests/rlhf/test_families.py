@@ -100,6 +100,7 @@ RUNS = [
     *((family, 0) for family in FAMILIES),
     *((family, 4) for family in ("gpt2", "bloom", "qwen3", "smollm2")),
 ]
+RUN_ALWAYS = ("gpt2", 0), ("gpt2 of the Hub", 0), ("llama", 0), ("qwen3", 4), ("bloom", 4)
 
 
 def tokenizer_of(family: Family) -> Any:
@@ -195,7 +196,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Pat
     return run
 
 
-@pytest.mark.parametrize(("name", "rank"), RUNS)
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [run if run in RUN_ALWAYS else pytest.param(*run, marks=pytest.mark.slow) for run in RUNS],
+)
 def test_the_recipe_finishes_and_leaves_what_stock_transformers_opens(
     recipe: Callable[[str, int], Path], name: str, rank: int
 ) -> None:

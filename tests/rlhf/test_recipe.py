@@ -153,7 +153,10 @@ def test_from_does_a_stage_and_all_after_it_anew(lab_command: LabCommand, copied
     assert (copied / "run" / "eval.old1" / "run.json").exists()
 
 
-@pytest.mark.parametrize(("stage", "at"), [("sft", 6), ("reward", 3), ("ppo", 9)])
+@pytest.mark.parametrize(
+    ("stage", "at"),
+    [("sft", 6), *(pytest.param(*at, marks=pytest.mark.slow) for at in (("reward", 3), ("ppo", 9)))],
+)
 def test_a_stage_killed_at_any_moment_ends_as_one_never_stopped(
     lab_command: LabCommand,
     lab_environment: dict[str, str],
@@ -207,6 +210,7 @@ def test_no_file_of_a_recipe_is_a_pickle(finished: Path) -> None:
     assert pickles(finished) == []
 
 
+@pytest.mark.slow
 def test_a_stage_killed_behind_its_last_step_takes_no_other(
     lab_command: LabCommand, lab_environment: dict[str, str], copied: Path, finished: Path
 ) -> None:

@@ -244,6 +244,7 @@ PROBLEMS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text task": task,
     "similarity": similarity_by_adapters,
 }
+KILLED_ALWAYS = "classification", "regression", "diffusion", "language model"
 each_problem = pytest.mark.parametrize("problem", PROBLEMS)
 
 
@@ -269,7 +270,13 @@ def without_times(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-@each_problem
+@pytest.mark.parametrize(
+    "problem",
+    [
+        problem if problem in KILLED_ALWAYS else pytest.param(problem, marks=pytest.mark.slow)
+        for problem in PROBLEMS
+    ],
+)
 def test_a_run_killed_and_resumed_ends_as_one_never_stopped(problem: str, tmp_path: Path) -> None:
     settings = settings_of(PROBLEMS[problem](tmp_path))
     whole = trained(settings, tmp_path / "whole")

@@ -312,6 +312,7 @@ def test_motion_counts_more_and_own_frames_are_dreamed() -> None:
     assert torch.equal(actions, batch["actions"][:, 2:6])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_it_learns_the_rules_of_a_made_game(tmp_path: Path) -> None:
     """Copying the last frame is far off soon; the ball and the paddle follow rules."""
