@@ -116,7 +116,9 @@ class RLPipeline:
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
         refuse_options(
-            options, ("prompts", "samples", "part"), "is for models of data and text; this run plays games"
+            options,
+            ("prompts", "samples", "part", "data.source"),
+            "is for models of data and text; this run plays games",
         )
         if options.episodes is not None and options.episodes > MOST_EPISODES:
             raise LabError(f"--episodes {options.episodes}: at most {MOST_EPISODES:,}. Ask for fewer.")

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lab.errors import LabError, did_you_mean
+from lab.unpack import bare_suffix, head_of, require_memory, stem
 from supervised.data import tables
 from supervised.data.config import DataConfig
-from supervised.data.files import bare_suffix, head_of, read_text, require_memory, stem
+from supervised.data.files import read_text
 from supervised.data.raw import (
     Columns,
     Raw,
