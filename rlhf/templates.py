@@ -147,7 +147,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         _look_at_clock()
         name = getattr(__obj, "__name__", "")
         if name in _GROW:
-            args, kwargs = [*map(_listed, args)], {key: _listed(value) for key, value in kwargs.items()}
+            args, kwargs = tuple(map(_listed, args)), {key: _listed(value) for key, value in kwargs.items()}
             method = getattr(__obj, "__wrapped__", __obj)  # jinja2 puts its own format around a text's
             _refuse_growth(name, getattr(method, "__self__", None), [*args, *kwargs.values()])
         return __self.measured(super().call(__context, __obj, *args, **kwargs))
@@ -169,7 +169,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         def limited(*args: Any, **kwargs: Any) -> Any:
             _look_at_clock()
             if name in _GROW:
-                args, kwargs = [*map(_listed, args)], {key: _listed(value) for key, value in kwargs.items()}
+                args, kwargs = (
+                    tuple(map(_listed, args)),
+                    {key: _listed(value) for key, value in kwargs.items()},
+                )
                 subject, *given = args[getattr(do, "jinja_pass_arg", None) is not None :]
                 _refuse_growth(name, subject, [*given, *kwargs.values()])
             return self.measured(do(*args, **kwargs))

@@ -308,10 +308,9 @@ def open_picture(
         if isinstance(item, Path) and item.exists() and not item.is_file():  # a pipe would be waited for
             raise OSError("no ordinary file")
         with (opened or Image.open)(item) as picture:
-            if picture.fp is not None:  # not decoded so far
-                at = picture.fp.tell()
-                packed = picture.fp.seek(0, 2)
-                picture.fp.seek(at)
+            if (file := getattr(picture, "fp", None)) is not None:  # not decoded so far
+                at, packed = file.tell(), file.seek(0, 2)
+                file.seek(at)
                 require_growth(math.prod(picture.size) * len(picture.getbands()), packed, name(item))
             upright = ImageOps.exif_transpose(picture)
     except LabError:

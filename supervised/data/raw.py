@@ -31,6 +31,8 @@ class Reading:
 
     predicts: str = ""
     """classes or numbers: what labels are that could be both; empty: by their type."""
+    tasks: bool = False
+    """Take folders of texts for the classes of what is in them, and not all for one text."""
     sequences: bool = False
     """Take arrays of three dimensions of floats for sequences (n, time, features) and not for images."""
 
