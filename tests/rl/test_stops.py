@@ -55,7 +55,11 @@ def stage(algorithm: str, name: str) -> tuple[type, str]:
     from rl.pqn import PQN
 
     learner = {"pqn": (PQN, "update"), "dqn": (DQN, "update"), "drqn": (DRQN, "learn_from")}
-    return (AtariVecEnv, "step_wait") if name == "plays" else learner[algorithm]
+    elsewhere: dict[str, tuple[type, str]] = {
+        "plays": (AtariVecEnv, "step_wait"),
+        "evaluates": (Player, "q_values"),
+    }
+    return elsewhere.get(name) or learner[algorithm]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,7 @@ def stage(algorithm: str, name: str) -> tuple[type, str]:
     [
         ("pqn", "plays", 27),
         ("pqn", "learns", 35),  # of the last rollout
+        ("pqn", "evaluates", 3),
         ("dqn", "plays", 3),  # random play
         ("dqn", "learns", 43),
         ("drqn", "learns", 43),
@@ -88,7 +93,7 @@ def test_stopped_again_and_again_it_ends_as_if_never_stopped(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
     whole, folder = unstopped(algorithm), tmp_path / "run"
-    stops = 0
+    stops, state = 0, ""
     for at in range(5, 60, 7):
         with Signals(*stage(algorithm, "learns"), at):
             state = train(algorithm, folder, resume=folder.exists())
@@ -124,7 +129,8 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_film_that_is_broken_off_leaves_nothing_and_is_made_again(tmp_path: Path) -> None:
-    changed = settings_of(**{"film.max_steps": 15, "film.every_steps": 48, "log_every_steps": 96})
+    more: dict[str, Any] = {"film.max_steps": 15, "film.every_steps": 48, "log_every_steps": 96}
+    changed = settings_of(**more)
     with Signals(film, "_compose", 5) as signals:
         RLPipeline().train(changed, tmp_path / "run", resume=False)
     assert signals.calls == 5
@@ -144,14 +150,15 @@ def test_a_command_that_reads_a_run_ends_at_once_and_leaves_nothing(
     from stable_baselines3 import DQN
 
     folder = unstopped("dqn")
-    place: tuple[Any, str, int] = {
+    places: dict[str, tuple[Any, str, int]] = {
         "play": (film, "_compose", 5),
         "evaluate": (Player, "q_values", 5),
         "export": (DQN, "save", 1),
-    }[command]
+    }
     before = files(folder)
     capsys.readouterr()
-    with Signals(*place) as signals:
+    owner, name, at = places[command]
+    with Signals(owner, name, at) as signals:
         assert cli.main([command, str(folder)]) == 128 + signal.SIGTERM
     assert signals.calls == signals.at
     assert capsys.readouterr() == ("", "lab: stopped at once.\n")
