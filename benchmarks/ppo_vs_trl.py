@@ -187,8 +187,9 @@ def save_policy(base: Path, folder: Path) -> None:
     from rlhf.config import ModelConfig
     from rlhf.stage import quiet_transformers
 
-    with quiet_transformers():
-        models.save(*models.start(ModelConfig(path=str(base)), [], "", 0), folder)
+    with quiet_transformers(print):
+        tokenizer = models.open_tokenizer(str(base))
+        models.save(models.start(ModelConfig(path=str(base)), tokenizer, 0), tokenizer, folder)
 
 
 def make_reward(base: Path, folder: Path, lora_rank: int = 0) -> None:
@@ -202,7 +203,7 @@ def make_reward(base: Path, folder: Path, lora_rank: int = 0) -> None:
     from rlhf.stage import quiet_transformers
 
     torch.manual_seed(0)
-    with quiet_transformers():
+    with quiet_transformers(print):
         model, tokenizer = models.open_reward(base)
         if lora_rank:
             adapters: Any = lora(ModelConfig(lora_rank=lora_rank), "SEQ_CLS", model)

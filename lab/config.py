@@ -295,22 +295,26 @@ def config_hash(values: Mapping[str, Any], without: Sequence[str] = NOT_RESULTS)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def with_defaults(values: Mapping[str, Any], like: Any) -> dict[str, Any]:
+def with_defaults(values: Mapping[str, Any], like: Any, by_default: Any = None) -> dict[str, Any]:
     """The values of a config that an older version wrote, and the keys that came since at their defaults.
 
     Args:
         values: as `to_dict` gave them then.
         like: a config of today's class.
+        by_default: the config that keys have their defaults from; None: what its class says of each.
     """
     filled = dict(values)
     for key in dataclasses.fields(like):
+        default = getattr(by_default, key.name, key.default)
+        if default is dataclasses.MISSING and key.default_factory is not dataclasses.MISSING:
+            default = key.default_factory()
+        whole = dataclasses.is_dataclass(default) and not isinstance(default, type)
         if key.name not in filled:
-            default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
             if default is not dataclasses.MISSING:
-                whole = dataclasses.is_dataclass(default) and not isinstance(default, type)
                 filled[key.name] = to_dict(default) if whole else json.loads(json.dumps(default))
         elif dataclasses.is_dataclass(here := getattr(like, key.name)) and isinstance(filled[key.name], dict):
-            filled[key.name] = with_defaults(filled[key.name], here)
+            known = default if type(default) is type(here) else None
+            filled[key.name] = with_defaults(filled[key.name], here, known)
     return filled
 
 

@@ -6,15 +6,19 @@ service process dead), training goes on and no number is lost. There is never a 
 
 import configparser
 import contextlib
+import http.client
 import json
 import math
 import netrc
 import os
 import re
 import socket
+import ssl
 import sys
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +37,13 @@ ENDED = "ended"
 """In W&B's summary: finished, interrupted or failed; W&B itself calls the last two the same."""
 INTERRUPTED = 255
 """The exit code of a run that was stopped and can be resumed."""
+ANSWER_SECONDS = 5.0
+"""How long W&B's server may take for the first answer; who takes longer is asked nothing more."""
+INIT_SECONDS = 10.0
+"""How long W&B may take to begin a run. What follows a failure takes 3 s: less than 20 s are lost in all."""
 FINISH_SECONDS = 60
 """How long the end of a run waits for W&B to take the rest of the rows."""
+_JSON = {"Content-Type": "application/json"}
 _SECRET = re.compile(r"(?i)(api[_-]?key|secret|passw|[_-]token$|^token$|credential|authorization)")
 
 _TOKEN = re.compile(r"^([\w-]+\.)*(eos|bos|pad|unk|sep|cls|mask)_token$")
@@ -102,7 +111,7 @@ def _holds_secret(text: str) -> bool:
 
 
 def choose_mode(requested: str) -> tuple[str, str]:
-    """The W&B mode to use, and why. Takes at most two seconds and never asks.
+    """The W&B mode to use, and why. Takes at most seven seconds and never asks.
 
     Raises:
         LabError: `online` was demanded in the config but there is no key or no server.
@@ -111,21 +120,7 @@ def choose_mode(requested: str) -> tuple[str, str]:
     mode = "offline" if mode == "dryrun" else mode  # W&B's older name for it
     if mode in ("offline", "disabled"):
         return mode, "asked for"
-    url = urllib.parse.urlparse(_server_url())
-    problem = ""
-    try:
-        host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
-    except ValueError as error:
-        host, port, problem = "", 0, f"W&B's base URL {url.geturl()!r} is no address ({error})"
-    if problem:
-        pass
-    elif not _has_key(host):
-        problem = f"no W&B key for {host}"
-    else:
-        try:
-            socket.create_connection((host, port), timeout=2).close()
-        except OSError as error:
-            problem = f"W&B's server {host}:{port} cannot be reached ({error.strerror or error})"
+    problem = _server_problem(_server_url())
     if not problem:
         return "online", "a key and a reachable server"
     if requested == "online":
@@ -134,6 +129,38 @@ def choose_mode(requested: str) -> tuple[str, str]:
             "which goes offline by itself."
         )
     return "offline", problem
+
+
+def _server_problem(address: str) -> str:
+    """What is wrong with the key for a W&B server, or with the server; empty: nothing."""
+    url = urllib.parse.urlparse(address)
+    try:
+        host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
+    except ValueError as error:
+        return f"W&B's base URL {address!r} is no address ({error})"
+    if not _has_key(host):
+        return f"no W&B key for {host}"
+    server = f"W&B's server {host}:{port}"
+    try:
+        if url.scheme not in urllib.request.getproxies():  # which may know the way where nothing here does
+            socket.create_connection((host, port), timeout=2).close()
+    except OSError as error:
+        return f"{server} cannot be reached ({error.strerror or error})"
+    # What is asked needs no key. A port that is open says little: tunnels take connections for dead servers.
+    query = json.dumps({"query": "query ServerFeaturesQuery { serverInfo { features { name } } }"}).encode()
+    asked = urllib.request.Request(f"{address.rstrip('/')}/graphql", query, _JSON)
+    try:
+        with urllib.request.urlopen(asked, timeout=ANSWER_SECONDS) as answer:
+            json.load(answer)
+    except urllib.error.HTTPError:
+        return ""  # it is there; what it does not like, its own client finds out
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, TimeoutError):
+            return f"{server} takes connections and does not answer within {ANSWER_SECONDS:g} s"
+        if not isinstance(reason, ssl.SSLCertVerificationError):  # W&B's client knows other certificates
+            return f"{server} does not answer as one ({_brief(error)})"
+    return ""
 
 
 def _server_url() -> str:
@@ -166,6 +193,7 @@ class Tracker:
         config: the resolved config; secrets are scrubbed before W&B sees it.
         mode: "online", "offline" or "disabled", from `choose_mode`.
         identity: keyword arguments for `wandb.init`: project, entity, id, name, group, job_type, tags.
+        init_seconds: how long W&B may take to begin.
         finish_seconds: how long `finish` waits for a slow or dead server.
 
     `problem` says why `mode` is not the one asked for; it is empty if it is.
@@ -177,9 +205,11 @@ class Tracker:
         config: Mapping[str, Any],
         mode: str,
         identity: Mapping[str, Any],
+        init_seconds: float = INIT_SECONDS,
         finish_seconds: float = FINISH_SECONDS,
     ) -> None:
         self.problem = ""
+        self._init_seconds = init_seconds
         self._finish_seconds = finish_seconds
         self._path = folder / "metrics.jsonl"
         self._file: IO[str] = open_own(self._path, "a", encoding="utf-8", buffering=1)
@@ -199,6 +229,9 @@ class Tracker:
         self._owns_data_dir = "WANDB_DATA_DIR" not in os.environ
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
         os.environ.setdefault("WANDB_SILENT", "true")
+        # W&B is told what is trained, and not how its client fares: at the end of a process that takes 15 s
+        # where a server does not answer.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         argv = sys.argv
@@ -212,7 +245,7 @@ class Tracker:
                     mode=mode,  # type: ignore[arg-type]
                     resume="allow",
                     settings=wandb.Settings(
-                        init_timeout=20,
+                        init_timeout=self._init_seconds,
                         finish_timeout=self._finish_seconds,  # by default it waits for ever
                         finish_timeout_raises=True,
                         x_transaction_log_flush_interval=1.0,  # the default loses 15 s to a SIGKILL

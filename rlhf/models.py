@@ -15,7 +15,7 @@ from lab.files import read_json, sha256_file
 from lab.hub import from_pretrained
 from rlhf import heads, labgpt, reviews
 from rlhf.config import ModelConfig
-from rlhf.tokenization import separate_padding
+from rlhf.tokenization import check_end, separate_padding
 
 # Vocabulary of a tokenizer made of the data.
 BPE_SIZE = 2048
@@ -39,15 +39,12 @@ def examine(config: ModelConfig) -> heads.Facts | None:
     return heads.examine(_config(name), name)
 
 
-def start(
-    config: ModelConfig, demonstrations: Any, source: str, seed: int, keep_format: bool = False
-) -> tuple[Any, Any]:
-    """The language model the recipe starts from and its tokenizer.
+def start(config: ModelConfig, tokenizer: Any, seed: int, keep_format: bool = False) -> Any:
+    """The language model the recipe starts from.
 
     Args:
         config: which.
-        demonstrations: the data set, from whose words LabGPT gets a tokenizer if the config names none.
-        source: where they are from.
+        tokenizer: of `start_tokenizer`, prepared: the model gets an embedding for a padding token it lacks.
         seed: of LabGPT's random weights.
         keep_format: as of `open_policy`.
 
@@ -56,14 +53,12 @@ def start(
     """
     if config.path != "labgpt":
         examine(config)  # what a later stage would refuse
-        tokenizer = start_tokenizer(config, demonstrations, source)
         # LabGPT computes no padding, and is a tenth faster. Adapters, though, are for the model they name.
         if not config.lora_rank and labgpt.computes(Path(config.path)):
-            return _trained_in_fp32(labgpt.load(config.path), tokenizer, config.path), tokenizer
+            return _trained_in_fp32(labgpt.load(config.path), tokenizer, config.path)
         model = _open_causal_lm(config.path, tokenizer, keep_format)
         heads.check_causal(model, config.path)
-        return model, tokenizer
-    tokenizer = start_tokenizer(config, demonstrations, source)
+        return model
     known = [*labgpt.LabGPTConfig().options(), *labgpt.LabGPTConfig.attribute_map]
     for key in config.labgpt:
         if key not in known:  # transformers would keep it, and do nothing about it
@@ -74,15 +69,24 @@ def start(
     }
     try:
         settings = labgpt.LabGPTConfig(vocab_size=len(tokenizer), **tokens, **config.labgpt)
-        return labgpt.LabGPTForCausalLM(settings), tokenizer
+        return labgpt.LabGPTForCausalLM(settings)
     except (TypeError, ValueError) as error:
         raise LabError(f"model.labgpt = {config.labgpt}: {error}") from None
 
 
 def start_tokenizer(config: ModelConfig, demonstrations: Any, source: str) -> Any:
-    """The tokenizer of `start`."""
+    """The tokenizer the recipe starts from, which `rlhf.tokenization.prepare` has yet to see.
+
+    Args:
+        config: which.
+        demonstrations: the data set, from whose words LabGPT gets a tokenizer if the config names none.
+        source: where they are from.
+
+    Raises:
+        LabError: there is none.
+    """
     if config.path != "labgpt" or config.tokenizer:
-        return open_tokenizer(config.tokenizer or config.path)
+        return _read_tokenizer(config.tokenizer or config.path)
     return reviews.tokenizer() if source == "reviews" else tokenizer_of(_texts(demonstrations))
 
 
@@ -183,12 +187,19 @@ def open_tokenizer(name: str) -> Any:
     Raises:
         LabError: there is none, or it has no end token.
     """
+    tokenizer = _read_tokenizer(name)
+    check_end(tokenizer)
+    separate_padding(tokenizer)
+    return tokenizer
+
+
+def _read_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     if _is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").is_file():
         name = _base_of(Path(name))
     try:
-        tokenizer = from_pretrained(AutoTokenizer, name, padding_side="left")
+        return from_pretrained(AutoTokenizer, name, padding_side="left")
     except LabError:
         raise
     except Exception as error:  # whatever the Hub's client, json or tokenizers raise
@@ -196,14 +207,10 @@ def open_tokenizer(name: str) -> Any:
             f"{name}: no tokenizer found: {first_line(error)} Name a transformers folder, or a model of the "
             "Hub (which must be reachable)."
         ) from None
-    if tokenizer.eos_token_id is None:
-        raise LabError(f"{name}: its tokenizer has no eos_token, so no answer could end. Set one.")
-    separate_padding(tokenizer)
-    return tokenizer
 
 
 def _fitted(model: Any, tokenizer: Any, name: str) -> Any:
-    """The model, with an embedding for a padding token that `_open_tokenizer` added."""
+    """The model, with an embedding for a padding token that was added to the tokenizer."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) == rows + 1 and tokenizer.pad_token_id == rows:
         model.resize_token_embeddings(len(tokenizer))

@@ -224,8 +224,9 @@ def make_trainer(
     """
     config, source = settings.sft, settings.data.demonstrations
     frozen = models.keeps_frozen_format(settings.model, compute)
-    model, tokenizer = models.start(settings.model, demonstrations, source, settings.seed, frozen)
+    tokenizer = models.start_tokenizer(settings.model, demonstrations, source)
     notes = prepare(tokenizer, settings.model, converses or holds_conversations(demonstrations), source)
+    model = models.start(settings.model, tokenizer, settings.seed, frozen)
     models.declare_end(model, tokenizer)
     demonstrations, held_out = (
         rendered("demonstrations", rows, tokenizer, settings.data) for rows in (demonstrations, held_out)

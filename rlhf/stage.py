@@ -1,7 +1,9 @@
 """What every stage has in common: a run folder, and a transformers Trainer that keeps to it."""
 
 import json
+import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -200,22 +202,48 @@ def train(trainer: Any, stage: Stage, note: Callable[[Mapping[str, float]], str]
     return done
 
 
+_NOISE = re.compile(
+    r"deprecated|will be removed in"  # names that TRL, PEFT and transformers still use of one another
+    r"|LOAD REPORT"  # `rlhf.models` refuses weights that are missing, and names those that are not used
+    r"|will be initialized from a multivariate normal distribution"  # an embedding for a padding token
+)
+
+
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences transformers' progress bars and advice: what matters is said by the stage."""
+def quiet_transformers(say: Callable[[str], None]) -> Iterator[None]:
+    """Silences transformers' progress bars and advice; what it says of the user's model and data is one line.
+
+    Args:
+        say: told of each warning, once.
+    """
     import datasets
     import transformers
 
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    said = set[str]()
+
+    def tell(message: str) -> None:
+        line = " ".join(message.split())
+        if not _NOISE.search(line) and line not in said:
+            said.add(line)
+            say(f"         warning: {line[:400]}")
+
+    handler, library = logging.Handler(), logging.getLogger("transformers")
+    handler.emit = lambda record: tell(record.getMessage())
+    verbosity = transformers.logging.get_verbosity()  # which also gives the library its own handler
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.disable_default_handler()
+    library.addHandler(handler)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: tell(str(message))
             # TRL and PEFT still use names that transformers has since changed.
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
             yield
     finally:
+        library.removeHandler(handler)
+        transformers.logging.enable_default_handler()
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
         datasets.enable_progress_bars()

@@ -43,8 +43,8 @@ def relevant(settings: RLHFRun | Mapping[str, Any], stage: str, *, watched: bool
         stage: one of `STAGES`.
         watched: also `WATCHES`.
     """
-    values = config.to_dict(RLHFRun())
-    values = config.merge(values, config.to_dict(settings) if isinstance(settings, RLHFRun) else settings)
+    given = config.to_dict(settings) if isinstance(settings, RLHFRun) else settings
+    values = config.with_defaults(given, RLHFRun())
     flat: dict[str, Any] = {"seed": values["seed"]}
     for group in ("model", "data", "sft", "collect", "reward", "ppo", "eval"):
         flat |= {f"{group}.{key}": value for key, value in values[group].items()}

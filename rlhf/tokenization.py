@@ -535,6 +535,16 @@ def prepare(
         LabError: conversations and no template, a template that is none, or no such token.
     """
     notes = []
+    end = config.eos_token
+    if end:
+        ids = _encode(tokenizer, [end])[0]
+        if end not in tokenizer.get_vocab() and len(ids) != 1:
+            raise LabError(
+                f"model.eos_token: {end!r} is not one token of the model's vocabulary."
+                f"{did_you_mean(end, tokenizer.all_special_tokens)}"
+            )
+        if tokenizer.eos_token is None:  # which chat templates write
+            tokenizer.add_special_tokens({"eos_token": end})
     if config.chat_template:
         tokenizer.chat_template = _chat_template(config.chat_template, tokenizer)
         if converses:
@@ -545,14 +555,7 @@ def prepare(
             "model.chat_template to chatml, plain or a file, use a chat model's tokenizer (model.tokenizer), "
             "or data in plain text."
         )
-    end = config.eos_token
     if end:
-        ids = _encode(tokenizer, [end])[0]
-        if end not in tokenizer.get_vocab() and len(ids) != 1:
-            raise LabError(
-                f"model.eos_token: {end!r} is not one token of the model's vocabulary."
-                f"{did_you_mean(end, tokenizer.all_special_tokens)}"
-            )
         after, turn_end = ways(tokenizer).after_turn, ways(tokenizer).turn_end
         if converses and turn_end and end not in after:
             raise LabError(
@@ -564,14 +567,23 @@ def prepare(
     end = end or end_token(tokenizer, converses)
     if end and end != tokenizer.eos_token:
         if not config.eos_token:
-            notes.append(
-                f"answers end with {end!r}, as the chat template has it, not {tokenizer.eos_token!r}"
-            )
+            other = f", not {tokenizer.eos_token!r}" if tokenizer.eos_token else ""
+            notes.append(f"answers end with {end!r}, as the chat template has it{other}")
         tokenizer.add_special_tokens({"eos_token": end})
-        separate_padding(tokenizer)
-    elif converses and ways(tokenizer).turn_end is None:
+    elif end and converses and ways(tokenizer).turn_end is None:
         notes.append(f"the chat template ends a turn with no token; answers end with {end!r}")
+    check_end(tokenizer)
+    separate_padding(tokenizer)
     return notes
+
+
+def check_end(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises a `LabError` if a tokenizer has no end token."""
+    if tokenizer.eos_token_id is None:
+        raise LabError(
+            f"{tokenizer.name_or_path}: its tokenizer has no eos_token, so no answer could end. Set one, or "
+            "name one of its tokens in model.eos_token."
+        )
 
 
 def separate_padding(tokenizer: "PreTrainedTokenizerBase") -> None:

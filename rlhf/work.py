@@ -61,10 +61,10 @@ def run_stage(recipe: Recipe, stage: str, mode: str, why: str, counts: dict[str,
         tracker = run.tracker(mode, why, t.project, t.entity, t.tags)
         exit_code = 1
         try:
-            with StopRequest() as stop, quiet_transformers():
+            with StopRequest() as stop:
                 total, window, every = _length(recipe, stage)
                 asks = stage == "collect" and collector(settings).interactive
-                with Progress(total, bar=not asks) as progress:
+                with Progress(total, bar=not asks) as progress, quiet_transformers(progress.say):
                     progress.say(
                         f"{stage:8} {'resuming' if begun else 'starting'} in {folder}\n"
                         f"         {compute.device}, {compute.precision}, {compute.threads} threads; "

@@ -8,7 +8,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,14 +150,18 @@ def test_a_mistake_on_the_command_line_is_one_line(
 def test_help_and_errors_come_within_a_second(
     lab_command: LabCommand, tmp_path: Path, arguments: list[str], code: int
 ) -> None:
-    """The best of three, for the machine may be busy; a run that imports torch never makes it."""
-    seconds = []
-    while len(seconds) < 3 and min(seconds, default=9) >= 1:
-        began = time.monotonic()
+    """Seconds of the processor, for the machine may be busy, and a few more of them where it is.
+
+    The slowest case takes 0.8, and importing torch alone 1.9.
+    """
+    limit, seconds = 1.2, []
+    while len(seconds) < 3 and min(seconds, default=limit) >= limit:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = lab_command(*arguments, cwd=tmp_path)
-        seconds.append(time.monotonic() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert result.returncode == code, result.stderr
-    assert min(seconds) < 1
+    assert min(seconds) < limit
 
 
 def test_print_config_shows_what_lab_train_takes_again(lab_command: LabCommand, tmp_path: Path) -> None:

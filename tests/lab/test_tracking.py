@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from lab import tracking
 from lab.errors import LabError
 from lab.run import Run
 from lab.tracking import Tracker, choose_mode, read_metrics, rewind
@@ -223,6 +225,74 @@ def test_a_server_that_never_answers_costs_at_most_three_seconds(monkeypatch: py
         assert time.monotonic() - began < 3
     assert mode == "offline"
     assert "cannot be reached (timed out)" in why
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (None, "takes connections and does not answer within 0.5 s"),
+        (b"", "does not answer as one (RemoteDisconnected: "),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>", "does not answer as one (JSONDecodeError: "),
+        (b"SSH-2.0-OpenSSH\r\n", "does not answer as one (BadStatusLine: "),
+        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", ""),
+    ],
+)
+def test_a_port_that_is_open_is_not_yet_a_server(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes | None, why: str
+) -> None:
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as open_port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{open_port.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+        def serve() -> None:
+            open_port.accept()[0].close()  # who only looks whether the port is open
+            client, _ = open_port.accept()
+            with client:
+                asked = client.recv(10_000)
+                assert KEY.encode() not in asked, "nothing secret goes to who may be no server"
+                if answer is None:
+                    silent.wait()
+                else:
+                    client.sendall(answer)
+
+        silent, thread = threading.Event(), threading.Thread(target=serve)
+        thread.start()
+        try:
+            mode, told = choose_mode("auto")
+        finally:
+            silent.set()
+            thread.join()
+    assert mode == ("offline" if why else "online")
+    assert why in told
+
+
+def test_a_server_that_falls_silent_before_the_run_begins_costs_seconds_and_no_number(
+    server: WandbStandIn, folder: Path
+) -> None:
+    """In a process of its own: W&B's client has its last say when that ends."""
+    server.silent = True
+    code = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from lab.tracking import Tracker
+
+        track = Tracker(Path(sys.argv[1]), {}, "online", {"project": "p"}, init_seconds=1)
+        track.log(1, {"x": 5})
+        track.finish(0)
+        print(track.mode)
+    """)
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60, check=True
+    )
+    # Importing wandb takes some, and what follows a failure 3; both more than that on a busy machine.
+    assert time.monotonic() - began < 20 - tracking.INIT_SECONDS
+    assert result.stdout == "offline\n"
+    [line] = result.stderr.splitlines()
+    assert line.startswith("lab: W&B online is not available (")
+    assert [row["x"] for row in read_metrics(folder / "metrics.jsonl")] == [5]
+    assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
 def test_online_by_name_is_never_downgraded(dead_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,8 @@ class Family:
     """text, or conversations: as prompt and completion (chat), or as a whole (messages)."""
     bos: bool = False
     """Whether the tokenizer puts its first token before a text."""
+    end: str = ""
+    """`model.eos_token`, where the tokenizer has none."""
 
 
 def sizes(**more: Any) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def hf(name: str, **options: Any) -> Callable[[dict[str, Any]], Any]:
 GPT2 = hf("GPT2Config", n_embd=32, n_layer=2, n_head=2, n_positions=96)
 FAMILIES = {
     "gpt2": Family(GPT2, {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": "<pad>"}),
+    "gpt2 without an end": Family(GPT2, {"unk_token": END}, end=END),
     "gpt2 of the Hub": Family(GPT2, {"bos_token": END, "eos_token": END, "unk_token": END}),
     "bloom": Family(
         hf("BloomConfig", hidden_size=32, n_layer=2, n_head=2),
@@ -167,7 +170,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Pat
             demonstrations, comparisons = write_data(family.form, root)
             training = {"batch_size": 4, "learning_rate": 1e-2}
             values = {
-                "model": {"path": str(save(family, root / "base")), "lora_rank": rank},
+                "model": {
+                    "path": str(save(family, root / "base")),
+                    "lora_rank": rank,
+                    "eos_token": family.end,
+                },
                 "data": {
                     "demonstrations": str(demonstrations),
                     "comparisons": str(comparisons),
@@ -208,7 +215,8 @@ def test_the_recipe_finishes_and_leaves_what_stock_transformers_opens(
         assert opened[stage].config.model_type == base.config.model_type
         assert (run / stage / "model" / "adapter").is_dir() == bool(rank)
         tokenizer = AutoTokenizer.from_pretrained(run / stage / "model")
-        assert tokenizer.pad_token_id != tokenizer.eos_token_id == base.config.eos_token_id
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id
+        assert tokenizer.eos_token == (FAMILIES[name].end or FAMILIES[name].special["eos_token"])
         assert opened[stage].config.pad_token_id == tokenizer.pad_token_id
     assert type(opened["ppo"]) is type(base)
     before, after = (opened[stage].base_model.state_dict() for stage in ("sft", "ppo"))

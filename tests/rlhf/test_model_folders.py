@@ -61,7 +61,7 @@ def test_whatever_form_weights_are_in_they_are_read(
     source = save_tiny(family)
     folder = stored(tmp_path / "model", torch.float32, form, source)
     expected, _ = models.open_policy(source)
-    model, _ = models.start(ModelConfig(path=str(folder), lora_rank=rank), None, "x", 0)
+    model = models.start(ModelConfig(path=str(folder), lora_rank=rank), models.open_tokenizer(str(folder)), 0)
     assert isinstance(model, labgpt.LabGPTForCausalLM) == (rank == 0 and family != "qwen2")
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -225,7 +225,8 @@ def test_ours_opens_an_adapter_where_the_whole_run_was_moved(run: Path, tmp_path
     moved = run.rename(tmp_path / "elsewhere")
     opened, _ = models.open_policy(moved / "ppo" / "model" / "adapter")
     torch.testing.assert_close(logits(opened), merged, rtol=1e-4, atol=1e-5)
-    started, _ = models.start(ModelConfig(path=str(moved / "ppo/model/adapter")), None, "x", 0)
+    adapter = str(moved / "ppo/model/adapter")
+    started = models.start(ModelConfig(path=adapter), models.open_tokenizer(adapter), 0)
     torch.testing.assert_close(logits(started), merged, rtol=1e-4, atol=1e-5)
 
 

@@ -15,6 +15,7 @@ from lab.errors import LabError
 from rlhf import models, reviews
 from rlhf.config import ModelConfig
 from rlhf.labgpt import LabGPTForCausalLM
+from rlhf.tokenization import prepare
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -125,15 +126,20 @@ def test_saved_and_opened_is_the_same(tmp_path: Path, save_tiny: Callable[..., P
 # ---- LabGPT from nothing ----
 
 
+def begun(config: ModelConfig, demonstrations: Any, source: str, seed: int = 0) -> tuple[Any, Any]:
+    """Model and tokenizer as SFT begins with them."""
+    tokenizer = models.start_tokenizer(config, demonstrations, source)
+    prepare(tokenizer, config, False, source)
+    return models.start(config, tokenizer, seed), tokenizer
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_full_fine_tuning_computes_as_a_labgpt_what_one_can(
     tmp_path: Path, save_tiny: Callable[..., Path], family: str
 ) -> None:
     """The same logits, quicker; adapters are for the model by its own names."""
     folder = save_tiny(family)
-    full, adapted = (
-        models.start(ModelConfig(path=str(folder), lora_rank=rank), [], "", 0)[0] for rank in (0, 2)
-    )
+    full, adapted = (begun(ModelConfig(path=str(folder), lora_rank=rank), [], "")[0] for rank in (0, 2))
     assert isinstance(full, LabGPTForCausalLM)
     assert type(adapted).__module__.startswith("transformers.")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -145,7 +151,7 @@ def test_full_fine_tuning_computes_as_a_labgpt_what_one_can(
         family
     ]  # a LabGPT would have it elsewhere, too
     (other / "config.json").write_text(json.dumps({**settings, key: 0.1}))
-    assert not isinstance(models.start(ModelConfig(path=str(other)), [], "", 0)[0], LabGPTForCausalLM)
+    assert not isinstance(begun(ModelConfig(path=str(other)), [], "")[0], LabGPTForCausalLM)
 
 
 def test_the_seed_alone_decides_labgpts_first_weights() -> None:
@@ -153,7 +159,7 @@ def test_the_seed_alone_decides_labgpts_first_weights() -> None:
 
     def first(seed: int) -> dict[str, torch.Tensor]:
         torch.rand(1)  # whatever was drawn before
-        return models.start(config, TEXTS, "reviews", seed)[0].state_dict()
+        return begun(config, TEXTS, "reviews", seed)[0].state_dict()
 
     one, again, other = first(1), first(1), first(2)
     assert all(torch.equal(one[name], again[name]) for name in one)
@@ -161,10 +167,10 @@ def test_the_seed_alone_decides_labgpts_first_weights() -> None:
 
 
 def test_labgpt_speaks_the_words_of_its_task_or_of_its_data() -> None:
-    model, tokenizer = models.start(ModelConfig(labgpt=TINY), TEXTS, "reviews", 0)
+    model, tokenizer = begun(ModelConfig(labgpt=TINY), TEXTS, "reviews")
     assert tokenizer.get_vocab() == reviews.tokenizer().get_vocab()
     assert model.config.vocab_size == len(tokenizer)
-    model, tokenizer = models.start(ModelConfig(labgpt=TINY), TEXTS, "demos.jsonl", 0)
+    model, tokenizer = begun(ModelConfig(labgpt=TINY), TEXTS, "demos.jsonl")
     for text in ("it is great .", "never seen: äöü 漢 \n\t"):
         ids = tokenizer(text).input_ids
         assert tokenizer.unk_token_id not in ids
@@ -177,13 +183,13 @@ def test_labgpt_speaks_the_words_of_its_task_or_of_its_data() -> None:
 
 def test_a_tokenizer_can_be_made_of_conversations() -> None:
     rows = [{"messages": [{"role": "user", "content": "what what what what"}]}] * 3
-    _, tokenizer = models.start(ModelConfig(labgpt=TINY), Dataset.from_list(rows), "chats.jsonl", 0)
+    _, tokenizer = begun(ModelConfig(labgpt=TINY), Dataset.from_list(rows), "chats.jsonl")
     assert len(tokenizer("what").input_ids) == 1
 
 
 def test_labgpt_can_be_given_another_tokenizer(save_tiny: Callable[..., Path]) -> None:
     config = ModelConfig(labgpt=TINY, tokenizer=str(save_tiny("llama")))
-    model, tokenizer = models.start(config, TEXTS, "demos.jsonl", 0)
+    model, tokenizer = begun(config, TEXTS, "demos.jsonl")
     assert tokenizer.get_vocab() == reviews.tokenizer().get_vocab()
     assert model.config.vocab_size == len(tokenizer)
 
@@ -194,7 +200,7 @@ def test_labgpt_can_be_given_another_tokenizer(save_tiny: Callable[..., Path]) -
 )
 def test_mistakes_in_labgpts_arguments_are_one_line(options: dict[str, Any], words: str) -> None:
     # reveals: a misspelt one is taken, and ignored.
-    line = refused(models.start, ModelConfig(labgpt=options), TEXTS, "reviews", 0)
+    line = refused(begun, ModelConfig(labgpt=options), TEXTS, "reviews", 0)
     assert line.startswith(f"model.labgpt = {options}: ")
     assert words in line
 
@@ -251,7 +257,7 @@ def test_the_stages_agree_about_padding(tmp_path: Path, stock: Callable[..., Pat
 def test_a_tokenizer_without_an_end_token_is_refused(stock: Callable[..., Path]) -> None:
     folder = stock(pad_token="<pad>")
     line = refused(models.open_policy, folder)
-    assert line == f"{folder}: its tokenizer has no eos_token, so no answer could end. Set one."
+    assert line.startswith(f"{folder}: its tokenizer has no eos_token, so no answer could end. Set one, or ")
 
 
 # ---- chat templates ----
@@ -324,7 +330,7 @@ def test_missing_weights_are_one_line(tmp_path: Path, save_tiny: Callable[..., P
 
 def test_a_model_of_the_hub_that_cannot_be_reached() -> None:
     """The tests are offline, so no name is known there."""
-    line = refused(models.start, ModelConfig(path="nobody/nothing"), TEXTS, "reviews", 0)
+    line = refused(models.start, ModelConfig(path="nobody/nothing"), None, 0)
     assert line.startswith("nobody/nothing: no model that can be opened: ")
     assert "the Hub (which must be reachable)" in line
 

@@ -1,13 +1,18 @@
 """Runs that went wrong say so."""
 
+import warnings as python_warnings
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from lab.errors import LabError
 from rlhf.health import Health, check_weights, warn
+from rlhf.stage import quiet_transformers
 
 
 def logged(health: Health, *rows: dict[str, float]) -> None:
@@ -60,3 +65,31 @@ def test_warnings_are_kept_once() -> None:
     warn(stage)
     assert summary == {"warnings": ["a", "b"]}
     assert len(said) == 3
+
+
+def test_what_transformers_says_of_the_users_model_is_said_once_and_its_advice_is_not(
+    save_tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+
+    folder, said = save_tiny("llama"), list[str]()
+    verbosity = transformers.logging.get_verbosity()
+    capfd.readouterr()
+    with quiet_transformers(said.append):
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=4)
+        for _ in range(2):  # the library's own warning of what would be cut off, or crash
+            tokenizer.deprecation_warnings.clear()
+            tokenizer("it is great . " * 3)
+        LlamaConfig(vocab_size=10, bos_token_id=77)
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)  # a fresh score layer
+        with python_warnings.catch_warnings():
+            python_warnings.simplefilter("always")
+            python_warnings.warn("Adapter keys\nare missing", UserWarning, stacklevel=1)
+    assert len(said) == 3, said
+    assert all(line.startswith("         warning: ") and "\n" not in line for line in said)
+    for line, words in zip(
+        said, ("Token indices sequence length", "within the vocabulary", "keys are"), strict=True
+    ):
+        assert words in line
+    assert transformers.logging.get_verbosity() == verbosity
+    assert capfd.readouterr().err == ""

@@ -176,6 +176,18 @@ def relevant_names() -> Iterator[str]:
         yield from (f"{key}.{inner}" for inner in value) if isinstance(value, dict) else [key]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_begun_before_a_key_was_there_had_its_default(stage: str) -> None:
+    """Any key, and whole groups: what a newer version adds keeps no older run from being resumed."""
+    now, whole = RLHFRun(), config.to_dict(RLHFRun())
+    for name in relevant_names():
+        group, _, key = name.partition(".")
+        older = json.loads(json.dumps(whole))
+        del (older[group] if key else older)[key or group]
+        for earlier in (older, {k: v for k, v in whole.items() if k != group}):
+            assert relevant(earlier, stage, watched=True) == relevant(now, stage, watched=True), name
+
+
 @pytest.mark.parametrize(
     ("arguments", "concerned"),
     [
