@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import LabError, did_you_mean
+from rlhf import templates
 from rlhf.config import CHAT_TEMPLATES, DataConfig, ModelConfig
 from rlhf.forms import Text
 
@@ -89,6 +90,8 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str | 
         return "", "", None
     try:
         whole = _render(tokenizer, [_said("user", "a"), _said("assistant", _CONTENT)])
+    except templates.Endless:
+        raise
     except LabError:
         return "", "", None  # the rows of data will meet the same error
     _, content, after = whole.rpartition(_CONTENT)
@@ -283,6 +286,8 @@ def counted(kind: str, dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> It
         rows = dataset.select(range(begin, min(begin + BATCH, len(dataset)))).to_list()
         try:
             yield from _count(kind, rows, tokenizer)
+        except templates.Endless:  # seconds for each row would be hours
+            raise
         except LabError:
             for row in rows:
                 try:
@@ -454,8 +459,11 @@ def _render(
     template = template if isinstance(template, str) else json.dumps(template)
     turns = [_for_template(message, template) for message in messages]
     tools = json.loads(messages[0]["tools"]) if messages and messages[0].get("tools") else None
+    templates.limit()
     try:
         whole = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options)
+    except templates.Endless:
+        raise
     except Exception as error:  # whatever a template raises
         why = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
         raise LabError(f"the chat template cannot render this conversation: {why}") from error
