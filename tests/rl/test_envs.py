@@ -291,7 +291,7 @@ def test_common_spellings_are_understood(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Pong-ram-v4", "ALE/Pong-ram-v5", "pong_ram"])
 def test_a_game_by_its_memory_is_not_the_game_by_its_screen(name: str) -> None:
-    with pytest.raises(LabError, match="memory, and agents here see the screen. Set env.game=pong"):
+    with pytest.raises(LabError, match=r"memory, and agents here see the screen\. Set env\.game=pong"):
         games.check(name)
 
 
