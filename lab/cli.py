@@ -182,6 +182,9 @@ def _build_parser() -> _Parser:
     evaluate.add_argument(
         "--part", help="of a model's data: train, held_out or one by its name; default the test part, if any"
     )
+    evaluate.add_argument(
+        "--data.source", metavar="SOURCE", help="where the data are now that a model learned from"
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     play = command(

@@ -5,6 +5,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -72,6 +73,10 @@ class Compute:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context a forward pass runs in."""
         return autocast(self.device.type, self.precision)
+
+    def line(self) -> str:
+        """What a command says of it."""
+        return f"device  {self.device}, {self.precision}, {self.threads} threads ({self.reason})"
 
     def describe(self) -> dict[str, Any]:
         """What run.json keeps."""
@@ -193,7 +198,8 @@ def resolve(
         before: `Compute.describe()` of the run being continued: what was left to choose is chosen as then,
             so that it goes on bit for bit.
         elsewhere: the config is that of a run that is only read (evaluated, filmed), perhaps on another
-            machine: where the device it names is missing, `auto` chooses, and `reason` says so.
+            machine: where the device it names is missing, `auto` chooses; `reason` says so, and a line
+            on stderr.
 
     Raises:
         LabError: a device was named that this machine or this torch does not have, or this is one of several
@@ -247,7 +253,10 @@ def resolve(
     torch.set_flush_denormal(True)
     if device.type == "cpu":
         keep_freed_memory()
-    return Compute(device, precision, threads, reason)
+    compute = Compute(device, precision, threads, reason)
+    if instead:
+        print(compute.line(), file=sys.stderr)
+    return compute
 
 
 def _choose_threads(config: DeviceConfig, before: Mapping[str, Any] | None) -> tuple[int, str]:

@@ -30,6 +30,10 @@ def heard() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Stopped(KeyboardInterrupt):
+    """A stop was requested, within what may be broken off; no `except Exception` on the way swallows it."""
+
+
 class StopRequest:
     """While entered, the first signal to stop only sets `signal_name`; the second ends at once.
 
@@ -38,6 +42,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._at_once = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -56,7 +61,26 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a request raises where it falls: for what may last, and can be made again from its
+        beginning.
+
+        Raises:
+            Stopped: a stop is requested, or was before.
+        """
+        self._at_once = True
+        try:
+            if not self:
+                yield
+        finally:
+            self._at_once = False
+        if self:
+            raise Stopped
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
+        if self._at_once:
+            raise Stopped

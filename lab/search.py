@@ -4,6 +4,8 @@
 stopped goes on as if it never was, and the same sweep asks for the same settings again.
 """
 
+import collections
+import functools
 import itertools
 import json
 import math
@@ -47,16 +49,24 @@ class Parameter:
         return "log" in self.distribution
 
     @property
-    def choices(self) -> Sequence[Any] | None:
-        """All values there are, in order; None: more than can be counted."""
+    def count(self) -> int | None:
+        """How many values there are; None: more than can be counted."""
         if self.values:
-            return self.values
+            return len(self.values)
         if self.distribution == "int_uniform":
-            return range(int(self.low), int(self.high) + 1)
+            return int(self.high) - int(self.low) + 1
         if self.q:
             first, last = _multiples(self.low, self.high, self.q)
-            return [self.tidy(multiple * self.q) for multiple in range(first, last + 1)]
+            return last - first + 1
         return None
+
+    def choice(self, number: int) -> Any:
+        """One of the values that can be counted, in order, from 0. A range is never written out."""
+        if self.values:
+            return self.values[number]
+        if self.distribution == "int_uniform":
+            return int(self.low) + number
+        return self.tidy((_multiples(self.low, self.high, self.q)[0] + number) * self.q)
 
     def at(self, quantile: float) -> Any:
         """The value that a share `quantile` (0 to below 1) of all draws lies below."""
@@ -94,6 +104,11 @@ class Tried:
     pending: bool = False
     """Still running: without a value, and not failed."""
 
+    @functools.cached_property
+    def name(self) -> str:
+        """Equal for settings that are the same."""
+        return same_name(self.setting)
+
 
 def read_parameters(raw: Any, source: str) -> list[Parameter]:
     """The parameters of a sweep file, in W&B's format; keys are dotted, or groups nested as W&B nests them.
@@ -106,14 +121,15 @@ def read_parameters(raw: Any, source: str) -> list[Parameter]:
         LabError: they are not as they should be.
     """
     parameters = list(_read_group(raw, source, "parameters", ""))
-    keys = [parameter.key for parameter in parameters]
-    for key in keys:
-        for other in keys:
-            if other.startswith(f"{key}."):
-                raise LabError(f"{source}: parameters {key} and {other} contradict each other. Keep one.")
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise LabError(f"{source}: parameter {twice} is there twice. Keep one.")
+    keys = {parameter.key for parameter in parameters}
+    for key in [parameter.key for parameter in parameters]:
+        words = key.split(".")
+        for above in (".".join(words[:n]) for n in range(1, len(words))):
+            if above in keys:
+                raise LabError(f"{source}: parameters {above} and {key} contradict each other. Keep one.")
+    if len(keys) < len(parameters):
+        counts = collections.Counter(parameter.key for parameter in parameters)
+        raise LabError(f"{source}: parameter {counts.most_common(1)[0][0]} is there twice. Keep one.")
     return parameters
 
 
@@ -191,16 +207,18 @@ def _read_choices(key: str, spec: Mapping[str, Any], where: str) -> Parameter:
         raise LabError(f"{where}: values take neither q nor a distribution but categorical.")
     if not isinstance(values, list) or not values:
         raise LabError(f"{where}: values = {values!r} is not valid. Expected a list such as [1, 2, 3].")
+    seen: dict[str, Any] = {}
     for value in values:
         try:
-            again = [other for other in values if same(other, value)]
+            name = same_name(value)
         except (TypeError, ValueError):  # a date, NaN
             raise LabError(
                 f"{where}: {value!r} is not valid. Expected numbers, texts, true, false or null, or lists or "
                 "mappings of these."
             ) from None
-        if len(again) > 1:
-            raise LabError(f"{where}: {value!r} is there twice. Leave one out.")
+        if name in seen:
+            raise LabError(f"{where}: {seen[name]!r} is there twice. Leave one out.")
+        seen[name] = value
     return Parameter(
         key=key, distribution="constant" if len(values) == 1 else "categorical", values=tuple(values)
     )
@@ -208,14 +226,15 @@ def _read_choices(key: str, spec: Mapping[str, Any], where: str) -> Parameter:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two settings or values are the same to a config: 1 and 1.0 are, 1 and true are not."""
-    return _name(one) == _name(other)
+    return same_name(one) == same_name(other)
 
 
-def _name(value: Any) -> str:
+def same_name(value: Any) -> str:
+    """Equal for settings or values that are the `same`."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{json.dumps(key)}:{_name(value[key])}" for key in sorted(value)) + "}"
+        return "{" + ",".join(f"{json.dumps(key)}:{same_name(value[key])}" for key in sorted(value)) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_name, value)) + "]"
+        return "[" + ",".join(map(same_name, value)) + "]"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, allow_nan=False)
@@ -223,17 +242,22 @@ def _name(value: Any) -> str:
 
 def grid(parameters: Sequence[Parameter]) -> Iterator[Setting] | None:
     """All settings, the last parameter changing fastest; None: more than can be counted."""
-    choices = [parameter.choices for parameter in parameters]
-    if None in choices:
-        return None
-    keys = [parameter.key for parameter in parameters]
-    every = itertools.product(*(values for values in choices if values is not None))
-    return (dict(zip(keys, values, strict=True)) for values in every)
+    size = grid_size(parameters)
+    return None if size is None else (_in_grid(parameters, number) for number in range(size))
+
+
+def _in_grid(parameters: Sequence[Parameter], number: int) -> Setting:
+    """The setting of that number, from 0: the choices are its digits."""
+    setting: Setting = {}
+    for parameter in reversed(parameters):
+        number, choice = divmod(number, parameter.count or 1)
+        setting[parameter.key] = parameter.choice(choice)
+    return dict(reversed(setting.items()))
 
 
 def grid_size(parameters: Sequence[Parameter]) -> int | None:
     """How many settings there are; None: more than can be counted."""
-    sizes = [None if parameter.choices is None else len(parameter.choices) for parameter in parameters]
+    sizes = [parameter.count for parameter in parameters]
     return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
 
@@ -253,12 +277,12 @@ def next_setting(
     if size is not None and len(tried) >= size:
         return None
     every = grid(parameters) or iter(())
-    known = {_name(one.setting) for one in tried}
+    known = {one.name for one in tried}
     if method == "grid":
-        return next((setting for setting in every if _name(setting) not in known), None)
+        return next((setting for setting in every if same_name(setting) not in known), None)
     draws = _bayes(parameters, goal, seed, tried) if method == "bayes" else _random(parameters, seed, tried)
     some = itertools.chain(itertools.islice(draws, ATTEMPTS), every)
-    return next((setting for setting in some if _name(setting) not in known), None)
+    return next((setting for setting in some if same_name(setting) not in known), None)
 
 
 def _random(parameters: Sequence[Parameter], seed: int, tried: Sequence[Tried]) -> Iterator[Setting]:
@@ -281,6 +305,7 @@ def _bayes(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searched = [parameter for parameter in parameters if len(parameter.values) != 1]
     distributions = {parameter.key: _as_optuna(parameter) for parameter in searched}
+    numbers = {p.key: {same_name(value): i for i, value in enumerate(p.values)} for p in searched}
     study = optuna.create_study(direction=goal)
     states = optuna.trial.TrialState
     for one in tried:
@@ -289,7 +314,10 @@ def _bayes(
             optuna.trial.create_trial(
                 state=state,
                 value=one.value,
-                params={p.key: _to_optuna(p, one.setting[p.key]) for p in searched},
+                params={
+                    p.key: numbers[p.key][same_name(one.setting[p.key])] if p.values else one.setting[p.key]
+                    for p in searched
+                },
                 distributions=distributions,
             )
         )
@@ -317,12 +345,6 @@ def _as_optuna(parameter: Parameter) -> Any:
     if parameter.distribution == "int_uniform":
         return distributions.IntDistribution(int(parameter.low), int(parameter.high))
     return distributions.FloatDistribution(parameter.low, parameter.high, log=parameter.log)
-
-
-def _to_optuna(parameter: Parameter, value: Any) -> Any:
-    if parameter.values:
-        return next(i for i, one in enumerate(parameter.values) if same(one, value))
-    return value
 
 
 def _multiples(low: float, high: float, q: float) -> tuple[int, int]:

@@ -180,6 +180,8 @@ def _read_seeds(raw: Any, where: str) -> tuple[int, ...]:
     if not isinstance(raw, list):
         raise LabError(f"{where} = {raw!r} is not valid. Expected a list such as [0, 1, 2].")
     seeds = tuple(_whole(seed, 0, where) for seed in raw)
+    if len(seeds) > MOST_SETTINGS:
+        raise LabError(f"{where}: {len(seeds):,} seeds are more than {MOST_SETTINGS:,}. Name fewer.")
     if len(set(seeds)) < len(seeds):
         raise LabError(f"{where} = {raw!r}: a seed is there twice. Leave one out.")
     return seeds
@@ -193,7 +195,7 @@ def _read_count(
     size = search.grid_size(parameters)
     if method == "grid":
         for parameter in parameters:
-            if parameter.choices is None:
+            if parameter.count is None:
                 raise LabError(
                     f"{path}: parameter {parameter.key}: a grid needs values: [...], not all numbers "
                     "from min to max. Name them, or use method: random."
@@ -201,6 +203,8 @@ def _read_count(
     elif count is None:
         raise LabError(f"{path}: method {method} needs count, the number of settings. Add it, or --count=N.")
     least = min(number for number in (count, size) if number is not None)
+    if method == "bayes" and (n := sum(len(parameter.values) for parameter in parameters)) > MOST_SETTINGS:
+        raise LabError(f"{path}: {n:,} values to choose from are more than {MOST_SETTINGS:,}. Name fewer.")
     if least > MOST_SETTINGS:
         raise LabError(
             f"{path}: {least:,} settings are more than {MOST_SETTINGS:,}. Use --count=N for fewer."

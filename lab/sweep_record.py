@@ -19,7 +19,7 @@ from lab import config
 from lab.errors import LabError, did_you_mean
 from lab.files import check_contained, explain_write_errors, read_json, write_json
 from lab.run import Run, folder_name, is_plain_name
-from lab.search import Setting, Tried, same
+from lab.search import Setting, Tried, same_name
 from lab.sweep_file import Sweep, short_names, word
 from lab.tracking import read_metrics
 
@@ -222,7 +222,7 @@ def _ungrown(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def _covers(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     """Whether a parameter may still be all that it could be before."""
     if old["values"]:
-        return all(any(same(value, other) for other in new["values"]) for value in old["values"])
+        return set(map(same_name, old["values"])) <= set(map(same_name, new["values"]))
     alike = all(new[key] == old[key] for key in ("distribution", "q"))
     return alike and new["low"] <= old["low"] and old["high"] <= new["high"]
 

@@ -1,10 +1,11 @@
 """Q-learners on Stable-Baselines3: what DQN and PQN share, and DQN.
 
 A learner is an iterator: `for agent_steps in agent.iterate(total)` acts and learns, and knows nothing of
-logging, checkpoints or evaluation. Between two items its state is consistent: `capture` takes all of it,
-`restore` goes on bit for bit. SB3's own `learn(total, callback)` drives the same iterator and calls
-callbacks when SB3 does; `save` and `load` write and read SB3's zip files. (Those hold pickles: `load` runs
-what is in the file, so load your own. The command `lab` reads none, and writes them for `lab export` alone.)
+logging, checkpoints or evaluation. Between two items, and where a stop broke an iteration off, its state is
+consistent: `capture` takes all of it, `restore` goes on bit for bit. SB3's own `learn(total, callback)`
+drives the same iterator and calls callbacks when SB3 does; `save` and `load` write and read SB3's zip files.
+(Those hold pickles: `load` runs what is in the file, so load your own. The command `lab` reads none, and
+writes them for `lab export` alone.)
 """
 
 import time
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ def policy_kwargs(config: AgentConfig) -> dict[str, Any]:
     }
 
 
+def never() -> bool:
+    """Nobody asks for a stop."""
+    return False
+
+
 class QLearner(BaseAlgorithm):
     """Acting, exploring, counting, capturing: all but the learning rule.
 
@@ -67,6 +73,7 @@ class QLearner(BaseAlgorithm):
         self._callback: BaseCallback | None = None
         self._stopped = False
         self._in_rollout = False
+        self._stop: Callable[[], bool] = never
 
     def _prepare(self) -> None:
         """Called at the end of a subclass's `_setup_model`, when the policy exists: all that is not saved."""
@@ -97,7 +104,7 @@ class QLearner(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         """What `save` leaves out: what is made again, and what holds threads or the environment."""
-        passing = ["compute", "_callback", "_loss_sum", "_q_sum", "_n_summed", "_in_rollout"]
+        passing = ["compute", "_callback", "_loss_sum", "_q_sum", "_n_summed", "_in_rollout", "_stop"]
         return [*super()._excluded_save_params(), *passing]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -110,17 +117,31 @@ class QLearner(BaseAlgorithm):
         """Agent steps of one iteration, all environments together."""
         return self.n_envs
 
+    @property
+    @abstractmethod
+    def within_iteration(self) -> bool:
+        """Whether a stop broke the last iteration off: the next one goes on there."""
+
     @abstractmethod
     def _iteration(self) -> None:
-        """Acts and learns for the least number of steps that leaves a consistent state."""
+        """Acts, then learns, or both; breaks off between two steps or updates where `_stop` says so."""
 
-    def iterate(self, total_timesteps: int) -> Iterator[int]:
-        """Trains until `total_timesteps` agent steps; yields their number after every iteration."""
+    def iterate(self, total_timesteps: int, stop: Callable[[], bool] = never) -> Iterator[int]:
+        """Trains until `total_timesteps` agent steps; yields their number after every iteration.
+
+        Args:
+            total_timesteps: agent steps in all.
+            stop: asked within iterations, which may take minutes; where it says yes, the iteration is broken
+                off, to be gone on with by another `iterate`, and this one ends.
+        """
+        self._stop = stop
         if self._last_obs is None:
             self._last_obs = self.env.reset()  # type: ignore[assignment]
             self._games_began()
-        while self.num_timesteps < total_timesteps and not self._stopped:
+        while (self.num_timesteps < total_timesteps or self.within_iteration) and not self._stopped:
             self._iteration()
+            if self.within_iteration:
+                return
             yield self.num_timesteps
 
     def _setup_learn(self, total_timesteps: int, callback: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -357,10 +378,8 @@ class QLearner(BaseAlgorithm):
         }
         return tensors, state
 
-    def restore(
-        self, tensors: Tensors, state: dict[str, Any], progress: Callable[[int], None] | None = None
-    ) -> None:
-        """Puts back what `capture` took; `progress` as of `AtariVecEnv.replay`."""
+    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Puts back what `capture` took."""
         self.policy.q_net.load_state_dict(tensors["model"])
         parameters = [p for group in self.policy.optimizer.param_groups for p in group["params"]]
         optimizer_state: dict[int, dict[str, Tensor]] = {}
@@ -381,7 +400,16 @@ class QLearner(BaseAlgorithm):
         self.exploration_rate = state["exploration_rate"]
         self.rng.bit_generator.state = state["rng"]
         actions = tensors["progress"]["env_actions"].numpy()
-        self._last_obs = self.env.replay(state["games"], actions, progress)  # type: ignore[assignment]
+        self._last_obs = self.env.replay(state["games"], actions)  # type: ignore[assignment]
+
+
+class _BrokenOff(NamedTuple):
+    """Where a stop fell between two updates of DQN."""
+
+    updates: int
+    """Those of this iteration that were made."""
+    actions: np.ndarray
+    """What the emulators were told; they begin that step again."""
 
 
 class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride]  (both return self)
@@ -441,9 +469,14 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         # The target network depends on no update of this step: a CPU with cores to spare asks it beside
         # the online network, a sixth of the time of an update.
         self._beside = spare_core(self.compute)
+        self._broken_off: _BrokenOff | None = None
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_beside"]
+        return [*super()._excluded_save_params(), "_beside", "_broken_off"]
+
+    @property
+    def within_iteration(self) -> bool:
+        return self._broken_off is not None
 
     @property
     def replay(self) -> FrameReplay:
@@ -452,17 +485,25 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         return self.replay_buffer
 
     def _iteration(self) -> None:
-        observations = self._last_obs
+        observations, before = self._last_obs, self._broken_off
         assert isinstance(observations, np.ndarray)
         n_envs = self.env.num_envs
         warming_up = self.num_timesteps < self.config.learning_starts
-        self.exploration_rate = 1.0 if warming_up else self.epsilon()
-        greedy = None if warming_up else self.q_values(observations).argmax(1).cpu().numpy()
-        actions = self.explore(greedy, n_envs, self.epsilons())
+        if before is None:
+            self.exploration_rate = 1.0 if warming_up else self.epsilon()
+            greedy = None if warming_up else self.q_values(observations).argmax(1).cpu().numpy()
+            actions = self.explore(greedy, n_envs, self.epsilons())
+        else:
+            actions = before.actions
 
-        self.env.step_async(actions)
+        if not self.env.waiting:
+            self.env.step_async(actions)
         if not warming_up and not self.replay.empty:  # learn while the emulators work
-            self.train(crossings(self.num_timesteps, n_envs, self.config.train_freq), self.config.batch_size)
+            updates = crossings(self.num_timesteps, n_envs, self.config.train_freq)
+            made = self._train(updates, self.config.batch_size, before.updates if before else 0)
+            self._broken_off = None if made == updates else _BrokenOff(made, actions)
+            if self._broken_off:
+                return
             if crossings(self.num_timesteps, n_envs, self.config.target_update_steps):
                 self.policy.q_net_target.load_state_dict(self.policy.q_net.state_dict())
         self._begin_rollout()  # behind the updates, which belong to the one before
@@ -484,15 +525,29 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
 
     def train(self, gradient_steps: int, batch_size: int = 32) -> None:
         """Makes `gradient_steps` updates of `batch_size` transitions each."""
-        if gradient_steps == 0:
-            return
+        self._train(gradient_steps, batch_size)
+
+    def _train(self, updates: int, batch_size: int, made: int = 0) -> int:
+        """Makes `updates` updates, of which `made` are made already; how many are then: fewer where a stop
+        was requested. The next call draws the same transitions."""
+        if updates <= made:
+            return updates
         self._set_learning_rate()
-        sample = self.replay.sample(gradient_steps * batch_size)
+        drawn = self.replay.rng.bit_generator.state
+        sample = self.replay.sample(updates * batch_size)
         parts = zip(*(part.split(batch_size) for part in sample if part is not None), strict=True)
-        batches = [ReplayBufferSamples(*part) for part in parts]
+        batches = [ReplayBufferSamples(*part) for part in parts][made:]
         answers = [self._ask_target(batch) for batch in batches]
         for batch, next_q in zip(batches, answers, strict=True):
             self.update(batch, next_q)
+            made += 1
+            if made < updates and self._stop():
+                self.replay.rng.bit_generator.state = drawn
+                if self._beside is not None:  # what it was asked is of no use any more
+                    self._beside.shutdown(cancel_futures=True)
+                    self._beside = spare_core(self.compute)
+                break
+        return made
 
     def _ask_target(self, batch: ReplayBufferSamples) -> Callable[[], Tensor]:
         """Begins `target_q` beside this thread, if it may; what is returned waits for it."""
@@ -533,14 +588,22 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         tensors, state = super().capture()
         tensors["target"] = dict(self.policy.q_net_target.state_dict())
         state["replay"] = self.replay.state()
+        if self._broken_off is not None:
+            state["updates"], state["actions"] = self._broken_off.updates, self._broken_off.actions.tolist()
         return tensors, state
 
-    def restore(
-        self, tensors: Tensors, state: dict[str, Any], progress: Callable[[int], None] | None = None
-    ) -> None:
-        super().restore(tensors, state, progress)
+    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        super().restore(tensors, state)
         self.policy.q_net_target.load_state_dict(tensors["target"])
         self.replay.set_state(state["replay"])
+        self._broken_off = None
+        if "updates" in state:
+            made, actions = state["updates"], np.array(state["actions"], np.int64)
+            if not (type(made) is int and made > 0 and actions.shape == (self.n_envs,)):
+                raise ValueError(f"{made} updates made, actions of shape {actions.shape}")
+            if not all(self.action_space.contains(action) for action in actions):
+                raise ValueError("actions that the game does not have")
+            self._broken_off = _BrokenOff(made, actions)
 
 
 def crossings(step: int, stride: int, interval: int) -> int:

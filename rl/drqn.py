@@ -5,7 +5,6 @@ learns from sequences out of replay, each behind steps that only bring the memor
 that began empty too far back, its Q-values differ from those it acted on (Kapturowski et al. 2019, figure 1).
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -128,13 +127,16 @@ class DRQN(DQN):
 
     # ---- learning ----
 
-    def train(self, gradient_steps: int, batch_size: int = 32) -> None:
-        """Makes `gradient_steps` updates of `batch_size` sequences each."""
+    def _train(self, updates: int, batch_size: int, made: int = 0) -> int:
         c = self.config
         self._set_learning_rate()
         assert isinstance(self.replay, SequenceReplay)
-        for _ in range(gradient_steps):
+        while made < updates:
             self.learn_from(self.replay.sample_sequences(batch_size, c.burn_in_steps, c.sequence_steps))
+            made += 1
+            if self._stop():
+                return made
+        return updates
 
     def learn_from(self, batch: Sequences) -> None:
         """One update: DQN's loss at each step of each sequence, with memories from the burn-in."""
@@ -167,10 +169,8 @@ class DRQN(DQN):
         state["begins"] = self._begins.tolist()
         return tensors, state
 
-    def restore(
-        self, tensors: Tensors, state: dict[str, Any], progress: Callable[[int], None] | None = None
-    ) -> None:
-        super().restore(tensors, state, progress)
+    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        super().restore(tensors, state)
         kept = sorted(key for key in tensors["progress"] if key.startswith("memory_"))
         self._memory = tuple(tensors["progress"][key].to(self.device) for key in kept) or None
         self._begins = np.array(state["begins"], bool)

@@ -20,7 +20,7 @@ this never takes more than minutes, an environment is seeded again at the end of
 `RESEED_STEPS` behind the last seed. (Each seed reloads the ROM: 90 ms, as much as 250 agent steps.)
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,8 @@ class AtariVecEnv(VecEnv):
         self._since = np.zeros(n_envs, np.int64)
         self._actions: list[np.ndarray] = []
         self._observation = np.empty(0, np.uint8)
+        self.waiting = False
+        """A step has begun that is not ended yet."""
 
     @property
     def action_meanings(self) -> list[str]:
@@ -220,6 +222,7 @@ class AtariVecEnv(VecEnv):
         actions = np.asarray(actions, dtype=np.int64).reshape(self.num_envs)
         self._actions.append(actions.astype(np.uint8))
         self._atari.send(actions)
+        self.waiting = True
 
     def step(self, actions: np.ndarray) -> Step:
         self.step_async(actions)
@@ -227,6 +230,7 @@ class AtariVecEnv(VecEnv):
 
     def step_wait(self) -> Step:
         last, raw, terminated, _, info = self._atari.recv()
+        self.waiting = False
         raw = raw.astype(np.float32)
         rewards = np.sign(raw) if self.clip_rewards else raw
         self._returns += raw
@@ -266,13 +270,13 @@ class AtariVecEnv(VecEnv):
             self._since -= oldest
 
     def capture(self) -> tuple[dict[str, Any], np.ndarray]:
-        """What brings a new environment to exactly this point.
+        """What brings a new environment to exactly this point; of a step that has begun, to where it begins.
 
         Returns:
             JSON values, and the actions since the oldest of the last seeds, uint8 (steps, n_envs).
         """
         oldest = int(self._since.min())
-        rows = self._actions[oldest:]
+        rows = self._actions[oldest : len(self._actions) - self.waiting]
         actions = np.stack(rows) if rows else np.empty((0, self.num_envs), np.uint8)
         where = {
             "seed": self._base_seed,
@@ -281,16 +285,13 @@ class AtariVecEnv(VecEnv):
         }
         return where, actions
 
-    def replay(
-        self, where: dict[str, Any], actions: np.ndarray, progress: Callable[[int], None] | None = None
-    ) -> np.ndarray:
+    def replay(self, where: dict[str, Any], actions: np.ndarray) -> np.ndarray:
         """Restores what `capture` took, by playing it again; returns the observation at that point.
 
         A copy that was seeded later than another does something of no account until its turn comes.
 
         Args:
             where, actions: from `capture`.
-            progress: told how many of the rows of `actions` are done; may raise to stop.
         """
         since, seedings = np.array(where["since"]), np.array(where["seedings"])
         self._base_seed = where["seed"]
@@ -302,8 +303,6 @@ class AtariVecEnv(VecEnv):
                 self._begin(now, now)
             if number < len(actions):
                 self.step(actions[number])
-            if progress is not None:
-                progress(number)
         return self._observation
 
     def close(self) -> None:

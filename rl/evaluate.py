@@ -14,7 +14,6 @@ from torch import Tensor
 from lab import checkpoint, config
 from lab.device import Compute, resolve, usable_cores
 from lab.errors import LabError
-from lab.interrupt import StopRequest
 from lab.run import Run
 from rl import games
 from rl.config import DRQNConfig, EnvConfig, RunConfig, is_unseen, run_config_class
@@ -25,10 +24,6 @@ from supervised.backbones.recurrent import State
 
 AT_ONCE = 64
 """Games of an evaluation played side by side; each has an emulator and a thread of its own."""
-
-
-class Stopped(Exception):
-    """A stop was requested while games were played for an evaluation or a film."""
 
 
 class Player:
@@ -164,15 +159,11 @@ def evaluate(
     epsilon: float,
     seed: int,
     progress: Callable[[int], None] | None = None,
-    stop: StopRequest | None = None,
 ) -> Evaluation:
     """Plays `episodes` games, each seeded with its own number, and keeps each one's score.
 
     Every game counts: taking the first N that end would favour short ones. What is over is not emulated any
     more, so that it takes as long as the games are, and at most `max_episode_frames` of each.
-
-    Raises:
-        Stopped: `stop` was requested.
     """
     rng = np.random.default_rng(seed)
     done: list[_Game] = []
@@ -184,8 +175,6 @@ def evaluate(
         player.begin(now)
         playing = np.arange(now)
         while len(playing):
-            if stop:
-                raise Stopped
             q = player.q_values(np.stack([wave[i].observation for i in playing]), playing)
             for i, action in zip(playing, player.choose(q, epsilon, rng), strict=True):
                 wave[i].send(action)

@@ -1,15 +1,16 @@
 """Films of an agent at play: the screen as a person sees it, the agent's Q-values beside it."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lab.errors import LabError
-from lab.files import explain_write_errors
-from lab.interrupt import StopRequest
-from rl.evaluate import Player, Stopped, make_env
+from lab.errors import LabError, first_line
+from lab.files import written_aside
+from rl.config import EnvConfig
+from rl.evaluate import Player, make_env
 
 CONSOLE_FRAMES_PER_SECOND = 60
 _SCALE = 2
@@ -31,7 +32,6 @@ def film(
     seed: int,
     epsilon: float,
     max_steps: int,
-    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Plays one game and writes it as an H.264 mp4.
 
@@ -50,59 +50,55 @@ def film(
 
     Raises:
         LabError: the film cannot be written.
-        Stopped: `stop` was requested; there is no film then.
     """
-    import imageio_ffmpeg
-
     env = make_env(player.env, 1, seed, training=False)
     screen = make_env(player.env, 1, seed, training=False, color=True)
     rng = np.random.default_rng(seed)
     observations, picture = env.reset(), screen.reset()
     player.begin(1)
     names = env.action_meanings
-    aside = path.with_name(f".{path.stem}.tmp.mp4")
-    with explain_write_errors(str(path), "Name another file with --out."):
-        aside.touch()  # ffmpeg would say so later, and in another way
     total, steps, ended = 0.0, 0, False
     spread = 1e-6
-    writer = imageio_ffmpeg.write_frames(
-        str(aside),
+    try:
+        with written_aside(path) as aside, contextlib.closing(_writer(aside, player.env)) as writer:
+            writer.send(None)
+            while steps < max_steps and not ended:
+                of_actions = player.q_values(observations, np.zeros(1, np.int64))
+                actions = player.choose(of_actions, epsilon, rng)
+                q = of_actions[0].cpu().numpy()
+                spread = max(spread, float(q.max() - q.min()))
+                frame = _compose(picture[0, -1], q, int(actions[0]), names, spread, total, steps)
+                writer.send(np.ascontiguousarray(frame))
+                observations, rewards, dones, _ = env.step(actions)
+                picture, *_ = screen.step(actions)
+                total += float(rewards[0])
+                steps += 1
+                ended = bool(dones[0])
+    except OSError as error:
+        raise LabError(
+            f"{path}: cannot be written: {error.strerror or first_line(error)}. Free some space, or "
+            "name another file with --out."
+        ) from None
+    finally:
+        env.close()
+        screen.close()
+    return {"return": total, "steps": steps, "ended": ended, "path": str(path)}
+
+
+def _writer(path: Path, env: EnvConfig) -> Any:
+    """Starts ffmpeg; it is sent None, then the frames."""
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.write_frames(
+        str(path),
         _SIZE,
-        fps=CONSOLE_FRAMES_PER_SECOND / player.env.frame_skip,  # type: ignore[arg-type]  (it takes any)
+        fps=CONSOLE_FRAMES_PER_SECOND / env.frame_skip,  # type: ignore[arg-type]  (it takes any)
         codec="libx264",
         quality=7,
         macro_block_size=4,
         output_params=["-movflags", "+faststart"],
         ffmpeg_log_level="error",
     )
-    try:
-        writer.send(None)
-        while steps < max_steps and not ended:
-            if stop:
-                raise Stopped
-            of_actions = player.q_values(observations, np.zeros(1, np.int64))
-            actions = player.choose(of_actions, epsilon, rng)
-            q = of_actions[0].cpu().numpy()
-            spread = max(spread, float(q.max() - q.min()))
-            frame = _compose(picture[0, -1], q, int(actions[0]), names, spread, total, steps)
-            writer.send(np.ascontiguousarray(frame))
-            observations, rewards, dones, _ = env.step(actions)
-            picture, *_ = screen.step(actions)
-            total += float(rewards[0])
-            steps += 1
-            ended = bool(dones[0])
-        writer.close()
-        aside.replace(path)
-    except OSError as error:
-        raise LabError(
-            f"{path}: the film cannot be written: {error}. Free some space, or name another file with --out."
-        ) from None
-    finally:
-        writer.close()
-        aside.unlink(missing_ok=True)
-        env.close()
-        screen.close()
-    return {"return": total, "steps": steps, "ended": ended, "path": str(path)}
 
 
 def _compose(

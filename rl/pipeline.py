@@ -116,7 +116,9 @@ class RLPipeline:
 
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
         refuse_options(
-            options, ("prompts", "samples", "part"), "is for models of data and text; this run plays games"
+            options,
+            ("prompts", "samples", "part", "data.source"),
+            "is for models of data and text; this run plays games",
         )
         if options.episodes is not None and options.episodes > MOST_EPISODES:
             raise LabError(f"--episodes {options.episodes}: at most {MOST_EPISODES:,}. Ask for fewer.")
@@ -149,10 +151,9 @@ class RLPipeline:
         ]
         if result["human_normalized"] is not None:
             lines.append(f"  human-normalised {result['human_normalized']:.0%} ({result['human_table']})")
-        if result["truncated"]:
-            lines.append(f"  {result['truncated']} of the games were cut off by the time limit")
-        if "is not here" in (why := result["compute"]["reason"]):
-            lines.append(f"  computed on {result['compute']['device']}: {why}")
+        if cut := result["truncated"]:
+            which = f"{cut} of the games were" if cut < result["episodes"] else "every game was"
+            lines.append(f"  {which} cut off by the time limit, env.max_episode_frames")
         return "\n".join(lines)
 
     def play(self, folder: Path, options: Namespace) -> dict[str, Any]:
@@ -177,10 +178,13 @@ class RLPipeline:
     def export(self, folder: Path, options: Namespace) -> Path:
         run = Run.open(folder)
         checkpoint.load(run.find_checkpoint(options.checkpoint))  # damage is found before torch is loaded
+        path = options.out or folder / "agent_sb3.zip"
+        if path.suffix != ".zip":
+            raise LabError(f"--out {path}: Stable-Baselines3 saves a .zip file. Name it so.")
         quiet_threads()
         from rl.export import export_sb3
 
-        return export_sb3(run, options.checkpoint, options.out or folder / "agent_sb3.zip")
+        return export_sb3(run, options.checkpoint, path)
 
 
 def _check_seed(seed: int | None, games: int) -> None:

@@ -1,6 +1,5 @@
 """PQN: Q-learning on parallel environments, without replay memory and target network (arXiv 2407.04811)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,14 @@ from rl.agent import QLearner, Tensors, policy_kwargs
 from rl.config import PQNConfig
 from rl.envs import AtariVecEnv
 from rl.policy import BackboneQPolicy
+
+_ROLLOUT = (
+    *("_observations", "_actions", "_rewards", "_terminal", "_cut"),
+    *("_cut_values", "_next_values"),
+)
+"""What is kept of each step of a rollout, (rollout_steps, n_envs, ...)."""
+_LEARNING = ("_targets", "_order")
+"""What is kept while it is learned from a rollout."""
 
 
 class PQN(QLearner):
@@ -72,11 +79,24 @@ class PQN(QLearner):
         self._observations = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         self._actions = np.zeros((steps, n_envs), np.int64)
         self._rewards = np.zeros((steps, n_envs), np.float32)
+        self._terminal = np.zeros((steps, n_envs), np.float32)
+        # A cut-off game: its return is the value of its last observation, whatever came after the reset.
+        self._cut = np.zeros((steps, n_envs), np.float32)
+        self._cut_values = torch.zeros((steps, n_envs), device=self.device)
+        self._next_values = torch.zeros((steps, n_envs), device=self.device)
         self._shuffle = torch.Generator().manual_seed(derive_seed(self.seed or 0, 3))
+        self._discard_rollout()
+
+    def _discard_rollout(self) -> None:
+        """The next step is the first of a rollout."""
+        self._played = self._learned = 0
+        """Steps of this rollout that are played, and updates that are made from it."""
+        self._targets: Tensor | None = None
+        self._order: Tensor | None = None
 
     def _excluded_save_params(self) -> list[str]:
-        rollout = ["_observations", "_actions", "_rewards", "_shuffle"]
-        return [*super()._excluded_save_params(), *rollout]
+        here = ["_shuffle", "_played", "_learned", *_ROLLOUT, *_LEARNING]
+        return [*super()._excluded_save_params(), *here]
 
     @property
     def steps_per_iteration(self) -> int:
@@ -85,46 +105,52 @@ class PQN(QLearner):
     def _log_clock(self) -> int:
         return self._rollouts
 
+    @property
+    def within_iteration(self) -> bool:
+        return self._played > 0
+
     def _iteration(self) -> None:
-        self._begin_rollout()
-        targets = self._rollout()
-        if targets is not None:
+        if self._targets is None:
+            self._begin_rollout()
+            if not self._rollout():
+                return
+            self._targets = self._returns()
             self._end_rollout()
             self._rollouts += 1
-            self.train(targets)
+        if self.train(self._targets):
+            self._discard_rollout()
 
-    def _rollout(self) -> Tensor | None:
-        """Plays and returns the lambda returns, float32 (rollout_steps, n_envs); None if a callback stops.
+    def _rollout(self) -> bool:
+        """Plays on; False if a callback ended it, or a stop was requested before its end.
 
         A life lost or a game over ends a return; a game cut off by the time limit does not, its last
         observation's value stands for the rest (Pardo et al. 2018, arXiv 1712.00378).
         """
         steps, n_envs = self._rewards.shape
-        next_values = torch.zeros((steps, n_envs), device=self.device)
-        terminal = np.zeros((steps, n_envs), np.float32)
-        # A cut-off game: its return is the value of its last observation, whatever came after the reset.
-        cut = np.zeros((steps, n_envs), np.float32)
-        cut_values: list[tuple[int, int, np.ndarray]] = []
         observations = self._last_obs
         assert isinstance(observations, np.ndarray)
-        for t in range(steps):
+        while (t := self._played) < steps:
+            if t > 0 and self._stop():
+                return False
             self.exploration_rate = self.epsilon()
             q = self.q_values(observations)
             if t > 0:
-                next_values[t - 1] = q.amax(1)
+                self._next_values[t - 1] = q.amax(1)
             actions = self.explore(q.argmax(1).cpu().numpy(), n_envs, self.epsilons())
             # Before the emulators start: a copy beside them would fight them for the cores.
             self._observations[t].copy_(torch.from_numpy(observations))
             self.env.step_async(actions)
             observations, self._rewards[t], dones, infos = self.env.step_wait()
             self._actions[t] = actions
+            self._terminal[t] = self._cut[t] = 0
             for i in np.flatnonzero(dones):
                 if infos[i]["TimeLimit.truncated"]:
-                    cut[t, i] = 1
-                    cut_values.append((t, int(i), infos[i]["terminal_observation"]))
+                    self._cut[t, i] = 1
+                    self._cut_values[t, i] = self.q_values(infos[i]["terminal_observation"][None]).amax()
                 else:
-                    terminal[t, i] = 1
+                    self._terminal[t, i] = 1
             self._last_obs = observations  # type: ignore[assignment]
+            self._played += 1
             self._after_env_step(
                 dones,
                 infos,
@@ -137,23 +163,39 @@ class PQN(QLearner):
                 n_rollout_steps=steps,
             )
             if self._stopped:
-                return None
-        next_values[-1] = self.q_values(observations).amax(1)
-        for t, i, last in cut_values:
-            next_values[t, i] = self.q_values(last[None]).amax()
-        rewards, ends, cuts = (torch.from_numpy(x).to(self.device) for x in (self._rewards, terminal, cut))
+                self._discard_rollout()  # as SB3's PPO does
+                return False
+        return True
+
+    def _returns(self) -> Tensor:
+        """The lambda returns of a whole rollout, float32 (rollout_steps, n_envs)."""
+        assert isinstance(self._last_obs, np.ndarray)
+        self._next_values[-1] = self.q_values(self._last_obs).amax(1)
+        rewards, ends, cuts = (
+            torch.from_numpy(x).to(self.device) for x in (self._rewards, self._terminal, self._cut)
+        )
+        next_values = torch.where(cuts > 0, self._cut_values, self._next_values)
         return lambda_returns(rewards, ends, cuts, next_values, self.config.gamma, self.config.td_lambda)
 
-    def train(self, targets: Tensor) -> None:
-        """Fits the Q-values of the rollout to `targets`, float32 (rollout_steps, n_envs)."""
+    def train(self, targets: Tensor) -> bool:
+        """Fits the Q-values of the rollout to `targets`, float32 (rollout_steps, n_envs); False if a stop was
+        requested before all updates were made."""
         self._set_learning_rate()
         observations = self._observations.flatten(0, 1)
         actions = torch.from_numpy(self._actions).to(self.device).flatten().unsqueeze(1)
         targets = targets.flatten().unsqueeze(1)
-        for _ in range(self.config.epochs):
-            order = torch.randperm(len(targets), generator=self._shuffle).to(self.device)
-            for rows in order.split(self.config.minibatch_size):
-                self.update(observations[rows], actions[rows], targets[rows])
+        size = self.config.minibatch_size
+        per_epoch = -(-len(targets) // size)
+        for number in range(self._learned, self.config.epochs * per_epoch):
+            if number > 0 and self._stop():
+                return False
+            at = number % per_epoch
+            if at == 0 or self._order is None:
+                self._order = torch.randperm(len(targets), generator=self._shuffle).to(self.device)
+            rows = self._order[at * size : (at + 1) * size]
+            self.update(observations[rows], actions[rows], targets[rows])
+            self._learned += 1
+        return True
 
     def update(self, observations: Tensor, actions: Tensor, targets: Tensor) -> None:
         """One update: half the squared error to the lambda returns (algorithm 1 of the paper)."""
@@ -162,16 +204,35 @@ class PQN(QLearner):
         self.descend(loss)
         self._count(loss, q)
 
+    # ---- checkpoints ----
+
+    def _games_began(self) -> None:
+        self._discard_rollout()
+
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
         tensors, state = super().capture()
-        tensors["progress"]["shuffle"] = self._shuffle.get_state()
+        progress = tensors["progress"]
+        progress["shuffle"] = self._shuffle.get_state()
+        state["learned"] = self._learned
+        if self._played:  # a stop fell within an iteration
+            progress |= {name: torch.as_tensor(getattr(self, name)[: self._played]) for name in _ROLLOUT}
+        progress |= {name: tensor for name in _LEARNING if (tensor := getattr(self, name)) is not None}
         return tensors, state
 
-    def restore(
-        self, tensors: Tensors, state: dict[str, Any], progress: Callable[[int], None] | None = None
-    ) -> None:
-        super().restore(tensors, state, progress)
-        self._shuffle.set_state(tensors["progress"]["shuffle"])
+    def restore(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        super().restore(tensors, state)
+        kept = tensors["progress"]
+        self._shuffle.set_state(kept["shuffle"])
+        self._discard_rollout()
+        learned = state.get("learned", 0)
+        if type(learned) is not int or learned < 0:
+            raise ValueError(f"{learned} updates made")
+        self._learned = learned
+        for name in _ROLLOUT if _ROLLOUT[0] in kept else ():
+            self._played = len(kept[name])
+            torch.as_tensor(getattr(self, name))[: self._played] = kept[name]
+        for name in _LEARNING:
+            setattr(self, name, kept[name].to(self.device) if name in kept else None)
 
 
 def lambda_returns(

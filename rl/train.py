@@ -12,7 +12,7 @@ from lab import checkpoint, config
 from lab.checkpoint import Checkpoint
 from lab.device import Compute, resolve
 from lab.errors import LabError
-from lab.interrupt import StopRequest
+from lab.interrupt import Stopped, StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
@@ -23,7 +23,7 @@ from rl.config import DQNConfig, DRQNConfig, EnvConfig, PQNConfig, RunConfig
 from rl.curve import draw_curve
 from rl.drqn import DRQN
 from rl.envs import STACK, training_seed
-from rl.evaluate import Evaluation, Player, Stopped, evaluate, make_env
+from rl.evaluate import Evaluation, Player, evaluate, make_env
 from rl.film import film
 from rl.pqn import PQN
 
@@ -146,7 +146,11 @@ class _Session:
     # ---- the loop ----
 
     def run_to_end(self, saved: Checkpoint | None) -> None:
-        """Trains from the checkpoint `saved`, or from the beginning, until the end or a request to stop."""
+        """Trains from the checkpoint `saved`, or from the beginning, until the end or a request to stop.
+
+        A stop within an iteration is heard there, and saved there: rollouts and their updates may take
+        minutes. What is due is done between iterations alone, so a stop changes none of it.
+        """
         s, agent = self.settings, self.agent
         # Whole iterations: what is asked for is rounded up to them.
         total = -(-s.total_steps // agent.steps_per_iteration) * agent.steps_per_iteration
@@ -154,17 +158,18 @@ class _Session:
             try:
                 if saved is not None:
                     self._restore(saved, stop, progress)
-                step = agent.num_timesteps
-                progress.begin(step, total)
+                progress.begin(agent.num_timesteps, total)
                 progress.say(self._headline(total))
                 self._do_what_is_due(stop, progress)  # where a stop broke off
-                for new_step in () if self._solved() else agent.iterate(s.total_steps):
-                    stride, step = new_step - step, new_step
-                    self.due = self._becomes_due(step, stride)
+                for step in () if self._solved() else agent.iterate(s.total_steps, lambda: bool(stop)):
+                    self.due = self._becomes_due(step, agent.steps_per_iteration)
                     self._do_what_is_due(stop, progress)
                     progress.update(step)
                     if self._solved():
                         break
+                if agent.within_iteration:
+                    self._save(progress)
+                    raise Stopped
             except Stopped:
                 self._interrupted(stop, progress)
                 return
@@ -229,7 +234,7 @@ class _Session:
         return goal is not None and self.best is not None and self.best >= goal
 
     def _headline(self, total: int) -> str:
-        s, c = self.settings, self.compute
+        s = self.settings
         rounded = "" if total == s.total_steps else f" ({s.total_steps:,} rounded up to whole iterations)"
         parent = s.agent.start_from
         begun = f"\nweights {parent} (optimiser and exploration begin as ever)" if parent else ""
@@ -238,7 +243,7 @@ class _Session:
             f"{s.env.game} with {s.agent.algorithm.upper()}: {verb} agent step {self.agent.num_timesteps:,} "
             f"of {total:,}{rounded}\n"
             f"run     {self.run.folder}\n"
-            f"device  {c.device}, {c.precision}, {c.threads} threads ({c.reason})\n"
+            f"{self.compute.line()}\n"
             f"W&B     {self.tracker.mode} ({self.run.info['wandb']['why']})"
             f"{begun}"
         )
@@ -274,7 +279,8 @@ class _Session:
         self._refuse_divergence()
         self.agent.policy.set_training_mode(False)
         try:
-            result = evaluate(self.player, e.episodes, e.epsilon, e.seed, stop=stop)
+            with stop.at_once():
+                result = evaluate(self.player, e.episodes, e.epsilon, e.seed)
         finally:
             self.agent.policy.set_training_mode(True)
         step = self.agent.num_timesteps
@@ -302,6 +308,7 @@ class _Session:
                 "eval/mean_reward": result.mean,
                 "eval/std_reward": result.std,
                 "eval/best_mean_reward": self.best,
+                "eval/truncated_episodes": sum(result.truncated),
                 "eval/human_normalized": result.human_normalized,
                 "time/elapsed_seconds": round(self._elapsed(), 1),
             }
@@ -313,7 +320,8 @@ class _Session:
             return
         path = self.run.media / f"step_{step:012d}.mp4"
         e = self.settings.eval
-        result = film(self.player, path, e.seed, e.epsilon, f.max_steps, stop)
+        with stop.at_once():
+            result = film(self.player, path, e.seed, e.epsilon, f.max_steps)
         self.tracker.log_media(step, "media/play", path)
         progress.say(f"{step:>10,}  film {path} ({result['steps']} agent steps, score {result['return']:g})")
 
@@ -356,15 +364,11 @@ class _Session:
             progress.say(
                 f"playing the last {n_rows:,} steps of each game again, as emulators cannot be saved"
             )
-
-        def heard(_: int) -> None:
-            if stop:
-                raise Stopped
-
-        with saved.restoring(lambda: agent.capture()[0]):
+        with stop.at_once(), saved.restoring(lambda: agent.capture()[0]):
             if isinstance(agent, DQN):
-                agent.replay.restore(self.run.checkpoints / "shared", state["agent"]["replay"]["segments"])
-            agent.restore(tensors, state["agent"], heard)
+                segments = state["agent"]["replay"]["segments"]
+                agent.replay.restore(self.run.checkpoints / "shared", segments)
+            agent.restore(tensors, state["agent"])
             self.best, self.due = state["best"], list(state["due"])
             self.seconds_before = state["elapsed_seconds"]
 
@@ -401,6 +405,11 @@ class _Session:
             found.append(
                 f"its best evaluation, {self.best:.1f}, is not above random play ({scores.random:g}): it has "
                 "not learned to play."
+            )
+        if self.run.info["summary"].get("eval/truncated_episodes") == s.eval.episodes:
+            found.append(
+                "every game of its last evaluation was cut off by the time limit, env.max_episode_frames = "
+                f"{s.env.max_episode_frames:,}: it may be stuck, and a longer limit may give another score."
             )
         if not self._solved() and s.eval.stop_at is not None:
             found.append(f"eval.stop_at = {s.eval.stop_at:g} was not reached: the best is {self.best:.1f}.")

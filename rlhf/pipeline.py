@@ -154,7 +154,11 @@ class RLHFPipeline:
     def evaluate(self, folder: Path, options: Namespace) -> dict[str, Any]:
         refuse_options(options, ("episodes", "epsilon"), "is for games; this run is of a language model")
         refuse_options(options, ("checkpoint",), "is for other runs; what the stages left is evaluated")
-        refuse_options(options, ("part",), "is for models that learned from a data set; this run has prompts")
+        refuse_options(
+            options,
+            ("part", "data.source"),
+            "is for models that learned from a data set; this run has prompts",
+        )
         quiet_threads()
         from rlhf.work import evaluate_run
 

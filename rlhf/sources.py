@@ -12,23 +12,31 @@ import hashlib
 import json
 import os
 import re
+import struct
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from lab.errors import LabError, did_you_mean
 from lab.files import sha256_file, write_atomic
 from lab.hub import hub_or_cache
+from lab.unpack import (
+    bare_suffix,
+    is_dropping,
+    parquet_batches,
+    readable,
+    require_arrow_growth,
+    stem,
+    unpacked,
+)
 from rlhf import everyday, reviews
 from rlhf.reviews import Split
 
 BUILT_IN: Mapping[str, Any] = {"reviews": reviews, "everyday": everyday}
-PACKED = (".gz", ".zst", ".bz2", ".xz")
 _TEXTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt")
 _KNOWN = (
     "a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, also packed (.gz, .zst, .bz2, .xz), "
@@ -37,10 +45,6 @@ _KNOWN = (
 _NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside the rows."""
 
-UNPACKED_FREELY = 64 * 2**20
-MAX_RATIO = 200
-"""Packed files may grow to this many times their size, and to `UNPACKED_FREELY` bytes in any case: text
-shrinks to a tenth, and what unpacks to far more is made to fill a memory."""
 LONGEST_LINE = 256 * 2**20
 
 
@@ -223,22 +227,8 @@ def _read_loaded(source: str, name: str, loaded: Any) -> Part:
     return Part(source, name, lambda: enumerate(loaded, 1), "row", mark=mark)
 
 
-def suffixes(path: Path) -> tuple[str, str]:
-    """What kind of file its name says it is, and how it is packed ("" if it is not)."""
-    packed = path.suffix.lower()
-    if packed in PACKED:
-        return Path(path.stem).suffix.lower(), packed
-    return packed, ""
-
-
-def stem(path: Path) -> str:
-    """A file's name without what says its kind."""
-    return Path(path.stem).stem if suffixes(path)[1] else path.stem
-
-
 def _is_data(path: Path) -> bool:
-    kind, packed = suffixes(path)
-    return kind in _TEXTS or (kind in (".parquet", ".arrow") and not packed)
+    return bare_suffix(path) in _TEXTS or path.suffix.lower() in (".parquet", ".arrow")
 
 
 def _local_splits(source: str) -> _Splits:
@@ -246,11 +236,10 @@ def _local_splits(source: str) -> _Splits:
     if source and path.is_dir():
         files: dict[Path, Path] = {}
         for file in sorted(path.rglob("*")):
-            inside = file.relative_to(path)
-            if any(name.startswith(".") or name == "__MACOSX" for name in inside.parts):
+            if is_dropping(file, path) or not file.is_file() or not _is_data(file):
                 continue
-            if not file.is_file() or not _is_data(file) or file.name in _NO_DATA or file.suffix == ".txt":
-                continue  # texts beside data are a README or a licence
+            if file.name in _NO_DATA or file.suffix == ".txt":  # texts beside data are a README or a licence
+                continue
             twin = files.setdefault(file.parent / stem(file), file)
             if twin != file:
                 raise LabError(
@@ -289,79 +278,16 @@ def _file_part(path: Path) -> Part:
     # Where the file is called by its split alone, its folder's name tells more.
     name = stem(path)
     label = path.resolve().parent.name if name.lower() == _split_in_name(Path(name)) else name
-    kind = suffixes(path)[0]
-    with _readable(path):
-        lines = kind in (".csv", ".tsv", ".txt") or (kind in _TEXTS and not _is_array(path))
+    kind = bare_suffix(path)
+    lines = kind in (".csv", ".tsv", ".txt") or (kind in _TEXTS and not _is_array(path))
     read = _READERS.get(kind, _json_rows if not lines else _json_lines)
-    return Part(str(path), label, partial(_guarded, read, path), "line" if lines else "row", path)
-
-
-def _guarded(read: Callable[[Path], Iterator[Numbered]], path: Path) -> Iterator[Numbered]:
-    with _readable(path):
-        yield from read(path)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a file is read into a line about it."""
-    import lzma
-    import zlib
-
-    try:
-        yield
-    except (zlib.error, lzma.LZMAError, EOFError) as error:
-        raise LabError(f"{path}: damaged, it cannot be unpacked: {_line(error)}. Restore it.") from error
-    except OSError as error:
-        if suffixes(path)[1] and error.errno is None:  # gzip and bz2: not packed by them, or a wrong checksum
-            raise LabError(f"{path}: damaged, it cannot be unpacked: {_line(error)}. Restore it.") from error
-        raise LabError(f"{path}: cannot be read: {_line(error)}. Restore it or name another.") from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, unpacked."""
-    packed = suffixes(path)[1]
-    if packed == ".zst":
-        import pyarrow
-
-        with path.open("rb") as raw, pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd") as file:
-            yield _Limited(file, path)  # type: ignore[misc]
-        return
-    if packed:
-        import bz2
-        import gzip
-        import lzma
-
-        unpack: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[packed]
-        with unpack(path) as file:
-            yield _Limited(file, path)  # type: ignore[misc]
-        return
-    with path.open("rb") as file:
-        yield file
-
-
-class _Limited:
-    """A file being unpacked, that ends in an error if it grows beyond all text."""
-
-    def __init__(self, file: Any, path: Path) -> None:
-        self._file, self._path = file, path
-        self._left = max(UNPACKED_FREELY, MAX_RATIO * path.stat().st_size)
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._left -= len(data)
-        if self._left < 0:
-            raise LabError(
-                f"{self._path}: unpacks to more than {MAX_RATIO} times its size, as no text does that was "
-                "packed once. Unpack it yourself if it is data."
-            )
-        return data
+    return Part(str(path), label, partial(read, path), "line" if lines else "row", path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that hold anything, and their numbers."""
     number, rest = 0, b""
-    with _opened(path) as file:
+    with unpacked(path) as file:
         while chunk := file.read(1 << 20):
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
@@ -379,7 +305,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _is_array(path: Path) -> bool:
     """Whether a file of JSON is one list of all rows (or an object that begins with one)."""
-    with _opened(path) as file:
+    with unpacked(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     return start[:1] == b"[" or re.match(rb'\{\s*"(data|rows|train|examples)"\s*:\s*\[', start) is not None
 
@@ -390,7 +316,7 @@ def _json_lines(path: Path) -> Iterator[Numbered]:
         try:
             yield number, _parse(line.removeprefix(b"\xef\xbb\xbf"))
         except NotJSON as error:
-            if number == 1 and line.lstrip()[:1] == b"{" and suffixes(path)[0] == ".json":
+            if number == 1 and line.lstrip()[:1] == b"{" and bare_suffix(path) == ".json":
                 raise LabError(
                     f"{path}: is one JSON object. A file holds one row a line, or one list of rows."
                 ) from None
@@ -399,7 +325,7 @@ def _json_lines(path: Path) -> Iterator[Numbered]:
 
 def _json_rows(path: Path) -> Iterator[Numbered]:
     """All rows in one list; those of an object's first list, where it has one under a name for rows."""
-    with _opened(path) as file:
+    with unpacked(path) as file:
         data = b"".join(iter(lambda: file.read(1 << 20), b"")).removeprefix(b"\xef\xbb\xbf")
     try:
         value = _parse(data)
@@ -459,7 +385,7 @@ def _table_lines(path: Path, delimiter: str) -> Iterator[Numbered]:
 
 def _decoded(path: Path) -> Iterator[str]:
     number = 0
-    with _opened(path) as file:
+    with unpacked(path) as file:
         import codecs
 
         decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
@@ -495,24 +421,8 @@ def _text_lines(path: Path) -> Iterator[Numbered]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Numbered]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    limit = max(UNPACKED_FREELY, MAX_RATIO * path.stat().st_size)
-    try:
-        with ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(4096):
-                limit -= batch.nbytes
-                if limit < 0:
-                    raise LabError(
-                        f"{path}: unpacks to more than {MAX_RATIO} times its size. Check its rows."
-                    )
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise LabError(f"{path}: not a readable parquet file: {_line(error)}. Restore it.") from error
+    rows = (row for batch in parquet_batches(path, path) for row in batch.to_pylist())
+    yield from enumerate(rows, 1)
 
 
 def _arrow_rows(path: Path) -> Iterator[Numbered]:
@@ -520,8 +430,10 @@ def _arrow_rows(path: Path) -> Iterator[Numbered]:
     import pyarrow
 
     try:
-        with pyarrow.memory_map(str(path)) as source:
+        with readable(path), pyarrow.memory_map(str(path)) as source:
             is_file = source.read(6) == b"ARROW1"
+            source.seek(8 * is_file)  # a file is a stream between a head and a foot
+            require_arrow_growth(pyarrow.ipc.MessageReader.open_stream(source), path)
             source.seek(0)
             if is_file:
                 reader = pyarrow.ipc.open_file(source)
@@ -533,7 +445,7 @@ def _arrow_rows(path: Path) -> Iterator[Numbered]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, ValueError) as error:
+    except (pyarrow.ArrowException, ValueError, struct.error) as error:
         raise LabError(f"{path}: not a readable Arrow file: {_line(error)}. Restore it.") from error
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import LabError, did_you_mean
+from rlhf import templates
 from rlhf.config import CHAT_TEMPLATES, DataConfig, ModelConfig
 from rlhf.forms import Text
 
@@ -90,6 +91,8 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str | 
         return "", "", None
     try:
         whole = _render(tokenizer, [_said("user", "a"), _said("assistant", _CONTENT)])
+    except templates.Endless:
+        raise
     except LabError:
         return "", "", None  # the rows of data will meet the same error
     _, content, after = whole.rpartition(_CONTENT)
@@ -285,6 +288,8 @@ def counted(kind: str, dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> It
         rows = dataset.select(range(begin, min(begin + BATCH, len(dataset)))).to_list()
         try:
             return [*_count(kind, rows, tokenizer)]
+        except templates.Endless:  # seconds for each row would be hours
+            raise
         except LabError:
             return [_count_or_why(kind, row, tokenizer) for row in rows]
 
@@ -300,6 +305,8 @@ def counted(kind: str, dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> It
 def _count_or_why(kind: str, row: Any, tokenizer: "PreTrainedTokenizerBase") -> int | str:
     try:
         return _count(kind, [row], tokenizer)[0]
+    except templates.Endless:
+        raise
     except LabError as error:
         return str(error)
 
@@ -457,11 +464,14 @@ def _render_all(
 ) -> list[str]:
     """`_render` of many, all at once: much of the time goes into what transformers does before it renders."""
     template = _template(tokenizer)
+    templates.limit()
     try:
         if len(conversations) < 2 or any(turns[0].get("tools") for turns in conversations):
             raise ValueError
         many = [[_for_template(message, template) for message in turns] for turns in conversations]
         texts: Any = tokenizer.apply_chat_template(many, tokenize=False, add_generation_prompt=asks)
+    except templates.Endless:
+        raise
     except Exception:  # which of them it is, and why, is found one by one
         return [_render(tokenizer, turns, add_generation_prompt=asks) for turns in conversations]
     return [_checked(text, turns) for text, turns in zip(texts, many, strict=True)]
@@ -473,8 +483,11 @@ def _render(
     template = _template(tokenizer)
     turns = [_for_template(message, template) for message in messages]
     tools = json.loads(messages[0]["tools"]) if messages and messages[0].get("tools") else None
+    templates.limit()
     try:
         whole = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options)
+    except templates.Endless:
+        raise
     except Exception as error:  # whatever a template raises
         why = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
         raise LabError(f"the chat template cannot render this conversation: {why}") from error

@@ -14,6 +14,7 @@ from lab.run import Run
 from supervised import objectives
 from supervised.backbones import blocked
 from supervised.config import SupervisedRun, run_config_class
+from supervised.data.raw import some
 from supervised.objectives.base import Objective
 from supervised.trainer import UNFIT, part_of
 
@@ -24,15 +25,28 @@ def run_config(run: Run) -> SupervisedRun:
     return config.build(run_config_class(values, lambda _: source), values, {}, source)
 
 
-def open_objective(run: Run, saved: Checkpoint, device: torch.device, part: str | None = None) -> Objective:
+def open_objective(
+    run: Run, saved: Checkpoint, device: torch.device, part: str | None = None, source: str | None = None
+) -> Objective:
     """The objective of a run with a checkpoint's weights: averaged, where there is an average.
 
     `part` of the data is to be the one to judge by, as `supervised.data.load` takes it; None: the one that
-    chose the weights.
+    chose the weights. `source` is where the data are now; None: where they were.
+
+    Raises:
+        LabError: the data are gone, of another kind or shape, or of other classes.
     """
     settings = run_config(run)
     settings = replace(settings, model=replace(settings.model, start_from=None))  # a checkpoint has it all
+    if source is not None:
+        settings = replace(settings, data=replace(settings.data, source=source))
     objective = objectives.make(settings, objectives.read(settings, run.folder, part))
+    learned = saved.state.get("spec", {}).get("classes")
+    if learned is not None and learned != list(objective.data.classes):
+        raise LabError(
+            f"{settings.data.source}: has the classes {some(objective.data.classes)}, and {run.folder} "
+            f"learned {some(learned)}. Name data of the same classes by --data.source."
+        )
     weights = judged_weights(saved)
     for name, module in objective.players.items():
         try:
@@ -40,7 +54,7 @@ def open_objective(run: Run, saved: Checkpoint, device: torch.device, part: str 
         except UNFIT:
             raise LabError(
                 f"{run.folder}: its weights do not fit {objective.data.name} as the data are now. Put back "
-                "what it learned from."
+                "what it learned from, or name it by --data.source."
             ) from None
         module.to(device).eval()
         blocked.use(module, device)
@@ -53,7 +67,9 @@ def judged_weights(saved: Checkpoint) -> dict[str, Tensor]:
     return saved.tensors("average" if "average" in files else "model")
 
 
-def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: Run, saved: Checkpoint, part: str | None = None, source: str | None = None
+) -> dict[str, Any]:
     """Evaluates a checkpoint on a part of the run's data; returns one JSON object.
 
     Args:
@@ -61,12 +77,13 @@ def evaluate_run(run: Run, saved: Checkpoint, part: str | None = None) -> dict[s
         saved: its checkpoint, verified.
         part: one of the source, train, or held_out; None: the source's test part, where it has one, else the
             part that chose the weights.
+        source: where the data are now, as `data.source` takes it; None: where they were.
 
     Raises:
         LabError: there is no such part, or the data are gone.
     """
     compute = resolve(run_config(run).device, elsewhere=True)
-    objective = open_objective(run, saved, compute.device, part or "")
+    objective = open_objective(run, saved, compute.device, part or "", source)
     with torch.inference_mode(), compute.autocast():
         numbers = objective.evaluate(objective.players, objective.batches("test", compute.device).epoch(0))
     examined, notes = objective.examine(objective.players, compute)

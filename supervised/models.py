@@ -11,10 +11,10 @@ from lab import checkpoint
 from lab.checkpoint import Checkpoint
 from lab.errors import LabError
 from lab.run import Run
+from lab.unpack import require_memory
 from supervised import backbones
 from supervised.config import ModelConfig
 from supervised.data import tokenizers
-from supervised.data.files import require_memory
 from supervised.data.tokenizers import SubwordTokenizer
 
 ONLY_WHILE_LEARNING = {"dropout", "aux_dropout", "stochastic_depth", "layer_scale", "zero_init_residual"}

@@ -75,7 +75,7 @@ class SupervisedPipeline:
         quiet_threads()
         from supervised.evaluate import evaluate_run
 
-        result = evaluate_run(run, saved, options.part)
+        result = evaluate_run(run, saved, options.part, getattr(options, "data.source", None))
         run.keep_evaluation(result)
         return result
 

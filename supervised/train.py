@@ -1,6 +1,5 @@
 """A supervised run: the trainer iterates, this file watches, records, judges and saves."""
 
-import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from lab.checkpoint import Checkpoint
 from lab.device import Compute, resolve
 from lab.errors import LabError, first_line
 from lab.files import explain_write_errors
-from lab.interrupt import StopRequest
+from lab.interrupt import Stopped, StopRequest
 from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
@@ -155,6 +154,8 @@ class _Session:
         self.run, self.tracker, self.moved = run, tracker, moved
         self.best: float | None = None
         self.without_better = self.evaluated_at = 0
+        self.broken_off = False
+        """A stop fell within the evaluation of this step, which is to be made again."""
         self.seconds_before = 0.0
         self.numbers: dict[str, float] = {}
         """Of the last evaluation in this process."""
@@ -166,36 +167,48 @@ class _Session:
 
     def run_to_end(self, redraw: bool) -> None:
         """Trains and draws; with `redraw` it samples otherwise than before, and is judged anew."""
-        s, trainer = self.settings, self.trainer
-        per_epoch = trainer.steps_per_epoch
+        trainer = self.trainer
         with StopRequest() as stop, Progress(trainer.total_steps, trainer.step) as progress:
             progress.say(self._headline())
-            over = trainer.step == trainer.total_steps or bool(self._done())
-            if over and self.evaluated_at < trainer.step:  # it was stopped where it is now to end
-                self._log(progress)
-                redraw = True
-            if over and redraw:
-                self._evaluate(progress)
-                self._save()
-            for step in () if self._done() else trainer.iterate():
-                last = step >= trainer.total_steps
-                logged = last or step % s.log_every_steps == 0
-                if logged:
+            try:
+                if self.broken_off:
+                    self._after_step(stop, progress)
+                over = trainer.step == trainer.total_steps or bool(self._done())
+                if over and self.evaluated_at < trainer.step:  # it was stopped where it is now to end
                     self._log(progress)
-                if last or _due(step, s.eval.every_epochs, per_epoch):
-                    self._evaluate(progress)
-                    last = last or bool(self._done())
-                if last and not logged:
-                    self._log(progress)
-                if last or stop or _due(step, s.checkpoint.every_epochs, per_epoch):
+                    redraw = True
+                if over and redraw:
+                    self._evaluate(stop, progress)
                     self._save()
-                if stop and not last:
-                    self._interrupted(stop, progress)
-                    return
-                progress.update(step)
-                if last:
-                    break
-            self._finished(progress)
+                for step in () if self._done() else trainer.iterate():
+                    self._after_step(stop, progress)
+                    progress.update(step)
+                    if self._done():
+                        break
+                self._finished(stop, progress)
+            except Stopped:
+                self._interrupted(stop, progress)
+
+    def _after_step(self, stop: StopRequest, progress: Progress) -> None:
+        """Does what is due behind a step.
+
+        Raises:
+            Stopped: a stop was requested before the last step was done with; a checkpoint is there.
+        """
+        s, step, per_epoch = self.settings, self.trainer.step, self.trainer.steps_per_epoch
+        last = step >= self.trainer.total_steps
+        logged = last or step % s.log_every_steps == 0
+        if logged and not self.broken_off:
+            self._log(progress)
+        if last or self.broken_off or _due(step, s.eval.every_epochs, per_epoch):
+            self._evaluate(stop, progress)
+            last = last or bool(self._done())
+        if last and not logged:
+            self._log(progress)
+        if last or stop or _due(step, s.checkpoint.every_epochs, per_epoch):
+            self._save()
+        if stop and not last:
+            raise Stopped
 
     def _done(self) -> str:
         """Why there is nothing more to do before the last step, else "": it is good, or gets no better."""
@@ -210,7 +223,7 @@ class _Session:
         return a > b if self.objective.higher_is_better else a < b
 
     def _headline(self) -> str:
-        s, c, t = self.settings, self.compute, self.trainer
+        s, t = self.settings, self.trainer
         verb = "resuming at" if t.step else "training from"
         n_parameters = sum(p.numel() for module in t.bare.values() for p in module.parameters())
         return (
@@ -220,7 +233,7 @@ class _Session:
                 f"note    {note}\n" for note in (*self.data.notes, *self.data.choice, *self.data.coverage)
             )
             + f"run     {self.run.folder}\n"
-            f"device  {c.device}, {c.precision}, {c.threads} threads ({c.reason})\n"
+            f"{self.compute.line()}\n"
             + self.moved
             + f"W&B     {self.tracker.mode} ({self.run.info['wandb']['why']})"
         )
@@ -239,10 +252,21 @@ class _Session:
         self.tracker.log(trainer.step, row)
         progress.update(trainer.step, f"loss {row['train/loss']:.4g}" if "train/loss" in row else None)
 
-    def _evaluate(self, progress: Progress) -> None:
+    def _evaluate(self, stop: StopRequest, progress: Progress) -> None:
+        """Evaluates.
+
+        Raises:
+            Stopped: a stop was requested; a checkpoint is there, which says that this is to be made again.
+        """
         objective, step = self.objective, self.trainer.step
-        with self.trainer.judged() as players:
-            numbers = objective.evaluate(players, self.held_out.epoch(0))
+        try:
+            with stop.at_once(), self.trainer.judged() as players:
+                numbers = objective.evaluate(players, self.held_out.epoch(0))
+        except Stopped:
+            self.broken_off = True
+            self._save()
+            raise
+        self.broken_off = False
         self._require_finite(numbers)
         self.numbers = numbers
         self.tracker.log(step, {f"eval/{name}": value for name, value in numbers.items()})
@@ -323,6 +347,7 @@ class _Session:
             "best": self.best,
             "without_better": self.without_better,
             "evaluated_at": self.evaluated_at,
+            "broken_off": self.broken_off,
             "data_sha256": self.data.sha256,
             "train_sha256": self.data.train_sha256,
             "elapsed_seconds": self._elapsed(),
@@ -339,6 +364,7 @@ class _Session:
         """Goes back to a checkpoint that the trainer was put back to."""
         self.best, self.without_better = saved.state["best"], saved.state["without_better"]
         self.evaluated_at = saved.state.get("evaluated_at", self.trainer.step)
+        self.broken_off = saved.state.get("broken_off", False)
         self.seconds_before = saved.state["elapsed_seconds"]
         self.first_weights = saved.state.get("first_weights", [])
 
@@ -354,13 +380,19 @@ class _Session:
         path = self.run.media / "learning_curve.png"
         yield "learning_curve", figures.learning_curve(path, read_metrics(self.run.metrics), headline)
 
-    def _finished(self, progress: Progress) -> None:
-        with self.trainer.judged() as players, explain_write_errors(str(self.run.media), ROOM):
+    def _finished(self, stop: StopRequest, progress: Progress) -> None:
+        """Draws, and says how it ended; a stop within leaves that to the next session."""
+        with (
+            stop.at_once(),
+            self.trainer.judged() as players,
+            explain_write_errors(str(self.run.media), ROOM),
+        ):
             self.run.media.mkdir(exist_ok=True)
-            drawn = self.objective.draw(players, self.held_out.epoch(0), self.run.media)
-            for name, path in itertools.chain(self._curve(), drawn):
-                if path.suffix == ".png":
-                    self.tracker.log_media(self.trainer.step, f"media/{name}", path)
+            batches = self.held_out.epoch(0)
+            drawn = [*self._curve(), *self.objective.draw(players, batches, self.run.media)]
+        for name, path in drawn:
+            if path.suffix == ".png":
+                self.tracker.log_media(self.trainer.step, f"media/{name}", path)
         warnings = self._warnings()
         self.run.summarize(
             **{"time/elapsed_seconds": round(self._elapsed(), 1)},

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lab.errors import LabError, first_line
+from lab.unpack import PACKED, bare_suffix, read_bytes, require_growth, require_memory, stem
 from supervised.data import frames
 from supervised.data.config import DataConfig
-from supervised.data.files import PACKED, bare_suffix, read_bytes, require_memory, stem
 from supervised.data.raw import PARTS, Columns, Raw, Reading, in_order, one_each, some, visible
 
 SUFFIXES = (".npz", ".npy")
@@ -138,7 +138,9 @@ def _require_room(opened: Any, head: bytes, path: Path) -> None:
     else:
         with zipfile.ZipFile(opened) as archive:
             needed = sum(entry.file_size for entry in archive.infolist())
+    packed = opened.seek(0, 2)
     opened.seek(0)
+    require_growth(needed, packed, path)
     require_memory(2 * needed, f"{path}: its arrays take about", "Name a smaller file.")
 
 

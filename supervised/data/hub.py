@@ -1,6 +1,7 @@
 """Data sets of the Hub, or in a local folder in its format, by the library `datasets`."""
 
 import dataclasses
+import io
 import os
 import re
 import warnings
@@ -70,8 +71,14 @@ def read_hub(name: str, config: DataConfig) -> Raw:
 def _images(rows: Any, column: str, config: DataConfig, where: str) -> np.ndarray:
     """The pictures of a column, each decoded when it is its turn."""
 
+    import datasets
+    from PIL import Image
+
+    rows = rows.cast_column(column, datasets.Image(decode=False))  # `datasets` asks for no size
+
     def opened(index: int) -> Any:
-        return rows[index][column]
+        picture = rows[index][column]
+        return Image.open(picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"]))
 
     def name(index: int) -> str:
         return f"{where}, row {index + 1}"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lab.errors import LabError, first_line
+from lab.unpack import read_bytes, require_growth, require_memory
 from supervised.data.config import DataConfig
-from supervised.data.files import read_bytes, require_memory
 from supervised.data.raw import (
     Columns,
     Raw,
@@ -300,13 +300,21 @@ def open_picture(
     """A picture, decoded and upright: a file, or what `opened` makes of an item.
 
     Raises:
-        LabError: it cannot be opened, or has 32 bits a pixel.
+        LabError: it cannot be opened, says that it is far larger than its file, or has 32 bits a pixel.
     """
     from PIL import Image, ImageOps
 
     try:
+        if isinstance(item, Path) and item.exists() and not item.is_file():  # a pipe would be waited for
+            raise OSError("no ordinary file")
         with (opened or Image.open)(item) as picture:
+            if (file := getattr(picture, "fp", None)) is not None:  # not decoded so far
+                at, packed = file.tell(), file.seek(0, 2)
+                file.seek(at)
+                require_growth(math.prod(picture.size) * len(picture.getbands()), packed, name(item))
             upright = ImageOps.exif_transpose(picture)
+    except LabError:
+        raise
     except Exception as error:  # Pillow's formats and pyarrow: each has its own
         reason = "no picture" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
         if isinstance(error, OSError) and error.strerror:

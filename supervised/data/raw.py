@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lab.errors import LabError
+from lab.unpack import is_dropping
 
 Columns: TypeAlias = dict[str, Any]
 """By name, arrays or lists of equal length: a row is a sample, or a document."""
@@ -23,9 +24,6 @@ PARTS = {
 _NEUTRAL = {"set", "data", "dataset", "split", "part", "seg", "images", "image", "imgs", "img", "folder"}
 """Words that may stand beside such a name in that of a folder: train_set is a part, train_station none."""
 
-DROPPINGS = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "ehthumbs.db")
-"""Names, in lower case, of what macOS, Windows and Synology leave in folders, beside hidden files."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -33,6 +31,8 @@ class Reading:
 
     predicts: str = ""
     """classes or numbers: what labels are that could be both; empty: by their type."""
+    tasks: bool = False
+    """Take folders of texts for the classes of what is in them, and not all for one text."""
     sequences: bool = False
     """Take arrays of three dimensions of floats for sequences (n, time, features) and not for images."""
 
@@ -117,12 +117,6 @@ def in_order(names: Iterable[str]) -> list[str]:
     found = set(names)
     whole = {name: int(name) for name in found if name.isdecimal() and len(name) < 99}  # int() has a limit
     return sorted(found, key=lambda name: (whole.get(name, math.inf), name))
-
-
-def is_dropping(path: Path, root: Path) -> bool:
-    """Whether a file or folder below `root` is hidden, or something that an operating system left there."""
-    inside = path.relative_to(root).parts
-    return any(name.startswith(".") or name.lower() in DROPPINGS for name in inside)
 
 
 def visible(folder: Path, deep: bool = False) -> list[Path]:

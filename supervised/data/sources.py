@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab.errors import LabError, did_you_mean
+from lab.unpack import bare_suffix, head_of, what_is
 from supervised.data import arrays, bundled, images, texts
 from supervised.data.config import DataConfig
-from supervised.data.files import bare_suffix, head_of, require_text, what_is
+from supervised.data.files import require_text
 from supervised.data.raw import Raw, Reading, visible
 
 _READERS: dict[str, Callable[[Path, DataConfig, Reading], Raw]] = {

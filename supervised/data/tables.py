@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from lab.errors import LabError, did_you_mean, first_line
+from lab.unpack import parquet_batches, read_bytes, require_memory
 from supervised.data.arrays import as_floats
 from supervised.data.config import DataConfig
-from supervised.data.files import read_bytes, read_text, require_memory
+from supervised.data.files import read_text
 from supervised.data.raw import Columns, Raw, Reading, in_order, is_evaluation, some
 
 LABELS = ("label", "labels", "target", "targets", "class", "y")
@@ -205,16 +206,13 @@ def read_parquet(path: Path) -> Any:
         LabError: it is damaged, or takes more memory than is free.
     """
     import pyarrow
-    from pyarrow import parquet
 
-    try:
-        file = parquet.ParquetFile(io.BytesIO(read_bytes(path)))
-        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
-        needed = 4 * sum(group.total_byte_size for group in groups)
-        require_memory(needed, f"{path}: to read it takes about", "Name a smaller file.")
-        return file.read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise LabError(f"{path}: not readable as Parquet: {first_line(error)}. Get it again.") from None
+    batches, n = [], 0
+    for batch in parquet_batches(io.BytesIO(read_bytes(path)), path):
+        batches.append(batch)
+        n += batch.nbytes
+        require_memory(3 * n, f"{path}: read so far, and its columns take", "Name a smaller file.")
+    return pyarrow.Table.from_batches(batches).combine_chunks()
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> Any:

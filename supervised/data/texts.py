@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lab.errors import LabError, did_you_mean
+from lab.unpack import bare_suffix, head_of, require_memory, stem
 from supervised.data import tables
 from supervised.data.config import DataConfig
-from supervised.data.files import bare_suffix, head_of, read_text, require_memory, stem
+from supervised.data.files import read_text
 from supervised.data.raw import (
     Columns,
     Raw,
@@ -34,6 +35,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "label"),
 }
 """The four task forms of GPT-1 (section 3.3), and the keys of their rows."""
+UNLABELLED = ("unsup", "unsupervised", "unlabeled", "unlabelled")
+"""Folders beside those of classes that are none."""
 Located: TypeAlias = tuple[str, dict[str, Any]]
 """A row, behind its place for errors."""
 LARGEST = 1e38
@@ -49,6 +52,8 @@ def read_texts(path: Path, config: DataConfig, reading: Reading) -> Raw:
     Raises:
         LabError: there is none, or one is no text.
     """
+    if reading.tasks and path.is_dir() and (raw := _read_text_folders(path, config)) is not None:
+        return raw
     files, notes = [path], []
     if path.is_dir():
         shown = [p for p in visible(path, deep=True) if not p.is_dir()]
@@ -71,6 +76,42 @@ def read_texts(path: Path, config: DataConfig, reading: Reading) -> Raw:
         part = named or part_kind(alone) or "train"
         parts.setdefault(part, {"text": []})["text"].append(_document(file, config))
     return Raw(kind="text", parts=parts, notes=notes)
+
+
+def _read_text_folders(root: Path, config: DataConfig) -> Raw | None:
+    """Texts in a folder per class, these in folders train, validation, test or all in one, as aclImdb has
+    them; None: there are not two classes.
+
+    Raises:
+        LabError: a class is not among those to train on.
+    """
+    folders = [path for path in visible(root) if path.is_dir()]
+    roots = {path.name.lower(): path for path in folders if folder_kind(path.name)} or {"train": root}
+    notes, found = say_droppings(root), {}
+    for part, place in roots.items():
+        files = found.setdefault(part, {})
+        for folder in [path for path in visible(place) if path.is_dir()]:
+            inside = [p for p in visible(folder, deep=True) if p.is_file()]
+            texts = [p for p in inside if bare_suffix(p) == config.suffix.lower()]
+            if folder.name.lower() in UNLABELLED:
+                notes.append(f"left out {len(texts):,} texts of {part}/{folder.name}, which are of no class")
+            elif texts:
+                files[folder.name] = texts
+    lead = next((part for part in roots if folder_kind(part) == "train"), None)
+    classes = in_order(found[lead]) if lead else []
+    if len(classes) < 2:
+        return None
+    parts: dict[str, Columns] = {}
+    for part, files in found.items():
+        if other := next((name for name in files if name not in classes), None):
+            raise LabError(f"{roots[part]}/{other}: this class is not among those of {lead}. Move it.")
+        if files:
+            parts[part] = {
+                "texts": [[[_document(path, config)]] for name in files for path in files[name]],
+                "labels": np.repeat([classes.index(name) for name in files], [*map(len, files.values())]),
+            }
+    notes.append(f"took the folders {some(classes)} for classes of the texts in them")
+    return Raw(kind="tasks", parts=parts, classes=tuple(classes), form="classification", notes=notes)
 
 
 def _document(path: Path, config: DataConfig) -> str:

@@ -35,7 +35,8 @@ def read(settings: SupervisedRun, folder: Path | None = None, part: str | None =
     """The data of a config, taken as its objective and its backbone take them; see `supervised.data.load`."""
     rows = getattr(settings.objective, "rows", False)
     sequences = settings.model.backbone in backbones.RECURRENT and not rows
-    reading = Reading(predicts=PREDICTS.get(settings.objective.name, ""), sequences=sequences)
+    name = settings.objective.name
+    reading = Reading(predicts=PREDICTS.get(name, ""), tasks=name == "text_task", sequences=sequences)
     return load(settings.data, folder, reading, part)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -228,3 +229,29 @@ def test_bayesian_search_bears_failures() -> None:
     assert any(one.value is None for one in tried)
     assert min(one.value for one in tried if one.value is not None) < 1.0
     assert len(tries("bayes", space, 15, lambda setting: None)) == 15, "even of everything"
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_a_hundred_thousand_values_are_looked_at_once_each(method: str) -> None:
+    n, began = 100_000, time.process_time()
+    space = search.read_parameters({"a": {"values": [*range(n)]}, "b": {"value": 1}}, "here")
+    setting = search.next_setting(method, space, "maximize", 0, [search.Tried({"a": n - 1, "b": 1}, 1.0)])
+    assert setting is not None
+    with pytest.raises(LabError, match="7 is there twice"):
+        search.read_parameters({"a": {"values": [*range(n), 7]}}, "here")
+    with pytest.raises(LabError, match=r"parameters a and a\.b contradict"):
+        search.read_parameters(
+            {f"c{i}": {"value": 1} for i in range(n // 10)} | {"a": {"value": 1}, "a.b": {"value": 1}}, "here"
+        )
+    assert time.process_time() - began < 10  # it was hours
+
+
+@pytest.mark.parametrize(
+    "spec", [{"min": 0, "max": 10**30}, {"distribution": "q_uniform", "min": 0, "max": 1e12, "q": 1e-3}]
+)
+def test_a_range_is_never_written_out(spec: dict[str, Any]) -> None:
+    space = search.read_parameters({"a": spec, "b": {"values": [1, 2]}}, "here")
+    assert (search.grid_size(space) or 0) > 10**15
+    first = next(search.grid(space) or iter(()))
+    assert first == {"a": 0, "b": 1}
+    assert search.next_setting("random", space, "maximize", 0, []) is not None

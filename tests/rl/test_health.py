@@ -20,6 +20,10 @@ def settings_of(algorithm: str = "pqn", **changes: Any) -> RunConfig:
     by_algorithm: dict[str, dict[str, Any]] = {
         "pqn": {"rollout_steps": 8, "minibatch_size": 16},
         "dqn": {"buffer_size": 500, "learning_starts": 20, "batch_size": 4},
+        "drqn": {
+            **{"buffer_size": 500, "learning_starts": 20, "batch_size": 4, "sequence_steps": 2},
+            **{"burn_in_steps": 1, "backbone": "lstm", "backbone_spec": {**SMALL_NET, "hidden": 8}},
+        },
     }
     values = {
         "env": {"game": "pong", "n_envs": 2, "image_size": 24, "num_threads": 1, "max_episode_frames": 80},
@@ -65,6 +69,8 @@ def test_what_makes_a_finished_run_worth_little_is_said(tmp_path: Path, capsys: 
     assert record["state"] == "finished"
     assert record["summary"]["warnings"] == [
         "not one update was made: nothing was learned.",
+        "every game of its last evaluation was cut off by the time limit, env.max_episode_frames = 80: it "
+        "may be stuck, and a longer limit may give another score.",
         f"eval.stop_at = 500 was not reached: the best is {record['summary']['eval/best_mean_reward']:.1f}.",
     ]
     printed = capsys.readouterr()
@@ -81,7 +87,7 @@ def test_no_better_than_random_play_is_said(tmp_path: Path, monkeypatch: pytest.
     lost = Evaluation("pong", [-21.0, -21.0], [800, 800], [False, False], 0.0)
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: lost)
     RLPipeline().train(settings_of(), tmp_path / "run", resume=False)
-    (warning,) = record_of(tmp_path / "run")["summary"]["warnings"]
+    (warning,) = record_of(tmp_path / "run")["summary"]["warnings"]  # and of no time limit
     assert warning.startswith("its best evaluation, -21.0, is not above random play (-20.7)")
 
 

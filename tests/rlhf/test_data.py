@@ -597,7 +597,7 @@ def test_a_file_that_is_missing_empty_or_no_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "empty: holds no file of rows" in error(data.prompts, str(tmp_path / "empty"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 is how it should begin and end")
-    assert "a.parquet: not a readable parquet file: " in error(data.prompts, str(tmp_path / "a.parquet"))
+    assert "a.parquet: not readable as Parquet: " in error(data.prompts, str(tmp_path / "a.parquet"))
     assert "cannot be read: File name too long" in error(data.prompts, "a" * 300)
 
 

@@ -1,18 +1,24 @@
 """One way from rows to token ids, on tokenizers built as other families have them."""
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from lab.errors import LabError
+from rlhf import templates
 from rlhf.config import ModelConfig
 from rlhf.tokenization import (
+    counted,
     cut_left,
     end_token,
     prepare,
+    rendered_prompt,
     rows_of_ids,
     separate_padding,
     tokenize,
@@ -338,3 +344,90 @@ def test_a_cut_prompt_keeps_its_first_token() -> None:
     assert cut == [ids[0], *ids[-4:]]
     assert tokenize_prompt(ASK, tokenizer, 5) == cut
     assert cut_left(ids, len(ids), tokenizer) == ids
+
+
+MESSAGE = [{"role": "user", "content": "hi"}]
+DOUBLED = (
+    "{{% set ns = namespace(x='a') %}}{{% for i in range(60) %}}{{% set ns.x = {} %}}{{% endfor %}}"
+    "{{{{ ns.x }}}}"
+)
+ENDLESS = {
+    "two ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a range of lists": "{% for a in range(99999) %}{{ (range(99999) | sort | length) * 0 }}{% endfor %}",
+    "calls of itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "much output": "{% for a in range(99999) %}{{ messages[0].content * 100 }}{% endfor %}",
+    "a text many times": "{{ 'a' * 10**10 }}",
+    "many times a list": "{{ 10**10 * [1] }}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
+    "squares": DOUBLED.format("(ns.x | length + 2) if i == 0 else ns.x * ns.x"),
+    "doubled": DOUBLED.format("ns.x ~ ns.x"),
+    "added": DOUBLED.format("ns.x + ns.x"),
+    "lists of lists": DOUBLED.format("[ns.x, ns.x]"),
+    "mappings": DOUBLED.format("dict(a=ns.x, b=ns.x)"),
+    "a block": "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}"
+    "{% endset %}{% set ns.x = y %}{% endfor %}",
+    "a width": "{{ 'a'.center(10**10) }}",
+    "a filter's width": "{{ 'a' | center(10000000000) }}",
+    "a mapped filter": "{{ ['a'] | map('center', 10000000000) | list }}",
+    "a format": "{{ '%9999999999d' % 1 }}",
+    "its arguments": "{{ '%*d' % (9999999999, 1) }}",
+    "a text's format": "{{ '{:9999999999}'.format(1) }}",
+    "replaced": "{% set a = 'a' * 1000000 %}{{ a.replace('a', a) }}",
+    "joined": "{% set a = 'a' * 1000000 %}{{ range(99999) | map('string') | join(a) }}",
+    "an indent": "{{ [[[1]]] | tojson(indent=9999999999) }}",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_chat_template_without_end_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    tokenizer = build(template=template)
+    began = time.thread_time()
+    with pytest.raises(templates.Endless, match=r"^the chat template .* Use another\.$"):
+        rendered_prompt(MESSAGE, tokenizer)
+    with pytest.raises(templates.Endless):
+        list(counted("prompts", Dataset.from_list([{"prompt": MESSAGE}] * 3), tokenizer))
+    assert time.thread_time() - began < 8
+
+
+def test_a_chat_template_without_end_is_refused_in_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    tokenizer = build(template=ENDLESS["two ranges"])
+    with ThreadPoolExecutor(2) as pool:
+        errors = [pool.submit(rendered_prompt, MESSAGE, tokenizer).exception(20) for _ in range(3)]
+    assert {type(error) for error in errors} == {templates.Endless}
+
+
+LOOPS = (
+    "{% macro show(x, n=2) %}<{{ x | trim | upper }}{{ '-' * n }}>{% endmacro %}{{ bos_token }}"
+    "{% for m in messages if m.role != 'system' %}{{ loop.index }}/{{ loop.length }}/{{ loop.revindex0 }}"
+    "{{ loop.previtem.role if loop.previtem is defined }}{{ loop.nextitem.role if not loop.last }}"
+    "{{ loop.changed(m.role) }}{{ show(m.content, n=3) }}{{ '%03d %s' % (loop.index, m.role) }}{{ none }}"
+    "{% for k, v in m.items() %}{{ k ~ '=' ~ v | tojson }}{% if loop.first %}{% continue %}{% endif %};"
+    "{% endfor %}"
+    "{{ 'a, b'.split(', ') | join('+') }}{{ '{:>5}'.format(loop.index0) }}{{ [m.role, (1, 2), {'a': 1.5}] }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content.replace('b', 'cc') }}{% endgeneration %}"
+    "{% endif %}"
+    "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}"
+    "{% set y %}{{ m.content }}!{% endset %}{{ y | length }}{{ missing }}{% for z in missing %}{% endfor %}"
+    "{% endfor %}{{ messages[::-1] | map(attribute='role') | list }}{{ 2 ** 3 + 7 % 4 - 1 // 2 }}"
+    "{{ 1.26 | round(1) }}"
+)
+
+
+@pytest.mark.parametrize("template", [GEMMA, PHI3, CHATML, LLAMA3, LLAMA2, THINKING, NO_END, LOOPS])
+def test_within_limits_the_same_is_rendered(template: str) -> None:
+    from transformers.utils import chat_template_utils
+
+    turns = [("system", "s"), ("user", "a\n"), ("assistant", "b b"), ("user", "c")]
+    options: dict[str, Any] = {
+        "messages": [{"role": role, "content": content} for role, content in turns],
+        **{"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"},
+    }
+    stock = chat_template_utils._cached_compile_jinja_template(template).render(**options)
+    templates.limit()
+    ours = chat_template_utils._compile_jinja_template(template)
+    assert type(ours) is templates._Template
+    assert ours.render(**options) == stock
+    assert "".join(ours.generate(**options)) == stock

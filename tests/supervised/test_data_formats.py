@@ -829,3 +829,28 @@ def test_a_text_is_the_same_in_every_encoding_it_says_it_is_in(tmp_path: Path) -
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         (tmp_path / "a.txt").write_bytes("caf\u00e9 \U0001f600\r\n".encode(encoding))
         assert read_text(tmp_path / "a.txt") == "caf\u00e9 \U0001f600\r\n"
+
+
+def test_texts_in_folders_of_classes(tmp_path: Path) -> None:
+    """As aclImdb has them: parts, classes, texts of no class, and files beside them."""
+    text = b"a film that %d people saw"
+    places = [f"{part}/{name}" for part in ("train", "test") for name in ("pos", "neg")]
+    files = {f"{place}/{i}_9.txt": text % i for place in places for i in range(4)}
+    more = {f"train/unsup/{i}_0.txt": text % i for i in range(5)}
+    beside = ("README", "imdb.vocab", "imdbEr.txt", "train/urls_pos.txt", "train/labeledBow.feat")
+    others = dict.fromkeys(beside, b"x")
+    write(tmp_path, {**files, **more, **others})
+    data = read(tmp_path, Reading(tasks=True))
+    assert (data.kind, data.form, data.classes, data.part) == (
+        "tasks",
+        "classification",
+        ("neg", "pos"),
+        "test",
+    )
+    assert (len(data.train), len(data.test)) == (8, 8)
+    assert data.train.tensors["labels"].tolist() == [0] * 4 + [1] * 4
+    assert any("left out 5 texts of train/unsup" in note for note in data.notes)
+    assert read(tmp_path, Reading()).kind == "text"
+    write(tmp_path, {"test/meh/0.txt": b"x"})
+    with pytest.raises(LabError, match="this class is not among those of train"):
+        read(tmp_path, Reading(tasks=True))

@@ -374,8 +374,35 @@ def test_other_data_than_a_run_began_with_is_refused(tmp_path: Path) -> None:
     saved = checkpoint.load(run.find_checkpoint("best"))
     assert any("not what it was" in note for note in evaluate_run(run, saved)["notes"])
     write(4, 0.0)
-    with pytest.raises(LabError, match="do not fit"):
+    with pytest.raises(LabError, match=r"has the classes 0, 1, 2, 3, and .* learned 0, 1, 2"):
         evaluate_run(run, saved)
+
+
+def test_a_run_is_evaluated_on_data_that_have_moved(tmp_path: Path) -> None:
+    def write(path: Path, columns: int = 5, shift: int = 0) -> str:
+        labels = (np.arange(60) % 3 + shift).astype(str)
+        np.savez(path, x=np.random.default_rng(0).normal(size=(60, columns)), y=labels)
+        return str(path)
+
+    values = {
+        "objective": {"name": "classification"},
+        "data": {"source": write(tmp_path / "rows.npz")},
+        "model": {"backbone": "mlp", "spec": {"hidden": [8]}},
+        "batch_size": 8,
+    }
+    run = trained(settings_of(values), tmp_path / "run")
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    before = evaluate_run(run, saved)
+    (tmp_path / "rows.npz").rename(tmp_path / "moved.npz")
+    with pytest.raises(LabError, match="no such data set, file or folder"):
+        evaluate_run(run, saved)
+    moved = evaluate_run(run, saved, source=str(tmp_path / "moved.npz"))
+    assert (moved["data"], moved["eval"]) == ("moved.npz", before["eval"])
+    assert not any("not what it was" in note for note in moved["notes"])
+    with pytest.raises(LabError, match=r"has the classes 1, 2, 3, and .* learned 0, 1, 2"):
+        evaluate_run(run, saved, source=write(tmp_path / "others.npz", shift=1))
+    with pytest.raises(LabError, match="do not fit"):
+        evaluate_run(run, saved, source=write(tmp_path / "wider.npz", columns=6))
 
 
 @each_problem

@@ -31,6 +31,8 @@ from supervised.data.config import DataConfig
 from supervised.objectives.world_model import WorldModel, near_motion
 from supervised.pipeline import SupervisedPipeline
 from supervised.play import action_of, open_dream
+from tests.e2e.test_supervised import assert_same_run
+from tests.signals import Signals
 
 TINY: dict[str, Any] = {
     "objective": {"name": "world_model", "rollout": 5},
@@ -332,6 +334,27 @@ def test_it_learns_the_rules_of_a_made_game(tmp_path: Path) -> None:
         "dream.png",
         "rollout_error.png",
     }
+
+
+# ---- stopping ----
+
+
+def test_a_stop_is_heard_within_evaluations_and_drawing_which_are_made_again(tmp_path: Path) -> None:
+    """Each of the 15 frames of a dream takes several passes: at full size an evaluation takes minutes."""
+    often = settings_of(eval={"every_epochs": 1e-6, "batch_size": 64}, log_every_steps=2, max_steps=2)
+    whole = tmp_path / "whole"
+    with Signals(dreaming, "next_frame", 0) as signals:
+        SupervisedPipeline().train(often, whole, resume=False)
+    for at in (3, signals.calls // 2, signals.calls - 3):  # of the first step, of the last, of the figures
+        folder = tmp_path / f"stopped_at_{at}"
+        with Signals(dreaming, "next_frame", at) as stopped:
+            SupervisedPipeline().train(often, folder, resume=False)
+        assert stopped.calls == at
+        assert Run.open(folder).info["state"] == "interrupted"
+        SupervisedPipeline().train(often, folder, resume=True)
+        assert Run.open(folder).info["state"] == "finished"
+        assert_same_run(whole, folder)
+        assert {path.name for path in whole.rglob("*.png")} == {path.name for path in folder.rglob("*.png")}
 
 
 # ---- playing ----
