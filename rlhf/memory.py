@@ -1,9 +1,14 @@
-"""How many answers can be sampled at once: by what a cache takes, and what the device has."""
+"""What a stage takes of a device's memory, and how many answers can be sampled at once in what it has."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from rlhf.config import RLHFRun, TrainingConfig
 
 AT_MOST = 4096
 """Rows at once where memory would take any number."""
@@ -23,6 +28,7 @@ def bytes_per_row(config: Any, n_tokens: int, cache_bytes: int) -> int:
         n_tokens: of prompt and answer.
         cache_bytes: a number in the cache takes.
     """
+<<<<<<< HEAD
     text = config.get_text_config()
     width = int(text.hidden_size)
     layers = [_layer(layer, width) for layer in getattr(text, "per_layer_config", [text])]
@@ -42,6 +48,112 @@ def _layer(config: Any, width: int) -> tuple[int, int]:
     kept_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     return kept_heads * head, max(inner) if isinstance(inner, list | tuple) else int(inner)
+=======
+    size = _Size.of(config)
+    cache = 2 * size.layers * size.kept_heads * size.head * n_tokens * cache_bytes
+    logits = 5 * 4 * size.vocabulary  # fp32: as they come, scaled, their softmax and its sum, a comparison
+    reading = n_tokens * (8 * size.width + 3 * size.inner) * 4  # one layer of the prompt
+    return cache + logits + reading
+
+
+@dataclass(frozen=True)
+class _Size:
+    """The numbers of a model's configuration that its memory follows from."""
+
+    layers: int
+    width: int
+    inner: int
+    kept_heads: int
+    head: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> "_Size":
+        text = config.get_text_config()
+        heads = int(getattr(text, "num_attention_heads", None) or 1)
+        width = int(text.hidden_size)
+        inner = getattr(text, "intermediate_size", None) or 4 * width
+        return cls(
+            layers=int(text.num_hidden_layers),
+            width=width,
+            inner=max(inner) if isinstance(inner, list | tuple) else int(inner),
+            kept_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            head=int(getattr(text, "head_dim", None) or width // heads),
+            vocabulary=int(text.vocab_size),
+        )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a stage takes besides the libraries'."""
+
+    kept: int
+    """Of weights, gradients and Adam's moments, of all its models: nothing makes these less."""
+    passing: int
+    """The most that one batch takes, of those trained on and those sampled."""
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.passing
+
+
+def needs(
+    settings: RLHFRun, config: Any, parameters: int, lengths: Mapping[str, int], bf16: bool, free: int
+) -> dict[str, Needs]:
+    """An estimate of what each stage takes. Whole models are trained in fp32: 16 bytes a parameter.
+
+    Args:
+        settings: the recipe.
+        config: of the model, a transformers configuration.
+        parameters: how many it has.
+        lengths: tokens of the longest demonstration, comparison and prompt, by these names.
+        bf16: whether it is computed in bf16.
+        free: bytes, which decide how many answers are sampled at once.
+    """
+    d, size, rank = settings.data, _Size.of(config), settings.model.lora_rank
+    dtype = 2 if bf16 else 4
+    frozen = (dtype if rank else 4) * parameters
+    adapter = rank * size.layers * (8 * size.width + 3 * (size.width + size.inner))
+    trained = frozen + 16 * adapter if rank else 16 * parameters
+    longest = {
+        kind: min(lengths.get(kind, d.max_length), d.max_length) for kind in ("demonstrations", "comparisons")
+    }
+    asked = min(lengths.get("prompts", d.max_length), d.max_length - d.max_new_tokens) + d.max_new_tokens
+
+    def learning(stage: TrainingConfig, rows: int, n_tokens: int, n_logits: int, models: int = 1) -> int:
+        """Of one micro-batch: what the backward pass needs of each layer, and logits of so many tokens."""
+        layer = (10 * size.width + 3 * size.inner) * dtype
+        layers = (
+            layer + size.layers * size.width * dtype if stage.gradient_checkpointing else size.layers * layer
+        )
+        copies = 2 * parameters if bf16 else 0  # of the weights, by autocast
+        return models * (rows * n_tokens * layers + copies) + 4 * rows * n_logits * size.vocabulary
+
+    def sampling(kept: int, wanted: int, at_once: int = 0) -> int:
+        rows = min(wanted, at_once or rows_in(max(0, free - kept), config, asked, dtype))
+        return rows * bytes_per_row(config, asked, dtype)
+
+    sft, reward, ppo, e = settings.sft, settings.reward, settings.ppo, settings.eval
+    # Logits, their gradient and softmax; TRL's SFT takes entropy and accuracy of them as well, and its loss
+    # is compared once with the model's own.
+    n_sft, n_pairs = longest["demonstrations"], longest["comparisons"]
+    # Policy, critic, reference and reward; as adapters they share one base, beside which the reward model is
+    # opened once.
+    roles = trained + 32 * adapter + 4 * parameters if rank else 2 * trained + 8 * parameters
+    return {
+        "sft": Needs(trained, learning(sft, sft.micro, n_sft, 7 * n_sft)),
+        "collect": Needs(4 * parameters, sampling(4 * parameters, 16 * settings.collect.answers)),
+        "reward": Needs(trained, learning(reward, 2 * reward.micro, n_pairs, 0)),
+        "ppo": Needs(
+            roles,
+            max(
+                learning(ppo, ppo.micro, asked, 3 * d.max_new_tokens, models=2),
+                sampling(roles, ppo.rollout_size, ppo.sampling_batch_size),
+            ),
+        ),
+        "eval": Needs(12 * parameters, sampling(12 * parameters, e.prompts * e.samples)),
+    }
+>>>>>>> main
 
 
 def free_bytes(device: torch.device) -> int:
@@ -49,7 +161,49 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    return min([free, *(limit - used for limit, used in _limits())])
+
+
+def all_bytes(device: torch.device) -> int:
+    """Memory that a device has, or that this process may have of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
+
+
+def _limits(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """What containers and job schedulers allow this process (Linux's control groups), and what is used of it.
+
+    Files that the kernel keeps in memory as long as there is room do not count as used.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):  # version 1
+            base, names = (
+                root / "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
+        elif not controllers:
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        else:
+            continue
+        here = Path(path.lstrip("/"))
+        for group in (base / here, *(base / above for above in here.parents)):
+            try:
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # "max", or another's namespace
+                continue
+            found.append((limit, max(0, used - int(stat.get(names[2], 0)))))
+    return found
 
 
 def rows_that_fit(model: Any, n_tokens: int, reserve: int = 0) -> int:

@@ -121,13 +121,15 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
         demonstrations = found.get(Needed("demonstrations", settings.data.demonstrations))
         if demonstrations and "completion" not in demonstrations.rows.column_names:
             problems.append("ppo.ptx_coef needs demonstrations of prompt and completion. Set it to 0.")
-    positions, size = attempt(lambda: _facts(settings, policy)) or (None, 0)
+    positions, size, _ = attempt(lambda: _facts(settings, policy)) or (None, 0, None)
     if positions is not None and settings.data.max_length > positions:
         problems.append(
             f"data.max_length: {settings.data.max_length} is more than the model's {positions} positions. "
             "Lower it."
         )
     counts: dict[Needed, dict[str, Any]] = {}
+    longest: dict[str, int] = {}
+    tokenizer = None
     if whole:
         tokenizer = attempt(lambda: _tokenizer(settings, policy, notes))
         for one, loaded in found.items():
@@ -135,7 +137,11 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
                 lengths = _kept_lengths(settings, one, loaded, tokenizer)
                 _judge(settings, one, lengths, problems, notes)
                 counts[one] = _counts(loaded.left_out, lengths)
+                longest[one.kind] = max(longest.get(one.kind, 0), lengths.longest)
     _look_at_room(settings, stages, folder, size, problems, notes)
+    if size and tokenizer is not None:
+        _, size, model = _facts(settings, policy, len(tokenizer))
+        attempt(lambda: _look_at_memory(settings, stages, model, size, longest, notes))
     if len(problems) == 1:
         raise LabError(problems[0])
     if problems:
@@ -187,22 +193,29 @@ def _load(settings: RLHFRun, one: Needed, problems: list[str]) -> data.Loaded:
 # ---- the model ----
 
 
-def _facts(settings: RLHFRun, policy: Path | None) -> tuple[int | None, int]:
-    """Positions of the model (None: any number) and its weights, of which none is read."""
+def _facts(
+    settings: RLHFRun, policy: Path | None, vocabulary: int | None = None
+) -> tuple[int | None, int, Any]:
+    """Positions of the model (None: any number), how many weights it has, and its configuration.
+
+    Args:
+        vocabulary: tokens of a LabGPT that is not there yet.
+    """
     from rlhf import labgpt, models
 
     found = models.examine(replace(settings.model, path=str(policy)) if policy else settings.model)
     if found is not None:
-        return found.positions, found.parameters
+        return found.positions, found.parameters, found.config
     import torch
 
     try:
-        config = labgpt.LabGPTConfig(vocab_size=models.BPE_SIZE, **settings.model.labgpt)
+        config = labgpt.LabGPTConfig(vocab_size=vocabulary or models.BPE_SIZE, **settings.model.labgpt)
         with torch.device("meta"):
             model = labgpt.LabGPTForCausalLM(config)
     except (TypeError, ValueError) as error:
         raise LabError(f"model.labgpt = {settings.model.labgpt}: {error}") from None
-    return config.max_position_embeddings, sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return config.max_position_embeddings, size, config
 
 
 def _tokenizer(settings: RLHFRun, policy: Path | None, notes: list[str]) -> Any:
@@ -243,6 +256,48 @@ def _look_at_room(
         problems.append(f"{told}. Free some, or name another folder with --out.")
     elif usual > free:
         notes.append(f"{told}; keep_checkpoints {settings.keep_checkpoints} may be too many")
+
+
+def _look_at_memory(
+    settings: RLHFRun,
+    stages: Sequence[str],
+    model: Any,
+    size: int,
+    longest: dict[str, int],
+    notes: list[str],
+) -> None:
+    """Compares what each stage needs with what the device has.
+
+    Raises:
+        LabError: no such device, or it has no room for the weights and the optimiser alone.
+    """
+    from lab.device import resolve
+    from rlhf import memory
+
+    # One thread: to find how many are idle takes half a second, and is done when a stage begins.
+    compute = resolve(replace(settings.device, threads=settings.device.threads or 1))
+    free, there = memory.free_bytes(compute.device), memory.all_bytes(compute.device)
+    found = memory.needs(settings, model, size, longest, compute.precision == "bf16", free)
+    found = {stage: needs for stage, needs in found.items() if stage in stages}
+    told = ", ".join(f"{stage} {needs.total / 1e9:.1f} GB" for stage, needs in found.items())
+    most = max(found, key=lambda stage: found[stage].total)
+    hungriest = max(found, key=lambda stage: found[stage].kept)
+    has = f"{compute.device} has {there / 1e9:.1f} GB, {free / 1e9:.1f} of them free"
+    remedy = (
+        "Lower ppo.micro_batch_size and data.max_length"
+        if most == "ppo"
+        else f"Lower {most}.micro_batch_size"
+    )
+    if found[hungriest].kept > there:
+        raise LabError(
+            f"{hungriest} needs {found[hungriest].kept / 1e9:.1f} GB of memory for weights and optimiser "
+            f"alone, and {has}. Take a smaller model, model.lora_rank, or another device."
+        )
+    short = f"; that may be too little. {remedy}, or free some" if found[most].total > free else ""
+    notes.append(
+        f"memory, estimated: {told} ({found[most].kept / 1e9:.1f} of {most}'s are weights and optimiser); "
+        f"{has}{short}"
+    )
 
 
 # ---- lengths ----

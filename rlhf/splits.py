@@ -88,11 +88,10 @@ def training_comparisons(settings: RLHFRun, rows: "Dataset") -> "tuple[Dataset, 
     tenth is used for neither.
     """
     fraction = settings.reward.held_out
-    held_out = data.hold_out(rows, fraction, settings.seed)[1]
-    least = (
-        HELD_OUT if settings.data.comparisons != "collect" else 0.0
-    )  # collected for training prompts alone
-    return data.hold_out(rows, max(fraction, least), settings.seed)[0], held_out
+    train, held_out = data.hold_out(rows, fraction, settings.seed)
+    if settings.data.comparisons != "collect" and fraction < HELD_OUT:  # else collected for training prompts
+        train = data.hold_out(rows, HELD_OUT, settings.seed)[0]
+    return train, held_out
 
 
 def converses(settings: RLHFRun) -> bool:

@@ -17,6 +17,7 @@ import json
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,8 @@ def tokenize_prompts(
     prompts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
 ) -> list[list[int]]:
     """`tokenize_prompt` of many."""
-    texts = [p if isinstance(p, str) else rendered_prompt(p, tokenizer) for p in prompts]
+    said = iter(_render_all(tokenizer, [p for p in prompts if not isinstance(p, str)], True))
+    texts = [prompt if isinstance(prompt, str) else next(said) for prompt in prompts]
     rows = [
         _as_prompt(ids, isinstance(prompt, str), tokenizer)
         for prompt, ids in zip(prompts, _encode(tokenizer, texts), strict=True)
@@ -186,35 +188,34 @@ def tokenize_rows(
     Raises:
         LabError: see `tokenize`.
     """
-    befores: list[str] = []
-    answers: list[str] = []
-    rendered: dict[int, str] = {}  # answers to one prompt come together, and share its object
-    for prompt, completion, finished in rows:
-        if isinstance(prompt, str) != isinstance(completion, str):
+    plain = [isinstance(prompt, str) for prompt, *_ in rows]
+    ends = {kind: end_id(tokenizer, not kind) for kind in set(plain)}
+    for (_, completion, finished), kind in zip(rows, plain, strict=True):
+        if kind != isinstance(completion, str):
             raise LabError("of prompt and completion one is text and the other messages. Make them the same.")
-        if finished and end_id(tokenizer, not isinstance(prompt, str)) is None:
+        if finished and ends[kind] is None:
             raise LabError("the tokenizer has no eos_token, with which a finished answer ends. Set it.")
-        if isinstance(prompt, str):
-            befores.append(prompt)
-            answers.append(completion)  # type: ignore[arg-type]
-            continue
-        if id(prompt) not in rendered:
-            rendered[id(prompt)] = rendered_prompt(prompt, tokenizer)
-        befores.append(rendered[id(prompt)])
-        whole: list[Any] = [*prompt, *completion]
-        answers.append(_rendered_answer(befores[-1], whole, tokenizer))
+    asked = {id(prompt): prompt for prompt, *_ in rows}  # answers to one prompt share its object
+    said = [prompt for prompt in asked.values() if not isinstance(prompt, str)]
+    shown: dict[int, str] = dict(zip(map(id, said), _render_all(tokenizer, said, True), strict=True))
+    befores = [prompt if isinstance(prompt, str) else shown[id(prompt)] for prompt, *_ in rows]
+    talks = [[*prompt, *completion] for prompt, completion, _ in rows if not isinstance(prompt, str)]
+    whole, found = iter(_render_all(tokenizer, talks, False)), ways(tokenizer)
+    answers: list[str] = [
+        row[1] if kind else _answer_in(next(whole), before, found)  # type: ignore[misc]
+        for row, kind, before in zip(rows, plain, befores, strict=True)
+    ]
     distinct = dict.fromkeys(befores)
     of_text = dict(zip(distinct, _encode(tokenizer, list(distinct)), strict=True))
     answer_ids = _encode_behind(tokenizer, befores, answers, [of_text[before] for before in befores])
     result = []
-    for (prompt, _, finished), before, ids in zip(rows, befores, answer_ids, strict=True):
-        plain = isinstance(prompt, str)
-        end = end_id(tokenizer, not plain)
+    for (_, _, finished), kind, before, ids in zip(rows, plain, befores, answer_ids, strict=True):
+        end = ends[kind]
         while ids and ids[-1] == end:  # spelled out in the text
             ids.pop()
         if finished and end is not None:
             ids.append(end)
-        result.append((_as_prompt(of_text[before], plain, tokenizer), ids))
+        result.append((_as_prompt(of_text[before], kind, tokenizer), ids))
     return result
 
 
@@ -282,18 +283,32 @@ def counted(kind: str, dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> It
         kind: demonstrations, comparisons (the longest answer with the prompt counts) or prompts.
         dataset: such rows, as `rlhf.data` returns them.
     """
-    for begin in range(0, len(dataset), BATCH):
+
+    def count(begin: int) -> list[int | str]:
         rows = dataset.select(range(begin, min(begin + BATCH, len(dataset)))).to_list()
         try:
-            yield from _count(kind, rows, tokenizer)
+            return [*_count(kind, rows, tokenizer)]
         except templates.Endless:  # seconds for each row would be hours
             raise
         except LabError:
-            for row in rows:
-                try:
-                    yield _count(kind, [row], tokenizer)[0]
-                except LabError as error:
-                    yield str(error)
+            return [_count_or_why(kind, row, tokenizer) for row in rows]
+
+    ways(tokenizer)  # is found once, before both threads ask
+    pool = ThreadPoolExecutor(2)  # tokenizers lets go of the interpreter: one batch is rendered meanwhile
+    try:
+        for counts in pool.map(count, range(0, len(dataset), BATCH)):
+            yield from counts
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _count_or_why(kind: str, row: Any, tokenizer: "PreTrainedTokenizerBase") -> int | str:
+    try:
+        return _count(kind, [row], tokenizer)[0]
+    except templates.Endless:
+        raise
+    except LabError as error:
+        return str(error)
 
 
 def _count(kind: str, rows: list[Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -422,22 +437,14 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], special: boo
         return []
     # verbose: lengths are looked at here, and the tokenizer need not warn of them.
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    return [list(ids) for ids in encoded["input_ids"]]  # type: ignore[union-attr]
+    return encoded["input_ids"]  # type: ignore[return-value]
 
 
 # ---- chat templates ----
 
 
-def rendered_prompt(prompt: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What a policy is shown of a conversation before it answers."""
-    return _render(tokenizer, prompt, add_generation_prompt=True)
-
-
-def _rendered_answer(
-    before: str, messages: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
-) -> str:
+def _answer_in(whole: str, before: str, found: Ways) -> str:
     """What the chat template puts between the prompt and the end token of the last message."""
-    whole, found = _render(tokenizer, messages), ways(tokenizer)
     if not whole.startswith(before):
         raise LabError(
             "the chat template renders the prompt in another way once there is an answer, so no policy could "
@@ -452,11 +459,28 @@ def _said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def _render_all(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Mapping[str, Any]]], asks: bool
+) -> list[str]:
+    """`_render` of many, all at once: much of the time goes into what transformers does before it renders."""
+    template = _template(tokenizer)
+    templates.limit()
+    try:
+        if len(conversations) < 2 or any(turns[0].get("tools") for turns in conversations):
+            raise ValueError
+        many = [[_for_template(message, template) for message in turns] for turns in conversations]
+        texts: Any = tokenizer.apply_chat_template(many, tokenize=False, add_generation_prompt=asks)
+    except templates.Endless:
+        raise
+    except Exception:  # which of them it is, and why, is found one by one
+        return [_render(tokenizer, turns, add_generation_prompt=asks) for turns in conversations]
+    return [_checked(text, turns) for text, turns in zip(texts, many, strict=True)]
+
+
 def _render(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> str:
-    template = tokenizer.chat_template
-    template = template if isinstance(template, str) else json.dumps(template)
+    template = _template(tokenizer)
     turns = [_for_template(message, template) for message in messages]
     tools = json.loads(messages[0]["tools"]) if messages and messages[0].get("tools") else None
     templates.limit()
@@ -467,9 +491,18 @@ def _render(
     except Exception as error:  # whatever a template raises
         why = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
         raise LabError(f"the chat template cannot render this conversation: {why}") from error
-    text: str = whole  # type: ignore[assignment]
+    return _checked(whole, turns)  # type: ignore[arg-type]
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Its chat template; of one that has several, all of them."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else json.dumps(template)
+
+
+def _checked(text: str, turns: Sequence[Mapping[str, Any]]) -> str:
+    """The text; a template that does not know a role may write nothing of it, and nobody would notice."""
     for turn in turns:
-        # A template that does not know a role may write nothing of it, and nobody would notice.
         if turn["role"] in ("system", "developer", "user", "tool"):
             end = turn["content"].strip()[-24:]
             if end and end not in text and json.dumps(end)[1:-1] not in text:
