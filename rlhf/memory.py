@@ -28,29 +28,8 @@ def bytes_per_row(config: Any, n_tokens: int, cache_bytes: int) -> int:
         n_tokens: of prompt and answer.
         cache_bytes: a number in the cache takes.
     """
-<<<<<<< HEAD
-    text = config.get_text_config()
-    width = int(text.hidden_size)
-    layers = [_layer(layer, width) for layer in getattr(text, "per_layer_config", [text])]
-    cache = 2 * sum(kept for kept, _ in layers) * n_tokens * cache_bytes
-    inner = max(inner for _, inner in layers)
-    logits = (
-        5 * 4 * int(text.vocab_size)
-    )  # fp32: as they come, scaled, their softmax and its sum, a comparison
-    reading = n_tokens * (8 * width + 3 * inner) * 4  # one layer of the prompt
-    return cache + logits + reading
-
-
-def _layer(config: Any, width: int) -> tuple[int, int]:
-    """Width of a layer's keys, and of what is inside of it."""
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    head = int(getattr(config, "head_dim", None) or width // heads)
-    kept_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    return kept_heads * head, max(inner) if isinstance(inner, list | tuple) else int(inner)
-=======
     size = _Size.of(config)
-    cache = 2 * size.layers * size.kept_heads * size.head * n_tokens * cache_bytes
+    cache = 2 * size.keys * n_tokens * cache_bytes
     logits = 5 * 4 * size.vocabulary  # fp32: as they come, scaled, their softmax and its sum, a comparison
     reading = n_tokens * (8 * size.width + 3 * size.inner) * 4  # one layer of the prompt
     return cache + logits + reading
@@ -63,24 +42,34 @@ class _Size:
     layers: int
     width: int
     inner: int
-    kept_heads: int
-    head: int
+    """Of the widest layer."""
+    keys: int
+    """Of a token, in all layers: as many numbers as there are values."""
     vocabulary: int
 
     @classmethod
     def of(cls, config: Any) -> "_Size":
         text = config.get_text_config()
-        heads = int(getattr(text, "num_attention_heads", None) or 1)
         width = int(text.hidden_size)
-        inner = getattr(text, "intermediate_size", None) or 4 * width
+        layers = list(getattr(text, "per_layer_config", [text] * int(text.num_hidden_layers)))
         return cls(
-            layers=int(text.num_hidden_layers),
+            layers=len(layers),
             width=width,
-            inner=max(inner) if isinstance(inner, list | tuple) else int(inner),
-            kept_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-            head=int(getattr(text, "head_dim", None) or width // heads),
+            inner=max(_inner_width(layer, width) for layer in layers),
+            keys=sum(_key_width(layer, width) for layer in layers),
             vocabulary=int(text.vocab_size),
         )
+
+
+def _inner_width(layer: Any, width: int) -> int:
+    inner = getattr(layer, "intermediate_size", None) or 4 * width
+    return max(inner) if isinstance(inner, list | tuple) else int(inner)
+
+
+def _key_width(layer: Any, width: int) -> int:
+    heads = int(getattr(layer, "num_attention_heads", None) or 1)
+    kept_heads = int(getattr(layer, "num_key_value_heads", None) or heads)
+    return kept_heads * int(getattr(layer, "head_dim", None) or width // heads)
 
 
 @dataclass(frozen=True)
@@ -153,7 +142,6 @@ def needs(
         ),
         "eval": Needs(12 * parameters, sampling(12 * parameters, e.prompts * e.samples)),
     }
->>>>>>> main
 
 
 def free_bytes(device: torch.device) -> int:
