@@ -443,6 +443,11 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], special: boo
 # ---- chat templates ----
 
 
+def rendered_prompt(prompt: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What a policy is shown of a conversation before it answers."""
+    return _render(tokenizer, prompt, add_generation_prompt=True)
+
+
 def _answer_in(whole: str, before: str, found: Ways) -> str:
     """What the chat template puts between the prompt and the end token of the last message."""
     if not whole.startswith(before):
