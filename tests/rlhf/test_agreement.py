@@ -266,12 +266,10 @@ def test_memory_of_a_row_by_hand() -> None:
 def test_layers_of_several_widths_are_reckoned_one_by_one() -> None:
     from transformers import Gemma4TextConfig
 
-    config = Gemma4TextConfig(
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        **{"hidden_size": 64, "intermediate_size": 100, "vocab_size": 1000, "num_attention_heads": 4},
-        **{"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "num_kv_shared_layers": 0},
-    )
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 100, "vocab_size": 1000}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = Gemma4TextConfig(num_hidden_layers=3, layer_types=kinds, num_kv_shared_layers=0, **sizes)
     cache = 2 * (2 * 16 + 2 * 16 + 2 * 32) * 50 * 2
     assert memory.bytes_per_row(config, 50, 2) == cache + 5 * 4 * 1000 + 50 * (8 * 64 + 3 * 100) * 4
 

@@ -113,7 +113,7 @@ def test_weights_that_are_no_numbers_never_become_the_best(
     settings = settings_of(tmp_path, **more)
     evaluate = _Session._evaluate
 
-    def spoiled(self: _Session, progress: Any) -> None:
+    def spoiled(self: _Session, stop: Any, progress: Any) -> None:
         numbers = {self.objective.headline: 0.5, "loss": 1.0}
         monkeypatch.setattr(self.objective, "evaluate", lambda *_: numbers)
         averages, bare = self.trainer.averages, self.trainer.bare
@@ -121,7 +121,7 @@ def test_weights_that_are_no_numbers_never_become_the_best(
         tensors = module.buffers() if where == "statistic" else module.parameters()
         with torch.no_grad():
             next(t for t in tensors if t.is_floating_point()).view(-1)[0] = torch.nan
-        evaluate(self, progress)
+        evaluate(self, stop, progress)
 
     monkeypatch.setattr(_Session, "_evaluate", spoiled)
     with pytest.raises(LabError, match="diverged: a weight of the model is nan after step"):
