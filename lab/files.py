@@ -164,6 +164,28 @@ def read_json(path: Path, what: str) -> Any:
         raise LabError(f"{path}: damaged ({why}); it is {what}. Restore it from a copy.") from None
 
 
+LONGEST_ROW = 2**24
+"""Bytes of a row; those of a run with thousands of metrics have a hundredth."""
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a file of rows with their newlines, one after the other: a file may be larger than memory.
+
+    One that is too long for a row comes as a byte that is none.
+
+    Raises:
+        OSError: as `open` does; or it is a link, or no file.
+    """
+    with open_own(path, "rb") as file:
+        while line := file.readline(LONGEST_ROW):
+            end = line[-1:]
+            if len(line) == LONGEST_ROW and end != b"\n":
+                while (more := file.readline(LONGEST_ROW)) and end != b"\n":
+                    end = more[-1:]
+                line = b"\0\n" if end == b"\n" else b"\0"
+            yield line
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as file:
