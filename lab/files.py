@@ -180,7 +180,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
         while line := file.readline(LONGEST_ROW):
             end = line[-1:]
             if len(line) == LONGEST_ROW and end != b"\n":
-                while (more := file.readline(LONGEST_ROW)) and end != b"\n":
+                while end != b"\n" and (more := file.readline(LONGEST_ROW)):
                     end = more[-1:]
                 line = b"\0\n" if end == b"\n" else b"\0"
             yield line

@@ -411,8 +411,8 @@ def _decoded(path: Path) -> Iterator[str]:
             try:
                 rest += decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
+                what = what_is(error.object[:512]) if not number and not rest else None
                 number += 1 + rest.count("\n") + error.object[: error.start].count(b"\n")
-                what = what_is(error.object[:512]) if not number else None
                 why = f"is {what}, no UTF-8 text" if what else f"no UTF-8 text: {_line(error)}"
                 raise LabError(f"{path}, line {number}: {why}. Save it as UTF-8.") from None
             *whole, rest = [*_LINE.findall(rest), ""] if not chunk else _LINE.findall(rest) or [""]
