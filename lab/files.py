@@ -145,9 +145,9 @@ def read_json(path: Path, what: str) -> Any:
         ):  # a link is one of transformers' cache, or was refused before
             raise OSError(errno.EINVAL, "is no ordinary file")
         with path.open("rb") as file:
-            data = file.read(MOST_JSON_BYTES + 1)
-        if len(data) > MOST_JSON_BYTES:
-            raise ValueError(f"longer than {MOST_JSON_BYTES:,} bytes")
+            if os.fstat(file.fileno()).st_size > MOST_JSON_BYTES:
+                raise ValueError(f"longer than {MOST_JSON_BYTES:,} bytes")
+            data = file.read()
         text = data.decode()
         value = json.loads(text)
         if "\\ud" in text or "\\uD" in text:  # half a pair is no character, and cannot be written again
