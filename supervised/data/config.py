@@ -51,7 +51,7 @@ class DataConfig:
     """One of `lab list datasets`, a file, a folder, or hub:OWNER/NAME[#CONFIG]."""
     format: str = "auto"
     """Of a file or folder: idx, image_folder, npz (also .npy), text, aligned (a language a file), rows
-    (JSONL, JSON, CSV, TSV or Parquet: texts, pairs, tasks or tables)."""
+    (JSONL, JSON, CSV, TSV or Parquet: texts, pairs, tasks, tables, or what pictures beside them show)."""
     label: str | int | None = None
     """Of a table, the column that is learned: its name, or its number (0: the first, -1: the last); of an
     .npz the array. null: the one called label, target, class or y."""

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from lab.errors import LabError, first_line
 from lab.unpack import read_bytes, require_growth, require_memory
 from supervised.data.config import DataConfig
 from supervised.data.raw import (
+    PICTURES,
     Columns,
     Raw,
     Reading,
@@ -27,11 +28,6 @@ from supervised.data.raw import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-PICTURES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
-)
 
 
 # ---- IDX, the format of MNIST (http://yann.lecun.com/exdb/mnist) ----
@@ -117,12 +113,12 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def holds_pictures(folder: Path) -> bool:
     """Whether there is a picture somewhere below a folder."""
-    return bool(_pictures(folder))
+    return bool(pictures_below(folder))
 
 
 def holds_classes(folder: Path) -> bool:
     """Whether there are pictures in two or more folders below a folder."""
-    return len({path.parent for path in _pictures(folder)} - {folder}) > 1
+    return len({path.parent for path in pictures_below(folder)} - {folder}) > 1
 
 
 def read_image_folder(folder: Path, config: DataConfig, reading: Reading | None = None) -> Raw:
@@ -146,13 +142,7 @@ def read_image_folder(folder: Path, config: DataConfig, reading: Reading | None 
     for part, (files, labels) in listed.items():
         columns: Columns = {"inputs": read_pictures(files, config)}
         parts[part] = columns | ({"labels": np.array(labels, np.int64)} if labels else {})
-    sizes = {shape: part for part, columns in parts.items() if (shape := columns["inputs"].shape[1:])}
-    if len(sizes) > 1:
-        raise LabError(
-            f"{folder}: its parts differ in size: "
-            + "; ".join(f"{part} {' x '.join(map(str, shape[1:]))}" for shape, part in sizes.items())
-            + ". Set data.img_size to bring all to one size."
-        )
+    require_one_size(folder, parts)
     return Raw(kind="images", parts=parts, classes=classes, notes=list(dict.fromkeys(notes)))
 
 
@@ -162,8 +152,8 @@ def _parts_of(folder: Path, notes: list[str]) -> dict[str, Path]:
     Raises:
         LabError: some folders are named after parts and others not, or none of them is for training.
     """
-    inside = [path for path in _folders(folder) if _pictures(path)]
-    loose = _pictures(folder, deep=False)
+    inside = [path for path in _folders(folder) if pictures_below(path)]
+    loose = pictures_below(folder, deep=False)
     if len(inside) == 1 and not loose and folder_kind(inside[0].name) is None and _folders(inside[0]):
         notes.append(f"{folder.name} holds nothing but {inside[0].name}: looked in there")
         return _parts_of(inside[0], notes)
@@ -202,12 +192,12 @@ def _unwrapped(root: Path) -> Path:
     """Of seg_train/seg_train/buildings the inner folder: a part within a folder of its name."""
     inside = _folders(root)
     same = len(inside) == 1 and folder_kind(inside[0].name) == folder_kind(root.name)
-    return inside[0] if same and not _pictures(root, deep=False) else root
+    return inside[0] if same and not pictures_below(root, deep=False) else root
 
 
 def _refuse_the_same_in_each(folders: list[Path], root: Path) -> None:
     """Raises if two folders hold folders of the same names: these, it seems, are the classes."""
-    inside = [{path.name for path in _folders(folder) if _pictures(path)} for folder in folders]
+    inside = [{path.name for path in _folders(folder) if pictures_below(path)} for folder in folders]
     if len(folders) > 1 and len(set.union(*inside)) > 1 and all(names == inside[0] for names in inside):
         raise LabError(
             f"{root}: {some([path.name for path in folders])} each hold the folders "
@@ -225,13 +215,13 @@ def _files_of(
     for path in _folders(root):
         if path.name not in classes:
             raise LabError(f"{path}: the class {path.name!r} is not among those of {lead}. Move it.")
-        pictures = _pictures(path)
+        pictures = pictures_below(path)
         if not pictures:
             raise LabError(f"{path}: holds no picture ({', '.join(PICTURES)}). Fill or remove the folder.")
         files += pictures
         labels += [classes.index(path.name)] * len(pictures)
     if not files:  # without classes, for what learns from the images alone
-        files = _pictures(root, deep=False)
+        files = pictures_below(root, deep=False)
     if not files:
         raise LabError(f"{root}: holds no picture ({', '.join(PICTURES)}). Name another folder.")
     taken = set(files)
@@ -279,6 +269,21 @@ def read_pictures(
                 )
             images[i] = pixels
     return images
+
+
+def require_one_size(folder: Path, parts: Mapping[str, Columns]) -> None:
+    """Raises unless the pictures of all parts are of one size.
+
+    Raises:
+        LabError: they are not.
+    """
+    sizes = {shape: part for part, columns in parts.items() if (shape := columns["inputs"].shape[1:])}
+    if len(sizes) > 1:
+        raise LabError(
+            f"{folder}: its parts differ in size: "
+            + "; ".join(f"{part} {' x '.join(map(str, shape[1:]))}" for shape, part in sizes.items())
+            + ". Set data.img_size to bring all to one size."
+        )
 
 
 def check_memory(shape: tuple[int, ...], config: DataConfig) -> None:
@@ -343,7 +348,8 @@ def _pixels(picture: "Image", config: DataConfig) -> np.ndarray:
     return pixels[None] if config.grayscale else pixels.transpose(2, 0, 1)
 
 
-def _pictures(folder: Path, deep: bool = True) -> list[Path]:
+def pictures_below(folder: Path, deep: bool = True) -> list[Path]:
+    """The pictures in a folder, by their suffix, and those in the folders in it; sorted."""
     return [path for path in visible(folder, deep) if path.suffix.lower() in PICTURES and not path.is_dir()]
 
 

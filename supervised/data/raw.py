@@ -23,6 +23,11 @@ PARTS = {
 """Parts that models are trained with, chosen by and reported on, by the names they go by, in any case."""
 _NEUTRAL = {"set", "data", "dataset", "split", "part", "seg", "images", "image", "imgs", "img", "folder"}
 """Words that may stand beside such a name in that of a folder: train_set is a part, train_station none."""
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
+)
+"""Suffixes of the pictures that are read, in lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,13 @@ def folder_kind(name: str) -> str | None:
         return _KINDS[name.lower()]
     kinds = {_KINDS.get(word) for word in words if word not in _NEUTRAL}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def part_word(name: str) -> str | None:
+    """The word in a name, e.g. of a table, that a part goes by: val of val_labels and of labelsVal; None:
+    there is none, or words of two parts."""
+    found = {kind: word for word in _words(name) if (kind := part_kind(word))}
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def is_part(part: str, name: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lab.errors import LabError, did_you_mean
 from lab.unpack import bare_suffix, head_of, what_is
-from supervised.data import arrays, bundled, images, texts
+from supervised.data import arrays, bundled, image_tables, images, texts
 from supervised.data.config import DataConfig
 from supervised.data.files import require_text
 from supervised.data.raw import Raw, Reading, visible
@@ -75,6 +75,10 @@ def read(config: DataConfig, reading: Reading | None = None) -> Raw:
         return read_hub(config.source.removeprefix("hub:"), config)
     path = Path(config.source)
     try:
+        if config.format in ("auto", "rows") and not (reading or Reading()).tasks:
+            raw = image_tables.read_image_tables(path, config, reading or Reading())
+            if raw is not None:
+                return raw
         form = config.format if config.format != "auto" else _recognise(path, config)
         if form in ("idx", "image_folder", "aligned") and not path.is_dir():
             raise LabError(f"{path}: data.format = {form!r} is of a folder. Name one.")

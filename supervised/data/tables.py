@@ -21,7 +21,7 @@ from lab.unpack import parquet_batches, read_bytes, require_memory
 from supervised.data.arrays import as_floats
 from supervised.data.config import DataConfig
 from supervised.data.files import read_text
-from supervised.data.raw import Columns, Raw, Reading, in_order, is_evaluation, some
+from supervised.data.raw import PICTURES, Columns, Raw, Reading, in_order, is_evaluation, some
 
 LABELS = ("label", "labels", "target", "targets", "class", "y")
 MISSING = ("", "na", "n/a", "nan", "null", "#n/a", "?")
@@ -29,7 +29,6 @@ MISSING = ("", "na", "n/a", "nan", "null", "#n/a", "?")
 INDEX = ("id", "index", "rowid", "row_id")
 MOST_CATEGORIES = 100
 """Different texts of a column that becomes numbers; one with more says something else of each row."""
-PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 _THOUSANDS = r"^-?\d{1,3}(,\d{3})+(\.\d+)?$|^-?\d+(\.\d+)?$"
 _DECIMAL_COMMA = r"^-?\d+(,\d+)?$"
 _SEPARATORS = ("\t", ";", "|", ",")
@@ -156,6 +155,8 @@ def _header(
         names = cells if config.header else None
     elif any(set(keys) <= set(cells) for keys in known) or config.label in cells or lower & set(LABELS):
         pass
+    elif any(cell.lower().endswith(PICTURES) for cell in cells):
+        names = None  # the name of a picture is no name of a column
     elif _is_of_sklearn(cells, rows):
         return [*(f"column {i}" for i in range(1, len(cells))), "label"], cells[2:]
     elif [cell for cell in cells if cell][: len(rows[0]) if rows else 0] == [
@@ -256,16 +257,8 @@ def assemble(
     names = tables[lead].column_names
     label = find_label(names, config, paths[lead])
     if label is None and reading.predicts:
-        raise LabError(
-            f"{paths[lead]}: which of its columns is the label? It has {some(names, 12)}. Set data.label to "
-            "a name, or to a number (0: the first, -1: the last)."
-        )
-    unknown = [name for name in config.drop if name not in names]
-    if unknown:
-        raise LabError(
-            f"data.drop: {paths[lead]} has no column {unknown[0]!r}.{did_you_mean(unknown[0], names)} It has "
-            f"{some(names, 12)}."
-        )
+        raise no_label(names, paths[lead])
+    check_dropped(names, config, paths[lead])
     kept = [name for name in names if name not in config.drop and name != label]
     if "" in kept and _is_missing(tables[lead].column("")).all():  # of a comma behind every line
         kept.remove("")
@@ -287,18 +280,24 @@ def assemble(
                 "the same."
             )
         wanted[part] = columns
-    whole = {
-        part: _complete(tables[part].select(c), paths[part], config, notes) for part, c in wanted.items()
-    }
+    whole = {part: complete(tables[part].select(c), paths[part], config, notes) for part, c in wanted.items()}
     if not kept:
         raise LabError(f"{paths[lead]}: has no column but the label. Name a file with more.")
+    for name in kept:
+        first = whole[lead].column(name)[:20].to_pylist()
+        if all(isinstance(value, str) and value.lower().endswith(PICTURES) for value in first):
+            raise LabError(
+                f"{paths[lead]}: {name!r} names pictures, none of which lies beside or below it. Put it into "
+                f"their folder, or leave the column out by data.drop=[{name}]."
+            )
     texts = _texts_alone(kept, label, whole[lead])
     if texts is not None:
-        return _classify_texts(whole, label or "", texts, paths)
+        return _classify_texts(whole, label or "", texts)
     inputs = _inputs(kept, whole, paths, notes)
-    labels, classes = (
-        ({part: {} for part in whole}, ()) if label is None else _targets(label, whole, paths, reading, notes)
-    )
+    labels: dict[str, Columns] = {part: {} for part in whole}
+    classes: tuple[str, ...] = ()
+    if label is not None:
+        labels, classes = targets_of(label, whole, paths, reading, notes)
     parts: dict[str, Columns] = {part: {"inputs": inputs[part], **labels[part]} for part in whole}
     return Raw(kind="table", parts=parts, classes=classes, notes=list(dict.fromkeys(notes)))
 
@@ -326,6 +325,27 @@ def find_label(names: Sequence[str], config: DataConfig, path: Path) -> str | No
     return found[0] if found else None
 
 
+def check_dropped(names: Sequence[str], config: DataConfig, path: Path) -> None:
+    """Sees that the columns of `data.drop` are there.
+
+    Raises:
+        LabError: one is not.
+    """
+    if unknown := [name for name in config.drop if name not in names]:
+        raise LabError(
+            f"data.drop: {path} has no column {unknown[0]!r}.{did_you_mean(unknown[0], names)} It has "
+            f"{some(names, 12)}."
+        )
+
+
+def no_label(names: Sequence[str], path: Path) -> LabError:
+    """What to say of a table none of whose columns is known for the label."""
+    return LabError(
+        f"{path}: which of its columns is the label? It has {some(names, 12)}. Set data.label to "
+        "a name, or to a number (0: the first, -1: the last)."
+    )
+
+
 def _numbers_rows(name: str, table: Any) -> bool:
     """Whether a column only numbers the rows: one without a name that counts them, as pandas writes it, or
     one called id of which no value is there twice."""
@@ -343,8 +363,12 @@ def _numbers_rows(name: str, table: Any) -> bool:
     return plain in INDEX and not floats and len(values.unique()) == table.num_rows
 
 
-def _complete(table: Any, path: Path, config: DataConfig, notes: list[str]) -> Any:
-    """The table without rows that lack a value."""
+def complete(table: Any, path: Path, config: DataConfig, notes: list[str]) -> Any:
+    """The table without rows that lack a value.
+
+    Raises:
+        LabError: there are some, and they are not to be skipped.
+    """
     lacking = np.zeros(table.num_rows, bool)
     by_column: dict[str, int] = {}
     for name in table.column_names:
@@ -389,6 +413,13 @@ def _is_text(values: Any) -> bool:
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
+def is_text_or_whole(values: Any) -> bool:
+    """Whether a column's type is that of texts or of whole numbers."""
+    import pyarrow
+
+    return _is_text(values) or pyarrow.types.is_integer(values.type)
+
+
 def _texts_alone(kept: list[str], label: str | None, table: Any) -> str | None:
     """The only column beside the label, if it holds texts that are no categories."""
     if len(kept) != 1 or label is None or not _is_text(table.column(kept[0])):
@@ -397,15 +428,9 @@ def _texts_alone(kept: list[str], label: str | None, table: Any) -> str | None:
     return kept[0] if _as_number(values) is None and len(values.unique()) > MOST_CATEGORIES // 2 else None
 
 
-def _classify_texts(tables: Mapping[str, Any], label: str, text: str, paths: Mapping[str, Path]) -> Raw:
+def _classify_texts(tables: Mapping[str, Any], label: str, text: str) -> Raw:
     """The task form classification."""
     values = {part: table.column(text).to_pylist() for part, table in tables.items()}
-    for part, texts in values.items():
-        if all(str(value).lower().endswith(PICTURES) for value in texts[:20]):
-            raise LabError(
-                f"{paths[part]}: {text!r} names pictures, which are read from a folder for each class. Sort "
-                "them into such folders."
-            )
     labels = {part: [str(v) for v in table.column(label).to_pylist()] for part, table in tables.items()}
     classes = tuple(in_order(value for part in labels.values() for value in part))
     index = {name: i for i, name in enumerate(classes)}
@@ -464,10 +489,14 @@ def _inputs(
     return {part: np.concatenate(found, 1) for part, found in columns.items()}
 
 
-def _targets(
+def targets_of(
     label: str, tables: Mapping[str, Any], paths: Mapping[str, Path], reading: Reading, notes: list[str]
 ) -> tuple[dict[str, Columns], tuple[str, ...]]:
-    """The label's column by part, as "labels" or "targets", and the classes' names."""
+    """The label's column by part, as "labels" or "targets", and the classes' names.
+
+    Raises:
+        LabError: it is not what is to be predicted, or holds a class that is not learned.
+    """
     values = {part: table.column(label) for part, table in tables.items()}
     numbers = {part: _as_number(v, notes) for part, v in values.items()}
     known = [v for v in numbers.values() if v is not None]
@@ -491,12 +520,11 @@ def _targets(
     classes = tuple(in_order(learned))
     index = {name: i for i, name in enumerate(classes)}
     for part, found in texts.items():
-        for row, text in enumerate(found):
-            if text not in index:
-                raise LabError(
-                    f"{paths[part]}, row {row + 1}: label {text!r} is none of {some(classes, 12)}, which are "
-                    "learned. Correct it."
-                )
+        if (text := next((text for text in found if text not in index), None)) is not None:
+            raise LabError(
+                f"{paths[part]}: label {text!r}, of {found.count(text):,} rows, is none of "
+                f"{some(classes, 12)}, which are learned. Correct it, or add such rows to learn from."
+            )
     notes.append(f"{label} is the label, of {len(classes):,} classes")
     return {
         part: {"labels": np.array([index[t] for t in found], np.int64)} for part, found in texts.items()

@@ -186,7 +186,7 @@ def read_rows(path: Path, config: DataConfig, reading: Reading) -> Raw:
     located: dict[str, list[Located]] = {}
     columns: dict[str, Any] = {}
     for part, file in files.items():
-        found = _rows_of(file, config, notes)
+        found = rows_of(file, config, notes)
         if isinstance(found, list):
             located[part] = found
         else:
@@ -266,8 +266,20 @@ def assemble(located: dict[str, list[tuple[str, dict[str, Any]]]], config: DataC
     return _task(form, located)
 
 
-def _rows_of(path: Path, config: DataConfig, notes: list[str]) -> Any:
-    """The rows of a file: a list of them, each with its place, or a `pyarrow.Table`."""
+def rows_of(
+    path: Path, config: DataConfig, notes: list[str], known: Sequence[Sequence[str]] = ()
+) -> list[Located] | Any:
+    """The rows of a file: a list of them, each with its place, or a `pyarrow.Table`.
+
+    Args:
+        path: the file.
+        config: the data's.
+        notes: takes sentences on how it was read.
+        known: sets of columns that mean something, beside those of texts.
+
+    Raises:
+        LabError: it cannot be read, or its rows are not alike.
+    """
     suffix = bare_suffix(path)
     head = head_of(path)
     if head.startswith(b"PAR1"):
@@ -285,7 +297,7 @@ def _rows_of(path: Path, config: DataConfig, notes: list[str]) -> Any:
         return list(_tsv(path, text, config, notes))
     if suffix in (".jsonl", ".ndjson", ".json") or head.lstrip()[:1] in (b"{", b"["):
         return _json(path)
-    table, said = tables.read_csv(path, config, list(_forms(config).values()))
+    table, said = tables.read_csv(path, config, [*_forms(config).values(), *known])
     notes += said
     return table
 

@@ -199,6 +199,14 @@ def test_a_near_miss_of_a_run_folder_names_the_run(lab_command: LabCommand, tiny
         refuse(lab_command(command, tiny_run.with_name("runn"), cwd=tiny_run.parent), f"{str(tiny_run)!r}?")
 
 
+@pytest.mark.parametrize("out", ["agent.pt", "agent", "agent.zip.txt"])
+def test_an_export_is_a_zip(lab_command: LabCommand, tiny_run: Path, out: str) -> None:
+    before = snapshot(tiny_run.parent)
+    result = lab_command("export", tiny_run, "--out", out, cwd=tiny_run.parent)
+    refuse(result, f"--out {out}: Stable-Baselines3 saves a .zip file. Name it so.")
+    assert snapshot(tiny_run.parent) == before
+
+
 def damage(path: Path, kind: str) -> str:
     """Damages one file of a checkpoint; returns the word the error must have for it."""
     if kind == "missing":

@@ -134,6 +134,34 @@ def images(name: str, data: bytes, **more: Any) -> Case:
     return Case({name: data}, "images", 32, 8, **{"shape": (1, 6, 5), **more})
 
 
+def named(
+    column: str | None,
+    label: str | None,
+    form: str = "{}.png",
+    of: Any = KINDS,
+    n: int = N,
+    more: Sequence[tuple[str, Any]] = (),
+    **options: Any,
+) -> bytes:
+    """A table that names pictures 0.png and on; `more`: columns of one value, or a list again and again."""
+    header = [] if column is None else [[column, label, *(name for name, _ in more)]]
+    values = [[v] if isinstance(v, str) else v for _, v in more]
+    body = [[form.format(i), of[i], *(v[i % len(v)] for v in values)] for i in range(n)]
+    return as_csv([*header, *body], **options)
+
+
+def pictured(
+    tables: dict[str, bytes],
+    at: str = "",
+    sizes: tuple[int, int] = (32, 8),
+    more: dict[str, bytes] | None = None,
+    **rest: Any,
+) -> Case:
+    """Pictures 0.png and on in a folder, with tables beside them."""
+    files = {f"{at}{i}.png": png(6 * i) for i in range(N)}
+    return Case({**files, **tables, **(more or {})}, "images", *sizes, **{"shape": (3, 5, 6), **rest})
+
+
 HEADLESS = as_csv(rows(None))
 FLOATS = IMAGES / 255
 SPLIT = {"X_train": TABLE[:30], "y_train": KINDS[:30], "X_test": TABLE[30:], "y_test": KINDS[30:]}
@@ -472,6 +500,111 @@ READ: dict[str, Case] = {
     ),
     "folders that are numbers": Case(folders(*map(str, range(11))), "images", 44, 11, (3, 5, 6), classes=11),
     "folders with spaces and umlauts": Case(folders("grüne Äpfel", "rote Äpfel"), "images", 8, 2, (3, 5, 6)),
+    # folders of pictures with tables
+    "pictures and labels.csv": pictured(
+        {"labels.csv": named("image", "label")}, says="image of labels.csv names"
+    ),
+    "pictures without suffixes in it": pictured({"labels.csv": named("id", "label", "{}")}),
+    "pictures in a folder of their own": pictured({"labels.csv": named("filename", "class")}, at="images/"),
+    "pictures by the folder they lie in": pictured(
+        {"annotations.tsv": named("path", "target", "images/{}.png", delimiter="\t")}, at="images/"
+    ),
+    "pictures by places on another machine": pictured(
+        {"labels.csv": named("image", "label", "C:\\data\\images\\{}.png")}, at="images/"
+    ),
+    "pictures and a table elsewhere": pictured(
+        {"tables/labels.csv": named("image", "label", "../images/{}.png")}, at="images/"
+    ),
+    "pictures and a table without a header": pictured(
+        {"labels.csv": named(None, None)}, settings={"label": -1}, says="names no columns"
+    ),
+    "pictures and a label that is named": pictured(
+        {"labels.csv": named("id", "breed", "{}", of=NAMES)}, settings={"label": "breed"}
+    ),
+    "pictures with other columns": pictured(
+        {"labels.csv": named("image", "label", more=[("width", "6"), ("author", "N. N.")])},
+        says="left out of labels.csv: width, author",
+    ),
+    "pictures and a column that only looks like names": pictured(
+        {"labels.csv": named("file", "label", more=[("age", "1")])},
+        says="file of labels.csv names the pictures",
+    ),
+    "pictures without a row": pictured(
+        {"labels.csv": named("image", "label"), "x.png": png()},
+        says="left out 1 pictures that no row names (x.png)",
+    ),
+    "rows without a picture, left out": pictured(
+        {"labels.csv": named("image", "label") + b"away.png,1\r\n"},
+        settings={"bad_rows": "skip"},
+        says="left out 1 of 41 rows of labels.csv that name no picture that is there (away.png)",
+    ),
+    "rows without a label, left out": pictured(
+        {"labels.csv": named("image", "label") + b"x.png,\r\n", "x.png": png()},
+        settings={"bad_rows": "skip"},
+        says="that lack a value (label in 1)",
+    ),
+    "rows that are there twice": pictured(
+        {"labels.csv": named("image", "label") + b"0.png,0\r\n"},
+        says="left out 1 rows of labels.csv that name",
+    ),
+    "metadata.jsonl of the Hub": pictured(
+        {
+            f"{part}/metadata.jsonl": b"".join(
+                b'{"file_name": "%d.png", "label": %d, "boxes": [[1, 2]]}\n' % (i, i % 2) for i in range(n)
+            )
+            for part, n in (("train", 30), ("test", 10))
+        },
+        at="train/",
+        sizes=(30, 10),
+        more={f"test/{i}.png": png() for i in range(10)},
+        says="left out 10 pictures that no row names (train/30.png",
+    ),
+    "one metadata.csv for all parts": pictured(
+        {"metadata.csv": named("file_name", "label", "train/{}.png") + b"val/0.png,0\r\nval/1.png,1\r\n"},
+        at="train/",
+        sizes=(40, 2),
+        more={f"val/{i}.png": png() for i in range(2)},
+    ),
+    "a column that says the part": pictured(
+        {"labels.csv": named("image", "label", more=[("split", ["train", "train", "test", "train"])])},
+        sizes=(30, 10),
+        says="split their part",
+    ),
+    "a table a part": pictured(
+        {"train.csv": named("image", "label", n=30), "val_labels.csv": named("image", "label", n=10)},
+        at="images/",
+        sizes=(30, 10),
+        says="10 pictures are in more than one of train, val",
+    ),
+    "pictures of Kaggle": pictured(
+        {
+            "trainLabels.csv": named("id", "label", "{}"),
+            "test.csv": as_csv([["id", "width"], *([i, 6] for i in range(9))]),
+            "sampleSubmission.csv": named("id", "label", "{}", n=9),
+        },
+        at="train/",
+        more={f"test/{i}.png": png() for i in range(9)},
+        says="left out test.csv: it has no 'label'",
+    ),
+    "pictures in folders whose table says otherwise": pictured(
+        {"labels.csv": named("image", "label", "cat/{}.png", of=NAMES)},
+        at="cat/",
+        more=folders("dog", n=3),
+        says="classes are what labels.csv says, not the folders",
+    ),
+    "pictures by their table": pictured(
+        {"a.csv": named("image", "label"), "b.csv": b"image,label\n0.png,7\n"},
+        source="a.csv",
+    ),
+    "pictures in parquet": pictured(
+        {"labels.parquet": parquet(image=[f"{i}.png" for i in range(N)], label=KINDS)}
+    ),
+    "pictures that need no label": pictured(
+        {"metadata.csv": named("file_name", "caption", of=[f"a cat, {i}" for i in range(N)])},
+        reading=Reading(),
+        classes=0,
+        settings={"format": "image_folder"},
+    ),
     "IDX": Case(
         {
             f"{name}-{part}-{column}-ubyte": idx(values)
@@ -586,7 +719,35 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     ),
     "a csv of names of pictures": (
         other(as_csv([["image", "label"], *([f"{i}.jpg", i % 2] for i in range(60))]), "a.csv"),
-        "'image' names pictures, which are read from a folder for each class",
+        "'image' names pictures, none of which lies beside or below it. Put it into their folder",
+    ),
+    "rows without a picture": (
+        {**pictured({"labels.csv": named("image", "label") + b"a.png,0\nb.png,1\n"}).files},
+        "labels.csv: 2 of 42 rows name no picture that is there (a.png, b.png). Add them to",
+    ),
+    "a picture with two labels": (
+        pictured({"labels.csv": named("image", "label") + b"0.png,1\n"}).files,
+        "'0.png' is there twice, with label '0' and '1'. A picture has one label",
+    ),
+    "a picture that could be two": (
+        pictured({"labels.csv": named("image", "label")}, at="images/", more=folders("masks", n=1)).files,
+        "'0.png' may be images/0.png or masks/0.png. Write names with their folders",
+    ),
+    "pictures out of reach": (
+        pictured({"labels.csv": named("image", "label") + b"../../etc/passwd.png,1\n"}).files,
+        "1 of 41 rows name no picture that is there (../../etc/passwd.png)",
+    ),
+    "pictures whose label is unknown": (
+        pictured({"labels.csv": named("image", "width")}).files,
+        "labels.csv: which of its columns is the label? It has image, width. Set data.label",
+    ),
+    "pictures with two tables": (
+        pictured({"a.csv": named("image", "label"), "b.csv": named("image", "label")}).files,
+        "a.csv, b.csv all name its pictures. Name the one that is meant as data.source",
+    ),
+    "pictures of a class that is not learned": (
+        pictured({"train.csv": named("image", "label"), "test.csv": b"image,label\n0.png,9\n"}).files,
+        "test.csv: label '9', of 1 rows, is none of 0, 1, which are learned",
     ),
     "a damaged parquet": (other(b"PAR1" + bytes(50), "a.parquet"), "not readable as Parquet"),
     "a parquet that is none": (other(b"hello", "a.parquet"), "does not begin as Parquet does"),
@@ -854,3 +1015,23 @@ def test_texts_in_folders_of_classes(tmp_path: Path) -> None:
     write(tmp_path, {"test/meh/0.txt": b"x"})
     with pytest.raises(LabError, match="this class is not among those of train"):
         read(tmp_path, Reading(tasks=True))
+
+
+def test_each_picture_has_the_label_of_its_row(tmp_path: Path) -> None:
+    """Whatever order rows and files are in: here the label is the picture's colour."""
+    labels = RNG.integers(0, 4, N).tolist()
+    write(tmp_path, {f"p{i}.PNG": png(60 * label) for i, label in enumerate(labels)})
+    rows = [(f"p{i}", labels[i], ["train", "test"][i % 2]) for i in RNG.permutation(N).tolist()]
+    write(tmp_path, {"labels.csv": as_csv([("id", "shade", "split"), *rows])})
+    data = read(tmp_path, label="shade")
+    for split, of in ((data.train, "train"), (data.test, "test")):
+        seen = split.tensors["inputs"][:, 0, 0, 0].tolist()
+        assert seen == [60 * int(data.classes[label]) for label in split.tensors["labels"].tolist()]
+        assert seen == [60 * label for _, label, part in rows if part == of]
+
+
+def test_a_table_names_no_picture_outside_its_folder(tmp_path: Path) -> None:
+    outside = {f"other/{i}.png": png() for i in range(N)}
+    write(tmp_path, outside | {"data/labels.csv": named("image", "label", f"{tmp_path}/other/{{}}.png")})
+    write(tmp_path, {"data/x.png": png()})
+    assert "'image' names pictures, none of which lies beside or below it" in error(tmp_path / "data")
