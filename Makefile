@@ -35,8 +35,8 @@ check: $(DEV)  ## what CI runs before the tests: lint, format, import contract, 
 	@$(BIN)/pyright
 
 test: check  ## everything but the tests that train for minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 \
-		--dist=loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist=loadfile --no-loadscope-reorder \
+		--numprocesses=$$($(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 
 test-slow: $(DEV)  ## the tests that train for minutes
 	@$(BIN)/python -m pytest -m slow --timeout=0

@@ -300,7 +300,9 @@ def weights_hash(path: Path) -> str:
 def _manifest(path: Path, remedy: str = "Restore it from a copy.") -> dict[str, Any]:
     try:
         with open_own(path / "manifest.json", "rb") as file:
-            manifest = json.loads(file.read(MOST_JSON_BYTES))
+            if os.fstat(file.fileno()).st_size > MOST_JSON_BYTES:
+                raise ValueError
+            manifest = json.loads(file.read())
         if manifest["format"] != FORMAT:
             raise LabError(
                 f"{path}: written in checkpoint format {manifest['format']}, this version reads {FORMAT}. "

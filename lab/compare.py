@@ -448,6 +448,10 @@ class _Scores:
         q = self.question
         found = budget(records, q.metric)
         where = f" on {task_of(records[0], self.key)}" if self.key else ""
+        kinds = _kinds_of_steps(records, q.metric)
+        if len(kinds) > 1 and q.last_step is None:
+            say(f"the steps count different things{where} ({', '.join(kinds)}): runs count to their own ends")
+            return Budget(until=math.inf, reached=found.reached, limited_by=())
         if q.until == END:
             if found.limited_by:
                 first, last = (f"{step:,.12g}" for step in found.reached)
@@ -473,7 +477,7 @@ class _Scores:
         curves = [upto(r.series[q.metric], until) for r in records if q.metric in r.series]
         curves = [curve for curve in curves if curve.x.size]
         sizes = [curve.x.size for curve in curves]
-        if not sizes or max(sizes) < 1.5 * min(sizes):
+        if len(_kinds_of_steps(records, q.metric)) > 1 or not sizes or max(sizes) < 1.5 * min(sizes):
             return None
         where = f" on {task}" if task else ""
         told = f"evaluated {min(sizes)} to {max(sizes)} times{where}"
@@ -490,9 +494,14 @@ class _Scores:
         for record in records:
             series = record.series.get(q.metric)
             gone = diverged(record, q.metric)
-            short = series is not None and math.isfinite(until) and series.x[-1] < until * 0.99
-            score = score_of(self.curve(record), q.score, self.less) if series is not None else math.nan
-            if short and asked and not gone:
+            short = series is not None and math.isfinite(until) and series.x[-1] < until - 0.01 * abs(until)
+            curve = self.curve(record) if series is not None else Series(np.empty(0), np.empty(0))
+            score = score_of(curve, q.score, self.less)
+            if series is not None and curve.x.size < 2 and not math.isfinite(score) and not gone:
+                score = math.nan
+                where = f" up to step {until:,.12g}" if math.isfinite(until) else ""
+                say(f"has {curve.x.size} values{where}, too few for {q.score}; not counted", record.name)
+            elif short and asked and not gone:
                 score = math.nan
                 say(f"did not reach step {until:,.12g}; not counted", record.name)
             elif series is not None and (not math.isfinite(score) or (gone and (short or q.score != "best"))):
@@ -630,13 +639,18 @@ def _say_order(groups: Sequence[Group], less: bool, say: _Notes) -> None:
 
 
 def _mixed_axes(records: Sequence[Record], question: Question) -> str:
-    kinds = {record.x_axis for record in records if question.metric in record.series} - {""}
+    kinds = _kinds_of_steps(records, question.metric)
     if question.axis != "step" or len(kinds) < 2:
         return ""
     return (
-        f"no curves: the runs' steps count different things ({', '.join(sorted(kinds))}). "
+        f"no curves: the runs' steps count different things ({', '.join(kinds)}). "
         f"--axis time, or another of {', '.join(AXES)}, lays them over one another."
     )
+
+
+def _kinds_of_steps(records: Sequence[Record], metric: str) -> list[str]:
+    """What the steps of the runs count, as far as it is known."""
+    return sorted({record.x_axis for record in records if metric in record.series} - {""})
 
 
 def _say_axis(records: Sequence[Record], question: Question, say: _Notes) -> None:

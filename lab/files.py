@@ -145,9 +145,9 @@ def read_json(path: Path, what: str) -> Any:
         ):  # a link is one of transformers' cache, or was refused before
             raise OSError(errno.EINVAL, "is no ordinary file")
         with path.open("rb") as file:
-            data = file.read(MOST_JSON_BYTES + 1)
-        if len(data) > MOST_JSON_BYTES:
-            raise ValueError(f"longer than {MOST_JSON_BYTES:,} bytes")
+            if os.fstat(file.fileno()).st_size > MOST_JSON_BYTES:
+                raise ValueError(f"longer than {MOST_JSON_BYTES:,} bytes")
+            data = file.read()
         text = data.decode()
         value = json.loads(text)
         if "\\ud" in text or "\\uD" in text:  # half a pair is no character, and cannot be written again
@@ -162,6 +162,28 @@ def read_json(path: Path, what: str) -> Any:
     except (OSError, ValueError) as error:
         why = cut(str(error), LONGEST_VALUE)
         raise LabError(f"{path}: damaged ({why}); it is {what}. Restore it from a copy.") from None
+
+
+LONGEST_ROW = 2**24
+"""Bytes of a row; those of a run with thousands of metrics have a hundredth."""
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a file of rows with their newlines, one after the other: a file may be larger than memory.
+
+    One that is too long for a row comes as a byte that is none.
+
+    Raises:
+        OSError: as `open` does; or it is a link, or no file.
+    """
+    with open_own(path, "rb") as file:
+        while line := file.readline(LONGEST_ROW):
+            end = line[-1:]
+            if len(line) == LONGEST_ROW and end != b"\n":
+                while end != b"\n" and (more := file.readline(LONGEST_ROW)):
+                    end = more[-1:]
+                line = b"\0\n" if end == b"\n" else b"\0"
+            yield line
 
 
 def sha256_file(path: Path) -> str:

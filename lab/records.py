@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,6 +31,7 @@ import orjson
 from lab import locks
 from lab.errors import LabError, did_you_mean, first_line
 from lab.escape import harmless, one_line
+from lab.files import lines_of
 from lab.tracking import ENDED, INTERRUPTED, choose_mode
 
 Array = npt.NDArray[np.float64]
@@ -292,7 +293,7 @@ def read_columns(rows: Iterable[Mapping[str, Any]], wanted: Collection[str], axi
                 notes.append(f"{lacking} values of {name} without {axis} stand between those that have it")
             elif asked and len(values) < len(owns):
                 notes.append(f"{len(owns) - len(values)} values of {name} have no step and do not count")
-        found, repeated = _series(steps, values)
+        found, repeated, together = _series(steps, values)
         if found.x.size:
             series[name] = found
         if asked and repeated:
@@ -300,6 +301,8 @@ def read_columns(rows: Iterable[Mapping[str, Any]], wanted: Collection[str], axi
                 f"steps of {name} begin again at {found.x[0]:,.12g}: "
                 f"{repeated} values logged before do not count"
             )
+        if asked and together:
+            notes.append(f"{together} values of {name} have the step of the one behind them and do not count")
     return Columns(series, notes)
 
 
@@ -317,14 +320,15 @@ def _placed(
     return placed, [values[i] for i in usable]
 
 
-def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int]:
-    """Steps and values as numbers, rising, and how many went if even the first was logged again.
+def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int, int]:
+    """Steps and values as numbers, rising, how many went if even the first was logged again, and how many
+    since the next was logged at the same step (episodes that end together).
 
     A resumed run repeats the steps since its checkpoint, which is as it should be.
     """
     try:
         x, y = np.array(steps, np.float64), np.array(values, np.float64)
-    except (TypeError, ValueError):  # "NaN", or a metric that is no number
+    except (TypeError, ValueError, OverflowError):  # "NaN", or a metric that is no number
         numbers = [(_number(step), _number(value)) for step, value in zip(steps, values, strict=True)]
         pairs = [(a, b) for a, b in numbers if a is not None and b is not None]
         x, y = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
@@ -333,7 +337,7 @@ def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int]:
         x, y = x[usable], y[usable]
     found = _without_overlap(x, y)
     begun_again = x.size > 0 and bool((x[1:] <= x[0]).any())
-    return found, (x.size - found.x.size) if begun_again else 0
+    return found, (x.size - found.x.size) if begun_again else 0, int((np.diff(x) == 0).sum())
 
 
 def _without_overlap(x: Array, y: Array) -> Series:
@@ -367,7 +371,7 @@ def _step_metric(rows: Sequence[Mapping[str, Any]], wanted: Iterable[str], laid:
 
 def _number(value: Any) -> float | None:
     """NaN and infinities are texts in JSON."""
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return float(value)
     return None
 
@@ -473,18 +477,19 @@ def _evaluated(folder: Path) -> tuple[dict[str, Any], dict[str, str], tuple[str,
     path = folder / "evaluations.jsonl"
     if not path.is_file():
         return {}, {}, ()
+    row: Any = None
     try:
-        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+        for line in lines_of(path):
+            with contextlib.suppress(orjson.JSONDecodeError):
+                row = found if isinstance(found := orjson.loads(line), dict) else row
     except OSError as error:
         return {}, {}, (f"{path}: cannot be read: {error.strerror}",)
-    for line in reversed(lines):
-        with contextlib.suppress(orjson.JSONDecodeError):
-            if isinstance(row := orjson.loads(line), dict):
-                result = {key: row.pop(key) for key in ("eval",) if isinstance(row.get(key), dict)}
-                conditions = {key: str(row.pop(key)) for key in _CONDITIONS if row.get(key) is not None}
-                row = {key: value for key, value in row.items() if key not in ("scores", "compute")}
-                return _prefixed(EVALUATE, {**row, **result.get("eval", {})}), conditions, ()
-    return {}, {}, (f"{path}: damaged: no line of it can be read",) if lines else ()
+    if row is None:
+        return {}, {}, (f"{path}: damaged: no line of it can be read",) if _size(path) else ()
+    result = {key: row.pop(key) for key in ("eval",) if isinstance(row.get(key), dict)}
+    conditions = {key: str(row.pop(key)) for key in _CONDITIONS if row.get(key) is not None}
+    row = {key: value for key, value in row.items() if key not in ("scores", "compute")}
+    return _prefixed(EVALUATE, {**row, **result.get("eval", {})}), conditions, ()
 
 
 def _prefixed(prefix: str, values: Any) -> dict[str, Any]:
@@ -503,15 +508,17 @@ def _with_said(
     """Adds what was said once of a run. A summary's value may be named without its prefix."""
     for name in wanted:
         value = said.get(name, said.get(f"{SUMMARY}{name}"))
-        if value is not None and name not in series:
-            series[name] = Series(np.zeros(1), np.array([float(value)]))
+        number = _number(value)
+        if number is not None and name not in series:
+            series[name] = Series(np.zeros(1), np.array([number]))
     return series
 
 
 def _worth_naming(said: Iterable[str], metrics: Collection[str]) -> frozenset[str]:
     """The names of what was said but for the last values of metrics, which W&B repeats in its summary."""
     known = {*metrics, STEP}
-    return frozenset(name for name in said if name.removeprefix(SUMMARY).split(".")[0] not in known)
+    bare = {name: name.removeprefix(SUMMARY) for name in said}
+    return frozenset(name for name, of in bare.items() if not {of, of.split(".")[0]} & known)
 
 
 def _parents(value: Any) -> tuple[dict[str, str], ...]:
@@ -523,33 +530,32 @@ def _read_metrics(
     path: Path, wanted: Collection[str]
 ) -> tuple[dict[str, Series], frozenset[str], tuple[str, ...]]:
     """The metrics of a metrics.jsonl: those wanted, the names of all, and what was wrong."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
-            return {}, frozenset(), (f"{path}: is no file",)
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        return {}, frozenset(), (f"{path}: cannot be read: {error.strerror}",)
     names: set[str] = set()
+    newest: deque[Mapping[str, Any]] = deque(maxlen=100)
     damaged: list[int] = []
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        last = len(lines) - 1
-        for number, line in enumerate(lines):
-            if not line:
+        for number, line in enumerate(lines_of(path), 1):
+            if line == b"\n":
                 continue
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError:
                 row = None
             if not isinstance(row, dict):
-                if number < last:  # the last is half-written while a run goes on, or was killed
-                    damaged.append(number + 1)
+                if line.endswith(b"\n"):  # the last is half-written while a run goes on, or was killed
+                    damaged.append(number)
                 continue
-            if number < 100 or number > last - 100:
+            if number <= 100:
                 names.update(row)
+            newest.append(row)
             yield row
 
-    series, found = read_columns(rows(), wanted)
+    try:
+        series, found = read_columns(rows(), wanted)
+    except OSError as error:
+        return {}, frozenset(), (f"{path}: cannot be read: {error.strerror}",)
+    names.update(*newest)
     notes = [f"{path}: {note}" for note in found]
     if damaged:
         what = f"{len(damaged)} lines are damaged, the first is line {damaged[0]}"

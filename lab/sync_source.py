@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lab import locks, records
 from lab.errors import LabError, did_you_mean
-from lab.files import explain_write_errors, open_own, sha256_file
+from lab.files import explain_write_errors, lines_of, open_own, sha256_file
 from lab.sync_rows import Row, identity, without
 from lab.tracking import _server_url
 
@@ -56,15 +56,17 @@ class Source:
     def metrics(self, name: str) -> tuple[list[Row], int]:
         """The rows of one of the folder's files as W&B knows them, and how many lines are damaged."""
         rows: list[Row] = []
-        lines = []
+        damaged = 0
         with contextlib.suppress(FileNotFoundError):
-            lines = (self.folder / name).read_bytes().split(b"\n")[:-1]  # behind it: half a row, after a kill
-        for line in lines:
-            with contextlib.suppress(ValueError, AttributeError):
-                rows.append(
-                    {"_timestamp" if key == "_time" else key: x for key, x in json.loads(line).items()}
-                )
-        return rows, len(lines) - len(rows)
+            for line in lines_of(self.folder / name):
+                if not line.endswith(b"\n"):  # half a row, after a kill
+                    break
+                try:
+                    row = json.loads(line)
+                    rows.append({"_timestamp" if key == "_time" else key: x for key, x in row.items()})
+                except (ValueError, AttributeError, RecursionError):
+                    damaged += 1
+        return rows, damaged
 
     def parts(self) -> tuple[list[Part], int]:
         """Everything that belongs on the server, in the order of logging; how many lines are damaged."""

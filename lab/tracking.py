@@ -12,6 +12,7 @@ import math
 import netrc
 import os
 import re
+import shutil
 import socket
 import ssl
 import sys
@@ -27,7 +28,7 @@ from typing import IO, Any
 from lab.artifacts import Artifacts
 from lab.config import parse_yaml, require
 from lab.errors import LabError
-from lab.files import explain_write_errors, open_own
+from lab.files import explain_write_errors, lines_of, open_own
 
 MODES = ("auto", "online", "offline", "disabled")
 AXIS_GROUPS = ("rollout/*", "train/*", "eval/*", "time/*", "objective/*", "media/*")
@@ -400,10 +401,11 @@ def rewind(path: Path, length: int) -> None:
     ):
         size = file.seek(0, os.SEEK_END)
         file.seek(min(length, size))
-        tail = file.read()
-        if tail:
+        if size > length:
             with open_own(path.with_name("metrics.discarded.jsonl"), "ab") as aside:
-                aside.write(tail if tail.endswith(b"\n") else tail + b"\n")
+                shutil.copyfileobj(file, aside)
+                file.seek(size - 1)
+                aside.write(b"" if file.read() == b"\n" else b"\n")
             file.truncate(length)
 
 
@@ -428,8 +430,8 @@ def unrecorded(finish_seconds: float) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a half-written last line (a run killed just then) is left out."""
     rows = []
-    with contextlib.suppress(FileNotFoundError), open_own(path, "rb") as file:
-        for line in file:
+    with contextlib.suppress(FileNotFoundError):
+        for line in lines_of(path):
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 rows += [row] if isinstance(row, dict) else []

@@ -316,7 +316,7 @@ def _parsed(kind: str, source: str, parts: Sequence[sources.Part]) -> Any:
                 if columns not in known:
                     known[columns] = found = forms.choose_parser(raw, parsers)
                     if found:
-                        unused |= {*columns} - {*found.needs, *found.may}
+                        unused |= forms.unused_columns(raw, found)
                 parser = known[columns] or usual
                 if parser is None:
                     unknown = unknown or forms.unknown_columns(raw, parsers, part.place(number))
@@ -356,7 +356,8 @@ def _note(left_out: Dropped, place: str, bad: forms.BadRow) -> None:
     reason = str(bad.args[0])
     left_out.bad_rows += 1
     left_out.first = left_out.first or f"{place}: {bad}"
-    kind = reason.partition("; ")[0]
+    is_json = not reason.startswith("not JSON")
+    kind = reason.partition("; ")[0] if is_json else "not JSON (one row a line, or one list of rows)"
     if kind not in left_out.reasons and len(left_out.reasons) >= 50:
         kind = "something else"
     left_out.reasons[kind] = left_out.reasons.get(kind, 0) + 1

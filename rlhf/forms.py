@@ -1,24 +1,30 @@
 """How a row is understood: every form of demonstrations, comparisons and prompts that is known, and no other.
 
-    prompt, completion            a demonstration; also prompt + response, question + answer, instruction +
-                                  output with input, system and history (Alpaca), instruction + response with
-                                  context (Dolly)
-    prompt, completion, label     unpaired feedback: a demonstration where label is true
-    messages                      a demonstration that is a whole conversation; also conversations (ShareGPT)
+    prompt, completion            a demonstration; also prompt + response, question + answer, input + output,
+                                  instruction + output with input and history (Alpaca), instruction + response
+                                  with context (Dolly)
+    messages                      a demonstration that is a whole conversation; also conversations (ShareGPT;
+                                  LIMA's texts in turn) and conversation (Capybara's pairs)
     text                          a demonstration that is a whole text
     prompt, chosen, rejected      a comparison of two completions; a tie where score_chosen and
-                                  score_rejected are equal
+                                  score_rejected are equal; also with question, query, input, instruction or
+                                  messages instead of prompt
     chosen, rejected              the same where both begin with the prompt, or are transcripts as in hh-rlhf
     prompt, completions, ranks    a comparison of two or more: 1 is the best, equal ranks are a tie; also with
                                   scores instead of ranks, Nectar's answers, UltraFeedback's own completions
-    two answers and a choice      as in SHP, PKU-SafeRLHF, Chatbot Arena, OpenAI's preferred_output
+    two answers and a choice      as in SHP, PKU-SafeRLHF, Chatbot Arena, HelpSteer's strengths, WebGPT's
+                                  scores, OpenAI's preferred_output, Stack Exchange's response_j and _k
     a tree of messages            OpenAssistant's, see `rlhf.trees`
     prompt                        a prompt
+
+A demonstration with label or kto_tag is feedback (KTO): it is imitated where that is true. `system`,
+`system_prompt` and `tools` beside any prompt make it a conversation that begins with them.
 
 Prompts and completions are texts or conversations, which are lists of {"role", "content"}: of {"from",
 "value"} too, with content as a list of parts of text, with tool calls, and in the roles that OpenAI has.
 """
 
+import contextlib
 import json
 import re
 import reprlib
@@ -77,7 +83,15 @@ def as_row(value: Any, parsers: Parsers) -> Row:
         return {"prompt": value}
     if not isinstance(value, dict):
         raise BadRow(f"the row is {_kind(value)}, no object with columns")
+    for name in _OTHER_SENSES:
+        if name in value and value[name] not in (None, "", [], {}):
+            raise BadRow(f"has {name}, which nobody here sees; text alone can be learned")
     return value
+
+
+_OTHER_SENSES = ("image", "images", "video", "videos", "audio", "audios")
+_FEEDBACK = ("label", "kto_tag")
+_SAID = ("system", "system_prompt", "tools")
 
 
 def columns_of(row: Row) -> tuple[str, ...]:
@@ -92,6 +106,12 @@ def choose_parser(row: Row, parsers: Parsers) -> Parser | None:
             if names >= set(parser.needs):
                 return parser
     return None
+
+
+def unused_columns(row: Row, parser: Parser) -> set[str]:
+    """The columns of a row that its parser does not read."""
+    said = {name for name in _FEEDBACK if _opinion(row.get(name)) is not None}
+    return {*columns_of(row)} - {*parser.needs, *parser.may} - said
 
 
 def unknown_columns(row: Row, parsers: Parsers, place: str) -> LabError:
@@ -131,46 +151,71 @@ def form_of(row: Row) -> str:
 def _parse_completion(row: Row) -> Row:
     prompt = _prompt(_with_tools(_column(row, "prompt"), row))
     completion = _column(row, "completion")
-    if isinstance(prompt, list) and isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
+    if isinstance(prompt, list):
+        completion = _answer(completion)
     return {"prompt": prompt, "completion": _completion(completion, "completion", prompt)}
+
+
+def _answer(value: Any) -> Any:
+    """A text as what the assistant says."""
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
 
 
 def _parse_unpaired(row: Row) -> Row:
     label = _column(row, "label")
-    label = {"true": True, "false": False, "1": True, "0": False}.get(str(label).lower(), label)
-    if not isinstance(label, bool):
+    if str(label) in ("0", "1", "0.0", "1.0"):
+        label = bool(float(label))
+    if _opinion(label) is None:
         raise BadRow(f"label is {reprlib.repr(label)}; it must be true or false")
-    if not label:
-        raise NotMeant("feedback whose label is false")
-    return _parse_completion(row)
+    return _unless_disliked(_parse_completion)(row | {"label": label})
+
+
+def _opinion(value: Any) -> bool | None:
+    """Feedback as true or false; None for what is none, such as the number of a class."""
+    return {"true": True, "false": False}.get(str(value).lower())
+
+
+def _unless_disliked(parse: Parse) -> Parse:
+    """Of a parser of demonstrations one that imitates nothing of which the row says that it was bad."""
+
+    def parse_liked(row: Row) -> Row:
+        for name in _FEEDBACK:
+            if _opinion(row.get(name)) is False:
+                raise NotMeant(f"feedback whose {name} is false")
+        return parse(row)
+
+    return parse_liked
 
 
 def _renamed(parse: Parse, **names: str) -> Parse:
     """A parser of other names for the same columns: name=the other name."""
+    return _worded(lambda row: parse(row | {name: row.get(other) for name, other in names.items()}), **names)
 
-    def parse_renamed(row: Row) -> Row:
+
+def _worded(parse: Parse, **names: str) -> Parse:
+    """The same parser, whose errors speak in the words of the file."""
+
+    def parse_worded(row: Row) -> Row:
         try:
-            return parse(row | {name: row.get(other) for name, other in names.items()})
-        except BadRow as bad:  # in the words of the file
+            return parse(row)
+        except BadRow as bad:
             text = str(bad.args[0])
             for name, other in names.items():
                 text = re.sub(rf"\b{name}\b", other, text)
             raise BadRow(text) from None
 
-    return parse_renamed
+    return parse_worded
 
 
 def _instruction(row: Row, *more: str) -> Text:
-    """An instruction and what it is about; a conversation where there is a system message or a history."""
+    """An instruction and what it is about; a conversation where there is a history, be it empty."""
     parts = [_plain(_column(row, "instruction"), "instruction")]
     parts += [_plain(row[name], name) for name in more if row.get(name)]
     text = "\n\n".join(part for part in parts if part.strip())
-    before = _pairs(row["history"], "history") if row.get("history") else []
-    if not before and not row.get("system"):
+    if "history" not in row:
         return text
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*system, *before, {"role": "user", "content": text}]
+    before = _pairs(row["history"], "history") if row["history"] else []
+    return [*before, {"role": "user", "content": text}]
 
 
 def _pairs(value: Any, name: str) -> list[Message]:
@@ -183,22 +228,21 @@ def _pairs(value: Any, name: str) -> list[Message]:
 
 
 def _parse_alpaca(row: Row) -> Row:
-    return _parse_completion(
-        {
-            "prompt": _instruction(row, "input"),
-            "completion": _column(row, "output"),
-            "tools": row.get("tools"),
-        }
-    )
+    prompt = _instruction(row, "input")
+    return _parse_completion(_said(row) | {"prompt": prompt, "completion": _column(row, "output")})
 
 
 def _parse_dolly(row: Row) -> Row:
     prompt = _instruction(row, "context", "input")
-    return _parse_completion({"prompt": prompt, "completion": _column(row, "response")})
+    return _parse_completion(_said(row) | {"prompt": prompt, "completion": _column(row, "response")})
+
+
+def _said(row: Row) -> Row:
+    return {name: row[name] for name in _SAID if name in row}
 
 
 def _parse_messages(row: Row) -> Row:
-    messages = _text(_with_tools(_column(row, "messages"), row), "messages")
+    messages = _text(_with_tools(_turns(_column(row, "messages")), row), "messages")
     if isinstance(messages, str):
         raise BadRow("messages is a text; it must be a list of messages")
     _completion(messages[-1:], "messages", prompt=[])
@@ -207,8 +251,30 @@ def _parse_messages(row: Row) -> Row:
     return {"messages": messages}
 
 
+_ANSWERED = (("input", "output"), ("human", "assistant"))
+
+
+def _turns(value: Any) -> Any:
+    """A conversation as messages, where it is a list of texts in turn (LIMA), or of pairs (Capybara)."""
+    if not isinstance(value, list) or not value:
+        return value
+    if all(isinstance(turn, str) for turn in value):
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
+    for asked, answered in _ANSWERED:
+        if all(isinstance(turn, dict) and {asked, answered} <= turn.keys() for turn in value):
+            pairs = _pairs([[turn[asked], turn[answered]] for turn in value], "conversation")
+            system = value[0].get("system")
+            return [{"role": "system", "content": system}, *pairs] if system else pairs
+    return value
+
+
 def _with_tools(value: Any, row: Row) -> Any:
-    """A conversation with the row's `system` and `tools` in it, where it has any."""
+    """A conversation with the row's `system` and `tools` in it, where it has any.
+
+    A text becomes one as soon as there is a column for them, be it empty in this row: the next has the same.
+    """
+    if isinstance(value, str) and value.strip() and any(name in row for name in _SAID):
+        value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         return value
     system, tools = row.get("system") or row.get("system_prompt"), row.get("tools")
@@ -239,7 +305,7 @@ def _parse_prompt(row: Row) -> Row:
 
 
 def _parse_prompt_of_messages(row: Row) -> Row:
-    messages = _text(_with_tools(_column(row, "messages"), row), "messages")
+    messages = _text(_with_tools(_turns(_column(row, "messages")), row), "messages")
     if isinstance(messages, list) and messages and messages[-1]["role"] == "user":
         return {"prompt": _prompt(messages)}  # nobody has answered yet
     return {"prompt": _prompt(_parse_messages(row)["messages"][:-1])}
@@ -261,7 +327,7 @@ def _parse_ranking(row: Row) -> Row:
         raise BadRow(f"ranks is {reprlib.repr(ranks)}; it must be of 1, the best, to {count}")
     scores = row.get("scores")
     if scores is not None:
-        if not all(map(_is_finite, _entries(scores, "scores", count))):
+        if not all(map(is_finite, _entries(scores, "scores", count))):
             raise BadRow(f"scores is {reprlib.repr(scores)}; it must be of finite numbers")
         scores = [float(score) for score in scores]
     named = {f"completion {i}": completion for i, completion in enumerate(completions, 1)}
@@ -271,13 +337,16 @@ def _parse_ranking(row: Row) -> Row:
 
 
 def _parse_preference(row: Row) -> Row:
+    if row.get("prompt") is None:
+        if row.get("instruction") is not None:
+            return _parse_preference(row | {"prompt": _instruction(row, "input")})
+        name = next((name for name in _ASKED_AS if row.get(name) is not None), "")
+        if name and not _is_whole(row.get("chosen")):
+            return _renamed(_parse_preference, prompt=name)(row | {name: _turns(row[name])})
     prompt = row.get("prompt")
-    if prompt is None and row.get("instruction") is not None:
-        prompt = _instruction(row, "input")
     chosen, rejected = (_text(_as_conversation(_column(row, name)), name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("one of chosen and rejected is a text, the other a conversation")
-    prompt = _with_tools(prompt, row)
     if isinstance(prompt, str) and isinstance(chosen, list):
         # UltraFeedback has whole conversations, and of what the user says in them a copy as the prompt.
         if chosen[:1] and chosen[0]["role"] == "assistant":
@@ -286,21 +355,20 @@ def _parse_preference(row: Row) -> Row:
             raise BadRow("prompt is a text, chosen a conversation without it")
         else:
             prompt = None
-    elif isinstance(prompt, list) and isinstance(chosen, str):
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
     elif isinstance(prompt, list) and chosen[: len(prompt)] == rejected[: len(prompt)] == _text(
         prompt, "prompt"
     ):
         prompt = None
     if prompt is None:
         prompt, chosen, rejected = _split_prompt(chosen, rejected)
+        if isinstance(prompt, str) and (other := _perhaps_asked(row)):
+            raise BadRow(f"there is no prompt, and {other} may be it: name it prompt")
     finished = [row.get("chosen_finished"), row.get("rejected_finished")]
-    scores = next(
-        ([row[a], row[b]] for a, b in SCORES if row.get(a) is not None and row.get(b) is not None), None
-    )
+    found = ([row.get(a), row.get(b)] for a, b in SCORES)
+    scores = next(([*map(_number, both)] for both in found if None not in both), None)
     ranks = [1, 2]
     if scores is not None:
-        if not all(map(_is_finite, scores)):
+        if not all(map(is_finite, scores)):
             raise BadRow(f"the scores are {reprlib.repr(scores)}; they must be finite numbers")
         if scores[0] < scores[1]:
             raise BadRow(
@@ -315,8 +383,35 @@ SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
     ("chosen-rating", "rejected-rating"),
 )
+
+
+_ASKED_AS = ("conversations", "messages", "conversation", "question", "query", "input")
+"""What else the prompt of a preference is called."""
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether an answer begins with what was asked."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        role = str(value[0].get("role", value[0].get("from"))).lower()
+        return _OTHER_NAMES.get(role, role) != "assistant"
+    return isinstance(value, str) and re.match(r"\s*Human:", value) is not None
+
+
+def _perhaps_asked(row: Row) -> str:
+    """A column that nobody reads and that may hold what was asked: a list, or some words."""
+    known = {name for parser in COMPARISONS for name in (*parser.needs, *parser.may)}
+    return next(
+        (
+            name
+            for name, value in row.items()
+            if name not in known
+            and ((isinstance(value, str) and len(value.split()) > 2) or (isinstance(value, list) and value))
+        ),
+        "",
+    )
 
 
 def _as_conversation(value: Any) -> Any:
@@ -326,8 +421,8 @@ def _as_conversation(value: Any) -> Any:
 
 def _parse_scored(row: Row) -> Row:
     """A ranking by scores; the highest is the best."""
-    scores = _entries(_column(row, "scores"), "scores")
-    if not all(map(_is_finite, scores)):
+    scores = [*map(_number, _entries(_column(row, "scores"), "scores"))]
+    if not all(map(is_finite, scores)):
         raise BadRow(f"scores is {reprlib.repr(scores)}; it must be of finite numbers")
     ranks = [1 + sum(other > score for other in scores) for score in scores]
     return _parse_ranking(row | {"ranks": ranks})
@@ -340,8 +435,8 @@ def _listed(answers: str, text: str, rank: str = "", score: str = "") -> Parse:
         entries = _entries(_column(row, answers), answers)
         if not all(isinstance(entry, dict) and text in entry for entry in entries):
             raise BadRow(f"{answers} is no list of objects with {text!r}")
-        found = [entry.get(rank or score) for entry in entries]
-        if not all(map(_is_finite, found)):
+        found = [_number(entry.get(rank or score)) for entry in entries]
+        if not all(map(is_finite, found)):
             raise BadRow(
                 f"{rank or score} of {answers} is {reprlib.repr(found)}; it must be of finite numbers"
             )
@@ -358,7 +453,7 @@ def _choice(first: str, second: str, chosen: str, meanings: Mapping[Any, int]) -
 
     def parse(row: Row) -> Row:
         said = _column(row, chosen)
-        said = said.lower() if isinstance(said, str) else said
+        said = _number(said.lower() if isinstance(said, str) else said)
         if isinstance(said, list | dict) or said not in meanings:
             raise BadRow(
                 f"{chosen} is {reprlib.repr(said)}; it must be one of {', '.join(map(str, meanings))}"
@@ -375,6 +470,13 @@ def _choice(first: str, second: str, chosen: str, meanings: Mapping[Any, int]) -
         return _comparison(row, prompt, answers, ranks, [None, None], None)
 
     return parse
+
+
+def _parse_webgpt(row: Row) -> Row:
+    question = _column(row, "question")
+    prompt = question.get("full_text") if isinstance(question, dict) else question
+    answers, scores = ([_column(row, f"{name}_{i}") for i in (0, 1)] for name in ("answer", "score"))
+    return _parse_scored(row | {"prompt": prompt, "completions": answers, "scores": scores})
 
 
 def _parse_openai_preference(row: Row) -> Row:
@@ -397,7 +499,9 @@ def _comparison(
     """The canonical row. `named`: each completion by what errors call it; `finished`: None where not said."""
     if not all(end is None or isinstance(end, bool) for end in finished):
         raise BadRow(f"finished is {reprlib.repr(finished)}; it must be of true and false")
-    prompt = _prompt(prompt)
+    prompt = _prompt(_with_tools(prompt, row))
+    if isinstance(prompt, list):
+        named = {name: _answer(value) for name, value in named.items()}
     completions = [
         _completion(value, name, prompt, may_be_empty=end is True)
         for (name, value), end in zip(named.items(), finished, strict=True)
@@ -430,11 +534,11 @@ def _best_of(parse: Parse) -> Parse:
     return parse_best
 
 
-_SAID = ("system", "system_prompt", "tools")
 _WINNER = {"model_a": 1, "model_b": 2, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
-COMPARISONS: Parsers = (
-    Parser(("prompt", "completions", "ranks"), _parse_ranking, ("finished", "scores", "source", *_SAID)),
-    Parser(("prompt", "completions", "scores"), _parse_scored, ("finished", "source", *_SAID)),
+_STRENGTH = {-3: 1, -2: 1, -1: 1, 0: 0, 1: 2, 2: 2, 3: 2}
+_COMPARISONS: Parsers = (
+    Parser(("prompt", "completions", "ranks"), _parse_ranking, ("finished", "scores")),
+    Parser(("prompt", "completions", "scores"), _parse_scored, ("finished",)),
     Parser(
         ("instruction", "completions"),
         _renamed(_listed("completions", "response", score="overall_score"), prompt="instruction"),
@@ -447,7 +551,7 @@ COMPARISONS: Parsers = (
     ),
     Parser(
         ("prompt", "response_0", "response_1", "better_response_id"),
-        _choice("response_0", "response_1", "better_response_id", {0: 1, 1: 2, "0": 1, "1": 2}),
+        _choice("response_0", "response_1", "better_response_id", {0: 1, 1: 2}),
     ),
     Parser(
         ("conversation_a", "conversation_b", "winner"),
@@ -458,26 +562,42 @@ COMPARISONS: Parsers = (
         _choice("response_a", "response_b", "winner", _WINNER),
     ),
     Parser(
-        ("conversations", "chosen", "rejected"),
-        _renamed(_parse_preference, prompt="conversations"),
-        ("source", *_SAID),
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        _choice("response_1", "response_2", "preference_strength", _STRENGTH),
+    ),
+    Parser(("question", "answer_0", "answer_1", "score_0", "score_1"), _parse_webgpt),
+    Parser(
+        ("qid", "question", "answers"),
+        _renamed(_listed("answers", "text", score="pm_score"), prompt="question"),
+    ),
+    Parser(
+        ("question", "response_j", "response_k"),
+        _renamed(_parse_preference, prompt="question", chosen="response_j", rejected="response_k"),
     ),
     Parser(
         ("chosen", "rejected"),
         _parse_preference,
         (
-            *("prompt", "instruction", "input", "history", "source", "chosen_finished", "rejected_finished"),
-            *(*_SAID, *(name for names in SCORES for name in names)),
+            *("prompt", "instruction", "input", "history", "chosen_finished", "rejected_finished"),
+            *(*_ASKED_AS, *(name for names in SCORES for name in names)),
         ),
     ),
 )
+COMPARISONS: Parsers = tuple(p._replace(may=(*p.may, "source", *_SAID)) for p in _COMPARISONS)
 _PAIRS = (("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"))
 _PAIRS += (("inputs", "targets"), ("problem", "solution"), ("prompt", "answer"))
+_PAIRS += (("input", "output"),)
 _DEMONSTRATIONS: Parsers = (
     Parser(("prompt", "completion", "label"), _parse_unpaired, _SAID),
     Parser(("prompt", "completion"), _parse_completion, _SAID),
-    Parser(("instruction", "output"), _parse_alpaca, ("input", "history", "system", "tools")),
-    Parser(("instruction", "response"), _parse_dolly, ("context", "input", "history", "system")),
+    Parser(
+        ("instruction", "output"), _worded(_parse_alpaca, completion="output"), ("input", "history", *_SAID)
+    ),
+    Parser(
+        ("instruction", "response"),
+        _worded(_parse_dolly, completion="response"),
+        ("context", "input", "history", *_SAID),
+    ),
     *(
         Parser(pair, _renamed(_parse_completion, prompt=pair[0], completion=pair[1]), _SAID)
         for pair in _PAIRS
@@ -495,8 +615,8 @@ _ASKED = {
 }
 DEMONSTRATIONS: Parsers = (
     *(Parser(p.needs, _best_of(p.parse), p.may) for p in COMPARISONS),
-    *(Parser(needs, parse, ("prompt", *_SAID)) for needs, parse in _WHOLE.items()),
-    *_DEMONSTRATIONS,
+    *(Parser(needs, _unless_disliked(parse), ("prompt", *_SAID)) for needs, parse in _WHOLE.items()),
+    *(p._replace(parse=_unless_disliked(p.parse)) for p in _DEMONSTRATIONS),
     Parser(("text",), _parse_text),
 )
 PROMPTS: Parsers = (
@@ -508,9 +628,11 @@ PROMPTS: Parsers = (
     ),
     Parser(("prompt",), _parse_prompt, _SAID),
     Parser(
-        ("instruction",), lambda row: {"prompt": _prompt(_instruction(row, "input"))}, ("input", "system")
+        ("instruction",),
+        lambda row: _parse_prompt(_said(row) | {"prompt": _instruction(row, "input")}),
+        ("input", "history", *_SAID),
     ),
-    Parser(("question",), _renamed(_parse_prompt, prompt="question")),
+    *(Parser((name,), _renamed(_parse_prompt, prompt=name), _SAID) for name in ("question", "query")),
 )
 
 
@@ -688,7 +810,16 @@ def _transcript(text: str, name: str) -> list[Message]:
     ]
 
 
-def _is_finite(value: Any) -> bool:
+def _number(value: Any) -> Any:
+    """A number that is a text, as all are in a table of text; else the value itself."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, and neither NaN nor infinite."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max  # unlike math.isfinite, also for integers beyond it
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +33,7 @@ from lab.unpack import (
     require_arrow_growth,
     stem,
     unpacked,
+    what_is,
 )
 from rlhf import everyday, reviews
 from rlhf.reviews import Split
@@ -350,7 +352,11 @@ def _parse(data: bytes) -> Any:
     except orjson.JSONDecodeError:
         pass  # the standard library also takes NaN and half characters, and says better what is wrong
     try:
-        return json.loads(data)
+        # pandas writes NaN where there is nothing, in columns of text, too.
+        return json.loads(
+            data.decode("utf-8", "surrogatepass"),
+            parse_constant=lambda name: None if name == "NaN" else float(name),
+        )
     except (ValueError, RecursionError) as error:  # ValueError: also for bytes that are no UTF-8
         why = _line(error)
         if isinstance(error, json.JSONDecodeError):
@@ -367,20 +373,31 @@ def _table_lines(path: Path, delimiter: str) -> Iterator[Numbered]:
     """The rows of a table in text, by the names in its first line; what is JSON in a cell is read as such."""
     csv.field_size_limit(LONGEST_LINE)
     lines = _decoded(path)
+    head = next(lines, "")
+    if delimiter == "," and ";" in head and "," not in head:
+        delimiter = ";"  # as Excel writes it where the comma stands in numbers
     try:
-        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        names = rows.fieldnames or []
+        rows = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
+        names = next(rows, [])
+        while names and not names[-1].strip():  # a spreadsheet's columns beyond the last
+            names.pop()
         if len(set(names)) < len(names) or not all(name.strip() for name in names):
             raise LabError(f"{path}, line 1: names of columns must be there, and differ: {', '.join(names)}.")
-        for row in rows:
-            if None in row or None in row.values():
-                cells = [value for name, value in row.items() if name is not None]
-                found = sum(value is not None for value in cells) + len(row.get(None, ()))  # type: ignore[call-overload]
-                yield rows.line_num, NotJSON(f"has {found} cells for {len(names)} columns")
+        for cells in rows:
+            if not any(cells):
+                continue
+            spare = cells[len(names) :]
+            if len(cells) < len(names) or any(spare):
+                yield rows.line_num, NotJSON(f"has {len(cells)} cells for {len(names)} columns")
             else:
-                yield rows.line_num, {name: _cell(value) for name, value in row.items() if value != ""}
+                pairs = zip(names, cells[: len(names)], strict=True)
+                yield rows.line_num, {name: None if value == "" else _cell(value) for name, value in pairs}
     except csv.Error as error:
         raise LabError(f"{path}: not a table in text: {_line(error)}. Restore it.") from None
+
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+"""Not `str.splitlines`, which also parts texts at U+2028 and form feeds."""
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -394,8 +411,11 @@ def _decoded(path: Path) -> Iterator[str]:
             try:
                 rest += decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise LabError(f"{path}, after line {number}: no UTF-8 text: {_line(error)}.") from None
-            *whole, rest = rest.splitlines(keepends=True) if chunk else [rest, ""]
+                what = what_is(error.object[:512]) if not number and not rest else None
+                number += 1 + rest.count("\n") + error.object[: error.start].count(b"\n")
+                why = f"is {what}, no UTF-8 text" if what else f"no UTF-8 text: {_line(error)}"
+                raise LabError(f"{path}, line {number}: {why}. Save it as UTF-8.") from None
+            *whole, rest = [*_LINE.findall(rest), ""] if not chunk else _LINE.findall(rest) or [""]
             if not whole and len(rest) > LONGEST_LINE:
                 raise LabError(f"{path}, line {number + 1}: has more than {LONGEST_LINE >> 20} MB.")
             number += len(whole)

@@ -7,6 +7,8 @@ answers are a ranking where people ranked two or more of them, or else the first
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from rlhf.forms import is_finite
+
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
@@ -56,7 +58,7 @@ def _walk(node: dict[str, Any], before: list[dict[str, Any]], number: int) -> It
             continue
         answers = [[{"role": "assistant", "content": reply.get("text")}] for reply in replies]
         place = replies[0].get("number", number)
-        ranked = [i for i, reply in enumerate(replies) if isinstance(reply.get("rank"), int | float)]
+        ranked = [i for i, reply in enumerate(replies) if is_finite(reply.get("rank"))]
         if len(ranked) > 1:
             values = [replies[i]["rank"] for i in ranked]
             ranks = [1 + sum(other < value for other in values) for value in values]

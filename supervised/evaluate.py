@@ -47,6 +47,12 @@ def open_objective(
             f"{settings.data.source}: has the classes {some(objective.data.classes)}, and {run.folder} "
             f"learned {some(learned)}. Name data of the same classes by --data.source."
         )
+    try:
+        objective.use_spec(saved.state.get("spec", {}))
+    except (KeyError, TypeError):
+        raise LabError(
+            f"{saved.path}: does not say how its inputs were scaled. Restore it from a copy."
+        ) from None
     weights = judged_weights(saved)
     for name, module in objective.players.items():
         try:

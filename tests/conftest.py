@@ -101,7 +101,7 @@ def lab_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def lab_command(lab_environment: dict[str, str]) -> LabCommand:
+def lab_command(lab_environment: dict[str, str]) -> Iterator[LabCommand]:
     """Runs `lab ARGUMENTS` in a process of its own, with nobody to answer a prompt; see `tests.forks`."""
     forks: list[Forks] = []
 
@@ -128,7 +128,9 @@ def lab_command(lab_environment: dict[str, str]) -> LabCommand:
             preexec_fn=preexec_fn,
         )
 
-    return run
+    yield run
+    for each in forks:
+        each.close()
 
 
 @pytest.fixture(scope="session")

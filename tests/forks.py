@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 IMPORTED = (
-    *("lab.cli", "lab.commands", "lab.compare", "lab.sweep", "rl.commands", "rlhf.commands"),
+    *("lab.cli", "lab.compare", "lab.sweep", "lab.sync", "rl.commands", "rlhf.commands"),
     *("supervised.commands", "rl.pipeline", "rlhf.pipeline", "supervised.pipeline"),
     *("torch", "stable_baselines3", "ale_py", "gymnasium", "pandas", "scipy.stats", "datasets"),
     *("transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.trainer"),
@@ -32,12 +32,15 @@ class Forks:
 
     def __init__(self, environment: Mapping[str, str]):
         self._environment = environment
+        self._start()
+
+    def _start(self) -> None:
         self._socket, other = socket.socketpair()
         self._answers = self._socket.makefile("r")
         with other:
-            subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, __file__, str(other.fileno())],
-                env=dict(environment),
+                env=dict(self._environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
@@ -58,9 +61,16 @@ class Forks:
                 code = int(self._answers.readline())
             except TimeoutError:
                 os.kill(pid, signal.SIGKILL)
-                self.__init__(self._environment)  # a stream that timed out is not read again
+                self.close()  # a stream that timed out is not read again
+                self._start()
                 raise subprocess.TimeoutExpired(list(arguments), timeout) from None
             return subprocess.CompletedProcess(list(arguments), code, out.read_text(), err.read_text())
+
+    def close(self) -> None:
+        """Lets the process end."""
+        self._answers.close()
+        self._socket.close()
+        self._process.wait(10)
 
 
 def _serve(orders: socket.socket) -> int:

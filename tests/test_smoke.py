@@ -12,9 +12,22 @@ CONFIGS = sorted(
     for kind in ("rl", "rlhf", "supervised")
     for path in REPO.glob(f"configs/{kind}/*.yaml")
 )
+ALIKE = {
+    *("adapt_gpt_next_line", "adapt_gpt_origin", "translate_multi30k", "srgan_photos", "tiny_overoptimised"),
+    *("freeway", "breakout", "pong_pretrained", "pong_vit_cpu", "smollm2", "instructgpt"),
+}
+"""Configs that are another one with other numbers."""
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, marks=[pytest.mark.slow] if path.stem in ALIKE else [], id=f"{path.parent.name}/{path.stem}"
+        )
+        for path in CONFIGS
+    ],
+)
 def test_every_config_works(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,9 @@ class Objective(ABC):
         """Facts found in the data that a checkpoint must carry to be used without it, as JSON."""
         return {}
 
+    def use_spec(self, spec: Mapping[str, Any]) -> None:  # noqa: B027 (most have nothing to take)
+        """Takes from a checkpoint's `spec` what its weights were learned with, whatever the data give now."""
+
 
 def samples_in(batch: Batch) -> int:
     """How many samples a batch has."""

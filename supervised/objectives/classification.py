@@ -125,6 +125,9 @@ class Classification(Objective):
         shape = list(self.data.train.tensors["inputs"].shape[1:])
         return {"classes": list(self.data.classes), "shape": shape, **self.normalize.spec()}
 
+    def use_spec(self, spec: Mapping[str, Any]) -> None:
+        self.normalize = Normalize(spec["mean"], spec["std"])
+
 
 def draw_confusion(
     pairs: Tensor, names: Sequence[str], folder: Path, most: int = MOST_CONFUSED

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,10 @@ class Denoising(Generative):
     def spec(self) -> dict[str, Any]:
         spec = super().spec() | ({} if self.is_image else self.normalize.spec())
         return {**spec, "classes": list(self.data.classes)} if self.classes_made else spec
+
+    def use_spec(self, spec: Mapping[str, Any]) -> None:
+        if not self.is_image:
+            self.normalize = Normalize(spec["mean"], spec["std"])
 
     # ---- pictures ----
 

@@ -58,3 +58,6 @@ class Regression(Objective):
 
     def spec(self) -> dict[str, Any]:
         return {"inputs": self.inputs.spec(), "targets": self.targets.spec()}
+
+    def use_spec(self, spec: Mapping[str, Any]) -> None:
+        self.inputs, self.targets = Normalize(**spec["inputs"]), Normalize(**spec["targets"])

@@ -68,6 +68,9 @@ class TextTask(Objective):
         model = TaskModel(backbone, data.form, data.num_classes or 1, settings.model.dropout)
         self.players: dict[str, nn.Module] = {"model": model}
 
+    def spec(self) -> dict[str, Any]:
+        return {"classes": list(self.data.classes)} if self.data.classes else {}
+
     def _asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """ids (batch, group, time), and the place of each text's last token (batch, group)."""
         ids = batch["ids"] if batch["ids"].dim() == 3 else batch["ids"][:, None]

@@ -247,6 +247,30 @@ def test_up_to_a_step_that_is_asked_for() -> None:
         ask(records, until="soon")
 
 
+def test_steps_of_different_kinds_cut_nothing_off() -> None:
+    """Ten epochs are no budget of ten optimizer steps."""
+    records = [
+        run(f"{kind}{s}", {"kind": kind, "seed": s}, [0.1 * i + s / 100 for i in range(1, 11)], xs, **about)
+        for kind, scale in (("epoch", 1.0), ("optimizer_steps", 100.0))
+        for s in range(3)
+        for xs, about in [([scale * i for i in range(1, 11)], {"x_axis": kind})]
+    ]
+    for score in ("final", "last", "best"):
+        comparison = ask(records, by=("kind",), score=score)
+        assert [group.mean for group in comparison.groups] == pytest.approx([1.01, 1.01])
+        assert not any(group.diverged for group in comparison.groups)
+        assert said(comparison, "the steps count different things (epoch, optimizer_steps): runs count to")
+
+
+def test_too_few_values_are_no_divergence() -> None:
+    records = [run("a", {"lr": 1}, [1.0, 2.0], xs=[1, 2]), run("b", {"lr": 2}, [3.0, 4.0], xs=[5, 9])]
+    comparison = ask(records, until="2")
+    assert [(group.n, group.diverged) for group in comparison.groups] == [(1, 0), (0, 0)]
+    assert said(comparison, "b: has 0 values up to step 2, too few for final; not counted")
+    comparison = ask([run("a", {"lr": 1}, [1.0]), run("b", {"lr": 2}, [2.0])], score="auc")
+    assert said(comparison, "a, b: has 1 values, too few for auc; not counted")
+
+
 def test_rounding_of_the_last_step_is_no_other_budget() -> None:
     records = [curve("a", 1, 0, 1000, every=100), curve("b", 2, 0, 1005, every=201)]
     assert not said(ask(records), "compared up to")
@@ -387,6 +411,14 @@ def test_steps_that_begin_again_are_said() -> None:
     found = read_columns(rows, ["a"])
     assert found.series["a"].x.size == 3
     assert any("begin again at 0: 3 values logged before do not count" in note for note in found.notes)
+
+
+def test_values_of_one_step_are_said() -> None:
+    """Environments side by side, whose episodes end together."""
+    rows = [{"global_step": s, "a": float(i)} for i, s in enumerate([8, 16, 16, 16, 24])]
+    found = read_columns(rows, ["a"])
+    assert found.series["a"].y.tolist() == [0, 3, 4]
+    assert found.notes == ["2 values of a have the step of the one behind them and do not count"]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))

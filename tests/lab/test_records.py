@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab import cli, records, statistics
+from lab import cli, files, records, statistics
 from lab.compare import Question
 from lab.compare import compare as compare_runs
 from lab.errors import LabError
 from lab.records import columns_of, load, parse_query
+from lab.tracking import read_metrics
 from tests.lab.runs import make_run
 
 METRIC = "eval/mean_reward"
@@ -96,6 +98,36 @@ def test_damaged_lines_are_told_of_and_a_half_written_last_one_is_normal(tmp_pat
     assert record.state == "crashed"
     (note,) = record.notes
     assert "metrics.jsonl: 1 lines are damaged, the first is line 2" in note
+
+
+def test_a_file_of_rows_may_be_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no row takes no memory: here zeros, as a hole in the file."""
+    curve(tmp_path / "a")
+    rows = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    with (tmp_path / "a" / "metrics.jsonl").open("ab") as file:
+        file.truncate(len(rows) + 3 * 2**20)
+        file.seek(0, 2)
+        file.write(b"\n" + rows.splitlines(keepends=True)[-1].replace(b"40", b"50"))
+    monkeypatch.setattr(files, "LONGEST_ROW", 2**10)
+    tracemalloc.start()
+    record = one(tmp_path / "a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert record.series[METRIC].x.tolist() == [0, 10, 20, 30, 40, 50]
+    assert "1 lines are damaged, the first is line 6" in record.notes[0]
+    assert peak < 2**21
+    assert [row["global_step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")][-1] == 50
+
+
+def test_numbers_beyond_all_floats_are_none(tmp_path: Path) -> None:
+    curve(tmp_path / "a")
+    path = tmp_path / "a" / "run.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"summary": {"score": 10**400, "loss": 1}}))
+    (record,) = load([str(tmp_path / "a")], ["score", "loss"]).records
+    assert "loss" in record.series
+    assert "score" not in record.series
+    assert "a" not in columns_of([{"global_step": 1, "a": 10**400}], ["a"])
 
 
 def test_a_run_going_on_is_not_crashed(tmp_path: Path) -> None:

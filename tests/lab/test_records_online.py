@@ -395,7 +395,7 @@ ILL = {
     "no key": "no W&B key for 127.0.0.1: run `wandb login`",
     "offline": "WANDB_MODE is 'offline': unset it to read from W&B",
     "dead": "cannot be reached (Connection refused)",
-    "silent": "W&B's server does not answer",
+    "silent": "takes connections and does not answer within 5 s",
     "errors": "W&B's server does not answer as it should (",
     "key refused": "permission denied",
     "no project": "no such project, or the key may not read it. Did you mean 'lab'?",

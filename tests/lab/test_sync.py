@@ -218,6 +218,7 @@ def test_runs_are_sent_with_all_that_belongs_to_them_and_are_known_to_be_there(
 # ---- interrupted ----
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_repeated_it_sends_every_row_once(
     server: WandbStandIn, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,7 +332,7 @@ def test_without_a_server_it_is_one_line_within_seconds_and_nothing_changes(
         "no key": "no W&B key for 127.0.0.1. Run `wandb login`",
         "bad key": f"W&B's server {server.url} refuses or does not answer (",
         "refused": "cannot be reached (Connection refused). Run `wandb login`, or see to the network",
-        "silent": f"W&B's server {server.url} refuses or does not answer (",
+        "silent": "takes connections and does not answer within 5 s. Run `wandb login`",
         "offline": "WANDB_MODE is 'offline'. Unset it",
     }
     assert says[wrong] in line
@@ -373,7 +374,7 @@ def test_a_killed_run_is_completed_from_its_metrics(
     if lacking := re.search(
         r"(\d+) of them from metrics.jsonl; ", text
     ):  # W&B may have had the time to write all
-        assert 10 <= int(lacking[1]) < 30
+        assert 0 < int(lacking[1]) < 30
     [name] = server.runs
     assert steps_of(server, name) == list(range(30))
     assert server.runs[name].state == "failed"

@@ -161,6 +161,7 @@ def test_both_see_the_same_in_the_same_bytes(seen: Path) -> None:
     assert features[0].std() > 0.1
 
 
+@pytest.mark.slow
 def test_the_run_names_its_parent_and_goes_on_without_it(tmp_path: Path) -> None:
     parent = pretrain(tmp_path / "first")
     identity = Run.open(parent).info["id"]

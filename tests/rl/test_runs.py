@@ -166,7 +166,8 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(
     assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 3
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", *SLOWER])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
 def test_interrupted_between_checkpoints_it_loses_nothing_and_ends_the_same(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
@@ -200,7 +201,8 @@ def test_what_is_saved_logged_and_filmed_how_often_does_not_change_what_is_learn
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-@pytest.mark.parametrize("algorithm", [pytest.param("pqn", marks=pytest.mark.slow), "drqn"])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["pqn", "drqn"])
 def test_a_stop_is_heard_within_an_evaluation_which_is_made_again(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:
@@ -240,6 +242,7 @@ def test_more_steps_can_be_added_to_a_finished_run(unstopped: Callable[[str], Pa
     assert rows(folder)[-1]["global_step"] == 3584
 
 
+@pytest.mark.slow
 def test_a_run_ends_once_it_plays_well_enough_and_stays_ended(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     finish(start(folder, "pqn", "--eval.stop_at=-21"))  # nobody plays worse

@@ -492,7 +492,7 @@ BAD_RANKINGS = {
     ),
     "finished has 1 entries for 3 completions": RANKING | {"finished": [True]},
     "finished is [1, 1, 0]; it must be of true and false": RANKING | {"finished": [1, 1, 0]},
-    "scores is [1, nan, 2]; it must be of finite numbers": RANKING | {"scores": [1, float("nan"), 2]},
+    "scores is [1, None, 2]; it must be of finite numbers": RANKING | {"scores": [1, float("nan"), 2]},
     "scores is a number; it must be a list": RANKING | {"scores": 1},
 }
 

@@ -112,6 +112,40 @@ DEMONSTRATIONS: dict[str, tuple[Any, Any]] = {
         },
         {"prompt": [user("a?")], "completion": [bot("b.")]},
     ),
+    "LIMA": ({"conversations": ["a?", "b."], "source": "stackexchange"}, {"messages": TALK}),
+    "Capybara": (
+        {"source": "x", "conversation": [{"input": "a?", "output": "b."}, {"input": "c?", "output": "d."}]},
+        {"messages": [*TALK, user("c?"), bot("d.")]},
+    ),
+    "XTuner": (
+        {"conversation": [{"system": "Be brief.", "input": "a?", "output": "b."}]},
+        {"messages": [SYSTEM, *TALK]},
+    ),
+    "Open-Orca": (
+        {"id": "1", "system_prompt": "Be brief.", "question": "a?", "response": "b."},
+        {"prompt": [SYSTEM, user("a?")], "completion": [bot("b.")]},
+    ),
+    "Open-Orca, no system prompt": (
+        {"id": "1", "system_prompt": "", "question": "a?", "response": "b."},
+        {"prompt": [user("a?")], "completion": [bot("b.")]},
+    ),
+    "a text with a system message": (
+        {"system": "Be brief.", "prompt": "a?", "completion": "b."},
+        {"prompt": [SYSTEM, user("a?")], "completion": [bot("b.")]},
+    ),
+    "Alpaca, no history yet": (
+        {"instruction": "a?", "input": "", "output": "b.", "history": []},
+        {"prompt": [user("a?")], "completion": [bot("b.")]},
+    ),
+    "Alpaca by pandas": (
+        {"instruction": "Hi.", "input": float("nan"), "output": "Ho."},
+        {"prompt": "Hi.", "completion": "Ho."},
+    ),
+    "a class and no feedback": (
+        {"question": "a?", "answer": "b.", "label": 3},
+        {"prompt": "a?", "completion": "b."},
+    ),
+    "input and output": ({"input": "a?", "output": "b."}, {"prompt": "a?", "completion": "b."}),
     "question and answer": ({"question": "a?", "answer": "b."}, {"prompt": "a?", "completion": "b."}),
     "prompt and response": ({"prompt": "a?", "response": "b."}, {"prompt": "a?", "completion": "b."}),
 }
@@ -154,6 +188,60 @@ COMPARISONS: dict[str, tuple[Any, Any]] = {
         },
         PAIR,
     ),
+    "Intel's Orca pairs": (
+        {"system": "Be brief.", "question": "a?", "chosen": "It is b.", "rejected": "It is c."},
+        {
+            "prompt": [SYSTEM, user("a?")],
+            "completions": [[bot("It is b.")], [bot("It is c.")]],
+            "ranks": [1, 2],
+        },
+    ),
+    "distilabel's Orca pairs": (
+        {"system": None, "input": "a?", "chosen": "b.", "rejected": "c.", "rating": [9.0, 7.0]},
+        CHAT_PAIR,
+    ),
+    "axolotl's": (
+        {"messages": [user("a?")], "chosen": bot("b."), "rejected": bot("c.")},
+        CHAT_PAIR,
+    ),
+    "argilla's Capybara pairs": (
+        {
+            **{"conversation": [{"input": "a?", "output": "x."}], "messages": [user("a?"), bot("x.")]},
+            **{"chosen": TALK, "rejected": [user("a?"), bot("c.")]},
+            **{"rating_chosen": 5, "rating_rejected": 3},
+        },
+        CHAT_PAIR | {"scores": [5.0, 3.0]},
+    ),
+    "whole conversations, the system beside": (
+        {"system": "Be brief.", "chosen": TALK, "rejected": [user("a?"), bot("c.")]},
+        CHAT_PAIR | {"prompt": [SYSTEM, user("a?")]},
+    ),
+    "a ranking with a system message": (
+        {"system": "Be brief.", "prompt": "a?", "completions": ["b.", "c."], "ranks": [1, 2]},
+        CHAT_PAIR | {"prompt": [SYSTEM, user("a?")]},
+    ),
+    "HelpSteer2, preferences": (
+        {"prompt": "a?", "response_1": "c.", "response_2": "b.", "preference_strength": 2},
+        PAIR | {"completions": ["c.", "b."], "ranks": [2, 1]},
+    ),
+    "WebGPT": (
+        {
+            **{"question": {"dataset": "eli5", "id": "1", "full_text": "a?"}, "quotes_0": {}, "quotes_1": {}},
+            **{"answer_0": "c.", "answer_1": "b.", "score_0": -0.5, "score_1": 0.5},
+        },
+        PAIR | {"completions": ["c.", "b."], "ranks": [2, 1]},
+    ),
+    "Stack Exchange, preferences": (
+        {
+            **{"qid": 7, "question": "a?", "metadata": ["x"], "date": "2020"},
+            "answers": [{"pm_score": 1, "text": "c."}, {"pm_score": 5, "text": "b.", "selected": True}],
+        },
+        PAIR | {"completions": ["c.", "b."], "ranks": [2, 1]},
+    ),
+    "Stack Exchange, paired": (
+        {"qid": 7, "question": "a?", "response_j": "b.", "response_k": "c.", "date": "2020"},
+        PAIR,
+    ),
     "OpenAI preferences": (
         {
             "input": {"messages": [user("a?")]},
@@ -186,6 +274,22 @@ def test_comparisons(tmp_path: Path, name: str) -> None:
     row, expected = COMPARISONS[name]
     (found,) = data.comparisons(lines(tmp_path / "a.jsonl", row)).to_list()
     assert {key: found[key] for key in expected} == expected
+
+
+def test_a_ranks_nan_in_a_tree_is_no_rank(tmp_path: Path) -> None:
+    def message(key: str, parent: str | None, role: str, rank: float | None = None) -> Any:
+        return {"message_id": key, "parent_id": parent, "role": role, "text": key, "rank": rank}
+
+    rows = [
+        message("q", None, "prompter"),
+        message("second", "q", "assistant", 1.0),
+        message("unranked", "q", "assistant", float("nan")),
+        message("first", "q", "assistant", 0.0),
+    ]
+    source = tmp_path / "a.parquet"
+    Dataset.from_list(rows).to_parquet(source)
+    (found,) = data.comparisons(str(source)).to_list()
+    assert (found["completions"], found["ranks"]) == ([[bot("second")], [bot("first")]], [2, 1])
 
 
 def test_openassistants_trees_by_message_and_whole(tmp_path: Path) -> None:
@@ -253,6 +357,8 @@ FILES: dict[str, bytes] = {
     "a.csv": b"prompt,completion\r\n0?,0.\r\n1?,1.\r\n2?,2.\r\n",
     "a.csv.gz": gzip.compress(b'\xef\xbb\xbfprompt,completion\n"0?",0.\n1?,1.\n2?,2.\n'),
     "a.tsv": b"prompt\tcompletion\n0?\t0.\n1?\t1.\n2?\t2.\n",
+    "a german Excel's.csv": b"\xef\xbb\xbfprompt;completion\r\n0?;0.\r\n1?;1.\r\n2?;2.\r\n",
+    "a sheet's empty cells.csv": b"prompt,completion,,\r\n0?,0.,,\r\n1?,1.,,\r\n2?,2.,,\r\n,,,\r\n,,,\r\n",
 }
 
 
@@ -275,6 +381,27 @@ def test_prompts_as_a_list_of_texts_and_a_line_each(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("0?\n\n1?\n")
     for name in ("a.json", "a.txt"):
         assert data.prompts(str(tmp_path / name))["prompt"][:] == ["0?", "1?"]
+
+
+def test_only_ends_of_lines_part_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\u2028two\x0cthree\x85four?\r\nb?\n".encode())
+    assert data.prompts(str(tmp_path / "a.txt"))["prompt"][:] == ["one\u2028two\x0cthree\x85four?", "b?"]
+    (tmp_path / "a.csv").write_bytes("prompt,completion\na\u2028b?,c\x0cd\n".encode())
+    assert data.demonstrations(str(tmp_path / "a.csv")).to_list() == [
+        {"prompt": "a\u2028b?", "completion": "c\x0cd"}
+    ]
+
+
+def test_numbers_and_feedback_in_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,chosen_rating,rejected_rating\na?,b.,c.,4.5,3\n")
+    assert data.comparisons(str(path))["scores"][:] == [[4.5, 3.0]]
+    path.write_text("history,human_ref_A,human_ref_B,labels\na?,c.,b.,0\n")
+    assert data.comparisons(str(path))["ranks"][:] == [[2, 1]]
+    path.write_text("prompt,response,label\na?,b.,TRUE\nc?,d.,FALSE\n")
+    assert data.demonstrations(str(path)).to_list() == [{"prompt": "a?", "completion": "b."}]
+    path.write_text("system,prompt,completion\nBe brief.,a?,b.\n,c?,d.\n")
+    assert data.demonstrations(str(path))["prompt"][:] == [[SYSTEM, user("a?")], [user("c?")]]
 
 
 def test_conversations_in_a_table(tmp_path: Path) -> None:
@@ -338,6 +465,39 @@ def test_feedback_that_is_negative_is_not_imitated(tmp_path: Path) -> None:
         data.demonstrations(lines(tmp_path / "c.jsonl", rows[4]))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK, "label": False},
+        {
+            "conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}],
+            "kto_tag": False,
+        },
+        {"instruction": "a?", "input": "", "output": "b.", "kto_tag": "false"},
+        {"prompt": "a?", "response": "b.", "label": False},
+    ],
+)
+def test_feedback_is_heard_in_all_forms_that_have_it(tmp_path: Path, row: Any) -> None:
+    name = "label" if "label" in row else "kto_tag"
+    source, dropped = lines(tmp_path / "a.jsonl", row, row | {name: True}), Dropped()
+    assert len(data.demonstrations(source, dropped=dropped)) == 1
+    assert dropped.notes() == [f"1 feedback whose {name} is false left out"]
+    assert len(data.prompts(source)) == 1
+
+
+def test_what_has_a_picture_is_no_text(tmp_path: Path) -> None:
+    row = {"conversations": [{"from": "human", "value": "<image>\na?"}, {"from": "gpt", "value": "b."}]}
+    source = lines(tmp_path / "a.jsonl", row | {"images": []}, row | {"image": "a.jpg"})
+    with pytest.raises(LabError, match=r"line 2: has image, which nobody here sees; text alone"):
+        data.demonstrations(source)
+
+
+def test_what_was_asked_is_not_guessed_from_how_answers_begin(tmp_path: Path) -> None:
+    row = {"trajectory": "What is two and two?", "chosen": "The answer is 4", "rejected": "The answer is 5"}
+    with pytest.raises(LabError, match=r"there is no prompt, and trajectory may be it: name it prompt"):
+        data.comparisons(lines(tmp_path / "a.jsonl", row))
+
+
 def test_equal_scores_tie_and_lower_ones_are_a_mistake(tmp_path: Path) -> None:
     row = {"prompt": "a?", "chosen": "b.", "rejected": "c."}
     rows = [row | {"score_chosen": a, "score_rejected": b, "margin": a - b} for a, b in ((5, 5), (5, 3))]
@@ -367,6 +527,26 @@ def test_all_bad_rows_are_counted_by_reason_and_named_at_once(tmp_path: Path) ->
         "chosen is empty": 12,
         "chosen and rejected are the same, so none is better": 3,
     }
+
+
+def test_lines_that_are_no_json_have_one_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0], indent=2))
+    with pytest.raises(LabError, match=r"4 of 4 rows cannot be used: 4 not JSON \(one row a line, or"):
+        data.demonstrations(str(path))
+    path.write_bytes(JSONL.decode().encode("utf-16"))  # the first line of which `json` would take
+    with pytest.raises(LabError, match=r"4 of 4 rows cannot be used"):
+        data.demonstrations(str(path))
+
+
+def test_tables_that_are_none_say_where_and_what(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\n0?,0.\n\xe9,b\n")
+    with pytest.raises(LabError, match=r"line 3: no UTF-8 text: .*Save it as UTF-8\.$"):
+        data.demonstrations(str(path))
+    path.write_bytes(b"PK\3\4\x14\0\6\0\x08\0\0\0!\0\xff\xfe")
+    with pytest.raises(LabError, match=r"is a zip archive, .*UTF-8\.$"):
+        data.demonstrations(str(path))
 
 
 def test_a_line_that_is_no_json_is_a_bad_row(tmp_path: Path) -> None:

@@ -243,6 +243,7 @@ def test_a_stage_killed_behind_its_last_step_takes_no_other(
     assert steps == expected
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_rollout_saves_and_says_how_to_go_on(
     lab_command: LabCommand, lab_environment: dict[str, str], copied: Path, finished: Path
 ) -> None:

@@ -189,6 +189,7 @@ def test_it_learns(problem: str, number: str, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.93 * sum(losses[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["r3gan", "wgan_gp", "non_saturating"])
 def test_a_generator_comes_nearer_to_what_is_real(loss: str, tmp_path: Path) -> None:
     quiet = {"every_epochs": 1e6}
@@ -530,6 +531,7 @@ def test_impossible_settings_are_refused(objective: dict[str, Any], said: str) -
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_judge_may_have_been_adapted(tmp_path: Path) -> None:
     values = {
         "objective": {"name": "classification"},

@@ -25,7 +25,7 @@ from lab.tracking import read_metrics
 from supervised import figures, objectives
 from supervised.config import SupervisedRun, run_config_class
 from supervised.data import load
-from supervised.evaluate import evaluate_run
+from supervised.evaluate import evaluate_run, open_objective
 from supervised.objectives.base import Objective
 from supervised.pipeline import SupervisedPipeline
 from supervised.trainer import Trainer
@@ -410,6 +410,29 @@ def test_a_run_is_evaluated_on_data_that_have_moved(tmp_path: Path) -> None:
         evaluate_run(run, saved, source=write(tmp_path / "others.npz", shift=1))
     with pytest.raises(LabError, match="do not fit"):
         evaluate_run(run, saved, source=write(tmp_path / "wider.npz", columns=6))
+
+
+@pytest.mark.parametrize("label", ["y", "targets"])
+def test_other_data_are_scaled_as_those_that_were_learned_from(label: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    y = (x[:, 1] > 0).astype(str) if label == "y" else 3 + 2 * x[:, :1]
+    np.savez(tmp_path / "rows.npz", x=x, **{label: y})
+    np.savez(tmp_path / "half.npz", x=x[x[:, 0] > 0], **{label: y[x[:, 0] > 0]})
+    values = {
+        "objective": {"name": "classification" if label == "y" else "regression"},
+        "data": {"source": str(tmp_path / "rows.npz")},
+        "model": {"backbone": "mlp", "spec": {"hidden": [8]}},
+    }
+    run = trained(settings_of(values), tmp_path / "run")
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    device = torch.device("cpu")
+    whole = open_objective(run, saved, device)
+    other = open_objective(run, saved, device, source=str(tmp_path / "half.npz"))
+    batch = torch.from_numpy(x).float()
+    names = ["normalize"] if label == "y" else ["inputs", "targets"]
+    for name in names:
+        data = batch if name != "targets" else batch[:, :1]
+        assert torch.equal(getattr(whole, name)(data), getattr(other, name)(data)), name
 
 
 @each_problem

@@ -487,6 +487,7 @@ def test_a_game_in_a_terminal(run: Run, lab_environment: dict[str, str]) -> None
     assert re.search(r"run: \d+ frames, [0-9.]+ a second", player.seen)
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_a_bound_restore_the_terminal(run: Run, lab_environment: dict[str, str]) -> None:
     player = Player(run, lab_environment)
     player.until("frame 1 ")
