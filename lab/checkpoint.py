@@ -47,10 +47,34 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, "torch.Tensor"]:
-        """The tensors of `name`.safetensors, on the CPU."""
+        """The tensors of `name`.safetensors, on the CPU.
+
+        Raises:
+            LabError: it is not there, or no such file: a hash vouches for nothing but its bytes.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self.path / f"{name}.safetensors")
+        file = self.path / f"{name}.safetensors"
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise LabError(f"{file}: {first_line(error).rstrip('.')}. Restore it from a copy.") from None
+
+    def weights(self, name: str = "model") -> dict[str, "torch.Tensor"]:
+        """The tensors of `name`.safetensors, to compute with.
+
+        Raises:
+            LabError: as `tensors`, or one is not finite, of which every result would be without meaning.
+        """
+        found = self.tensors(name)
+        for key, tensor in found.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise LabError(
+                    f"{self.path / name}.safetensors: {key} is not finite: the run diverged, or it was "
+                    "changed. Name another checkpoint."
+                )
+        return found
 
     @contextlib.contextmanager
     def restoring(self, captured: Callable[[], Mapping[str, Mapping[str, "torch.Tensor"]]]) -> Iterator[None]:

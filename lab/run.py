@@ -320,6 +320,8 @@ def _read_info(folder: Path) -> dict[str, Any]:
 
 
 def _nearest_run(folder: Path) -> str:
+    if folder.is_file():
+        return " It is a file, and a run is a folder."
     runs = sorted(str(path.parent) for path in folder.parent.glob("*/run.json"))
     return did_you_mean(str(folder), runs) if runs else ""
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.device import Compute, spare_core
+from lab.errors import LabError
 from lab.seeding import derive_seed
 from rl.config import AgentConfig, DQNConfig
 from rl.envs import AtariVecEnv, training_seed
@@ -101,6 +102,19 @@ class QLearner(BaseAlgorithm):
             self.env.seed(training_seed(seed))
 
     # ---- SB3's zip files ----
+
+    def _check_saved(self, config: type, policy: type) -> None:
+        """Called at the beginning of a subclass's `_setup_model`, when `load` has taken over what a file has.
+
+        Raises:
+            LabError: the file is of another class of agents, or of SB3's own policies.
+        """
+        if type(self.config) is not config or not issubclass(self.policy_class, policy):
+            raise LabError(
+                f"{type(self).__name__}.load: the file holds a {self.policy_class.__name__} with "
+                f"{type(self.config).__name__}, where {policy.__name__} with {config.__name__} is wanted. "
+                "Open it with the class that saved it."
+            )
 
     def _excluded_save_params(self) -> list[str]:
         """What `save` leaves out: what is made again, and what holds threads or the environment."""
@@ -463,6 +477,7 @@ class DQN(QLearner, SB3DQN):  # pyright: ignore[reportIncompatibleMethodOverride
         )
 
     def _setup_model(self) -> None:
+        self._check_saved(self.config_class, self.q_policy_class)
         self.target_update_interval = max(self.target_update_interval, self.n_envs)  # else SB3 warns
         super()._setup_model()
         self._prepare()

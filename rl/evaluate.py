@@ -223,7 +223,7 @@ def load_player(run: Run, which: str) -> tuple[Player, Path, Compute]:
         dueling=agent.dueling,
     ).to(compute.device)
     env.close()
-    load_weights(policy.q_net, saved.tensors("model"), path)
+    load_weights(policy.q_net, saved.weights(), path)
     policy.set_precision(compute.precision)
     policy.set_training_mode(False)
     return Player(policy.q_net, settings.env), path, compute

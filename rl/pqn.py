@@ -64,6 +64,7 @@ class PQN(QLearner):
             self._setup_model()
 
     def _setup_model(self) -> None:
+        self._check_saved(PQNConfig, BackboneQPolicy)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = BackboneQPolicy(

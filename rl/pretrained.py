@@ -1,5 +1,6 @@
 """Weights to begin with: of another agent, or of a body that has learned to see before it plays."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,22 +67,46 @@ def begin(agent: "QLearner") -> dict[str, str]:
 def _whole(agent: "QLearner", run: Run, saved: Checkpoint) -> dict[str, str]:
     """All of another agent's Q-network; the game may be another one with as many actions."""
     where = f"agent.start_from = {agent.config.start_from}"
-    weights, net = saved.tensors("model"), agent.policy.q_net
+    weights, net = saved.weights(), agent.policy.q_net
     there, here = ({name: tuple(t.shape) for name, t in x.items()} for x in (weights, net.state_dict()))
     other = next((name for name in {**here, **there} if here.get(name) != there.get(name)), None)
+    of_agent, of_game = _differences(agent, run)
     if other is not None:
-        theirs = run.info["config"].get("agent") or {}
-        keys = ("backbone", "backbone_spec", "dueling")
-        other_keys = [f"agent.{key}" for key in keys if theirs.get(key) != getattr(agent.config, key)]
-        differ = ", ".join(other_keys) or "env.image_size or the number of actions"
+        differ = ", ".join(of_agent or of_game)
+        remedy = f"Different: {differ}. Make it the same in both."
+        if not differ:
+            remedy = "Its run.json describes another network than its weights. Restore both from one copy."
         raise LabError(
             f"{where}: its network has {other} as {there.get(other, 'no part')}, this agent's as "
-            f"{here.get(other, 'no part')}. Different: {differ}. Make it the same in both."
+            f"{here.get(other, 'no part')}. {remedy}"
         )
+    if of_game:
+        print(f"note: {where}: its agent had another {', '.join(of_game)}.", file=sys.stderr)
     net.load_state_dict(weights)
     if agent.policy.q_net_target is not net:
         agent.policy.q_net_target.load_state_dict(weights)
     return {"run_id": run.info["id"], "stage": "agent", "sha256": checkpoint.weights_hash(saved.path)}
+
+
+def _differences(agent: "QLearner", run: Run) -> tuple[list[str], list[str]]:
+    """What another agent's network, and what it saw and its actions, have otherwise than this agent's."""
+    from rl.evaluate import make_env, run_config
+
+    settings, env = run_config(run), agent.env
+    keys = ("backbone", "backbone_spec", "dueling")
+    of_agent = [f"agent.{k}" for k in keys if getattr(settings.agent, k) != getattr(agent.config, k)]
+    theirs = make_env(settings.env, 1, 0, training=False)
+    of_game = []
+    for key, there, here in (
+        ("env.game", theirs.game, env.game),
+        ("env.image_size", *(e.observation_space.shape[-1] for e in (theirs, env))),  # type: ignore[index]
+        ("env.frame_skip", theirs.frame_skip, env.frame_skip),
+        ("actions", *(" ".join(e.action_meanings) for e in (theirs, env))),
+    ):
+        if there != here:
+            of_game.append(f"{key} ({there}, here {here})")
+    theirs.close()
+    return of_agent, of_game
 
 
 def _body_alone(agent: "QLearner", run: Run, saved: Checkpoint) -> dict[str, str]:

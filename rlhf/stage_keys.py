@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lab import config
+from lab.errors import LabError
 from lab.tracking import scrub
 from rlhf.config import RLHFRun
 
@@ -47,6 +48,10 @@ def relevant(settings: RLHFRun | Mapping[str, Any], stage: str, *, watched: bool
     values = config.with_defaults(given, RLHFRun())
     flat: dict[str, Any] = {"seed": values["seed"]}
     for group in ("model", "data", "sft", "collect", "reward", "ppo", "eval"):
+        if not isinstance(values[group], dict):
+            raise LabError(
+                f"run.json of stage {stage}: config.{group} holds no keys. Restore the file from a copy."
+            )
         flat |= {f"{group}.{key}": value for key, value in values[group].items()}
     flat["data.prompts"] = flat["data.prompts"] or flat["data.demonstrations"]
     if not flat["eval.labeler"] and flat["data.comparisons"] == "collect":

@@ -116,7 +116,7 @@ def open_classifier(
         make_backbone(model, ["mlp", *backbones.image_names()], **size)[0], len(spec["classes"])
     )
     try:
-        net.load_state_dict(part_of(saved.tensors("model"), "model"))
+        net.load_state_dict(part_of(saved.weights(), "model"))
     except RuntimeError:
         raise wrong from None
     sha256 = checkpoint.weights_hash(saved.path)

@@ -70,7 +70,7 @@ def open_objective(
 def judged_weights(saved: Checkpoint) -> dict[str, Tensor]:
     """All players' weights by "player.name": averaged, where there is an average."""
     files = {path.stem for path in saved.path.glob("*.safetensors")}
-    return saved.tensors("average" if "average" in files else "model")
+    return saved.weights("average" if "average" in files else "model")
 
 
 def evaluate_run(

@@ -138,7 +138,7 @@ def load_backbone(backbone: nn.Module, run: Run, saved: Checkpoint, where: str) 
         LabError: the run's backbone is another one, or has adapters.
     """
     mark = ".backbone."
-    weights = {key.partition(mark)[2]: value for key, value in saved.tensors("model").items() if mark in key}
+    weights = {key.partition(mark)[2]: value for key, value in saved.weights().items() if mark in key}
     if any(".lora_" in key for key in weights):
         begun = run.info["config"].get("model", {}).get("start_from") or "one with model.adapt = full"
         raise LabError(f"{where}: it holds adapters beside frozen weights. Start from {begun} instead.")

@@ -224,7 +224,7 @@ def _one_a_part(found: list[_Table], folder: Path, config: DataConfig, notes: li
         if len(several) > 1 and len(labelled) != 1:
             raise LabError(
                 f"{folder}: {some([str(t.path.relative_to(folder)) for t in several])} all name its "
-                "pictures. Name the one that is meant as data.source, or remove the others."
+                "pictures. Name the one that is meant as data.source, or the label by data.label."
             )
         chosen[part] = labelled[0] if len(several) > 1 else several[0]
     return chosen

@@ -1,5 +1,6 @@
 """A body that begins with what autoencoding taught it: same weights, same sight, and clear mistakes."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from lab import config
 from lab.device import Compute
@@ -17,6 +18,7 @@ from lab.errors import LabError
 from lab.run import Run
 from rl import pretrained
 from rl.config import RunConfig, run_config_class
+from rl.evaluate import load_player
 from rl.pipeline import RLPipeline
 from rl.train import make_agent
 from supervised import config as supervised_config
@@ -243,7 +245,7 @@ def test_runs_that_are_none_are_refused(seen: Path, tmp_path: Path) -> None:
     (run / "run.json").write_text(record.replace('"autoencoding"', '"classification"'))
     assert "a run of classification, whose network does not see pixels as" in refused(settings, tmp_path)
     (run / "run.json").write_text(record.replace('"pipeline": "supervised"', '"pipeline": "rl"'))
-    assert "Different: agent.backbone" in refused(settings, tmp_path)
+    assert "run.json: unknown key 'objective'" in refused(settings, tmp_path)
     (run / "run.json").write_text(record.replace('"pipeline": "supervised"', '"pipeline": "rlhf"'))
     assert "a run of rlhf" in refused(settings, tmp_path)
     (run / "run.json").write_text(record)
@@ -279,14 +281,68 @@ def test_a_run_begins_with_all_the_weights_of_another_agents(tmp_path: Path, alg
     assert record["parents"][0]["run_id"] == json.loads((tmp_path / "first/run.json").read_text())["id"]
 
 
-def test_another_agent_whose_network_is_another_is_refused(tmp_path: Path) -> None:
-    RLPipeline().train(settings_of("pqn", None), tmp_path / "first", resume=False)
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of pqn."""
+    folder = tmp_path_factory.mktemp("played") / "first"
+    RLPipeline().train(settings_of("pqn", None), folder, resume=False)
+    return folder
+
+
+def test_another_agent_whose_network_is_another_is_refused(played: Path, tmp_path: Path) -> None:
     for change, said in (
         ({"dueling": True}, "Different: agent.dueling. Make it the same"),
         ({"backbone_spec": {**SPEC, "width": 8}}, "Different: agent.backbone_spec."),
         ({"backbone": "impala_cnn", "backbone_spec": {}}, "Different: agent.backbone, agent.backbone_spec"),
     ):
-        assert said in refused(settings_of("pqn", tmp_path / "first", **change), tmp_path)
-    other = settings_of("pqn", tmp_path / "first")
+        assert said in refused(settings_of("pqn", played, **change), tmp_path)
+    other = settings_of("pqn", played)
     other = replace(other, env=replace(other.env, full_action_space=True))
-    assert "Different: env.image_size or the number of actions" in refused(other, tmp_path)
+    assert "Different: actions (NOOP FIRE RIGHT LEFT RIGHTFIRE LEFTFIRE, here" in refused(other, tmp_path)
+
+
+def test_another_agents_other_game_is_said(played: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights fit, and may be meant, but see and do other things."""
+    same = settings_of("pqn", played)
+    other = replace(same, env=replace(same.env, game="bowling", frame_skip=2, image_size=SIDE + 1))
+    capsys.readouterr()
+    pretrained.begin(agent_of(same))
+    assert not capsys.readouterr().err
+    pretrained.begin(agent_of(other))
+    assert capsys.readouterr().err == (
+        f"note: agent.start_from = {played}: its agent had another env.game (pong, here "
+        "bowling), env.image_size (24, here 25), env.frame_skip (4, here 2), actions (NOOP FIRE RIGHT "
+        "LEFT RIGHTFIRE LEFTFIRE, here NOOP FIRE UP DOWN UPFIRE DOWNFIRE).\n"
+    )
+
+
+def exchange(checkpoint: Path, data: bytes) -> None:
+    """Puts other weights into a checkpoint, with a manifest that vouches for them."""
+    (checkpoint / "model.safetensors").write_bytes(data)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_other_weights_under_a_right_manifest_are_one_line(played: Path, tmp_path: Path) -> None:
+    shutil.copytree(played, tmp_path / "first", symlinks=True)
+    best = tmp_path / "first/checkpoints/best"
+    weights = load_file(best / "model.safetensors")
+    name = next(iter(weights))
+    settings = settings_of("pqn", tmp_path / "first")
+    for data, said in (
+        (
+            save(weights | {name: weights[name] * np.nan}),
+            f"{name} is not finite: the run diverged, or it",
+        ),
+        (save({"x": weights[name]}), "Its run.json describes another network than its weights. Restore"),
+        (
+            b"version https://git-lfs.github.com/spec/v1",
+            "model.safetensors: Error while deserializing header",
+        ),
+    ):
+        exchange(best, data)
+        assert said in refused(settings, tmp_path)
+        with pytest.raises(LabError, match=r"Restore|Name another checkpoint") as caught:
+            load_player(Run.open(tmp_path / "first"), "best")
+        assert "\n" not in str(caught.value)

@@ -1,7 +1,9 @@
 """Our agents in SB3's hands: callbacks, zip files, `learn` more than once, and stock SB3 on an export."""
 
 import io
+import json
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,3 +324,33 @@ def test_our_agents_are_made_as_any_of_sb3s_is(make_dqn: Callable[..., DQN]) -> 
     assert agent.config == PQNConfig()
     assert agent.device.type == "cpu"
     assert DQN(DQNConfig(**OFF_POLICY), make_env(), device="cpu").compute.precision == "fp32"
+
+
+def test_what_another_class_saved_is_refused(tmp_path: Path, exported: Path) -> None:
+    for name in AGENTS:
+        make(name).save(tmp_path / name)
+    StockDQN("CnnPolicy", make_env(), buffer_size=8, device="cpu").save(tmp_path / "stock")
+    StockPPO("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "ppo")
+    for cls, others in ((DQN, "drqn pqn"), (DRQN, "dqn pqn"), (PQN, "dqn drqn")):
+        for other in (*others.split(), "stock", "ppo"):
+            with pytest.raises(LabError, match=rf"^{cls.__name__}\.load: the file holds a .* Open it with"):
+                cls.load(tmp_path / f"{other}.zip", device="cpu")
+    assert PQN.load(exported, device="cpu").policy.q_net is not None
+
+
+def test_an_export_of_another_version_of_sb3_is_opened(tmp_path: Path, exported: Path) -> None:
+    """Fields of `data` come and go between versions."""
+    old = tmp_path / "old.zip"
+    with zipfile.ZipFile(exported) as read, zipfile.ZipFile(old, "w") as written:
+        for name in read.namelist():
+            data = read.read(name)
+            if name == "data":
+                fields = json.loads(data)
+                del fields["n_steps"], fields["replay_buffer_class"]
+                data = json.dumps(fields | {"create_eval_env": False, "_episode_storage": None}).encode()
+            written.writestr(name, b"1.8.0" if name == "_stable_baselines3_version" else data)
+    observations = np.random.default_rng(0).integers(0, 256, (3, 4, 44, 44)).astype(np.uint8)
+    wanted, _ = StockDQN.load(exported, device="cpu").predict(observations, deterministic=True)
+    for cls in (StockDQN, DQN):
+        found, _ = cls.load(old, device="cpu").predict(observations, deterministic=True)
+        np.testing.assert_array_equal(found, wanted)

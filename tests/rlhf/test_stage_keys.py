@@ -421,6 +421,17 @@ def test_a_damaged_list_of_taken_stages_is_one_line(lab: Lab, a: Path, text: str
     assert "taken.json: damaged" in line
 
 
+@pytest.mark.parametrize("group", ["eval", "model"])
+def test_a_recorded_config_whose_groups_are_none_is_one_line(lab: Lab, a: Path, group: str) -> None:
+    path = a / "sft" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"config": record["config"] | {group: "=1+1"}}))
+    code, _, line = lab("--out", "runs/a")
+    assert code == 2
+    assert f"config.{group} holds no keys. Restore the file from a copy." in line
+    assert line.count("\n") <= 1
+
+
 def test_recipes_in_one_folder_share_what_they_have_in_common(lab: Lab, a: Path, here: Path) -> None:
     """As the runs of a sweep do."""
     code, said, _ = lab("--out", "runs/b", "--stage", "ppo", ppo={"kl_coef": 0.5}, start_from="siblings")

@@ -416,8 +416,9 @@ def test_a_run_is_evaluated_on_data_that_have_moved(tmp_path: Path) -> None:
 def test_other_data_are_scaled_as_those_that_were_learned_from(label: str, tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(60, 3))
     y = (x[:, 1] > 0).astype(str) if label == "y" else 3 + 2 * x[:, :1]
-    np.savez(tmp_path / "rows.npz", x=x, **{label: y})
-    np.savez(tmp_path / "half.npz", x=x[x[:, 0] > 0], **{label: y[x[:, 0] > 0]})
+    for name, kept in (("rows", x[:, 0] < np.inf), ("half", x[:, 0] > 0)):
+        arrays: dict[str, Any] = {"x": x[kept], label: y[kept]}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
     values = {
         "objective": {"name": "classification" if label == "y" else "regression"},
         "data": {"source": str(tmp_path / "rows.npz")},
