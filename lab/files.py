@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,13 +51,25 @@ def check_contained(folder: Path) -> None:
                 raise LabError(f"{path}: is a pipe, a device or a socket, which no run has. Remove it.")
 
 
-def open_own(path: Path, mode: str, **options: Any) -> IO[Any]:
+def open_own(path: Path, mode: str, *, alone: bool = True, **options: Any) -> IO[Any]:
     """`path.open(mode)` for files of the lab's own in folders that may be a stranger's: follows no link, and
     waits for no pipe.
+
+    Args:
+        path, mode, options: as of `open`.
+        alone: before a file is written that has other names, too (hard links, as `cp -al` makes them), this
+            name gets a copy, so that the others keep what they have. Not for locks, which are one for all.
 
     Raises:
         OSError: as `open` does; or it is a link, or no file.
     """
+    if alone and mode not in ("r", "rb"):
+        with contextlib.suppress(FileNotFoundError):
+            there = path.lstat()
+            if stat.S_ISREG(there.st_mode) and there.st_nlink > 1:
+                with written_aside(path) as aside:
+                    shutil.copyfile(path, aside)
+                path.chmod(stat.S_IMODE(there.st_mode))
 
     def opener(name: str, flags: int) -> int:
         # Windows has neither flag, nor does it make links for everybody.

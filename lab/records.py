@@ -29,7 +29,7 @@ import numpy.typing as npt
 import orjson
 
 from lab import locks
-from lab.errors import LabError, did_you_mean, first_line
+from lab.errors import LONGEST_VALUE, LabError, cut, did_you_mean, first_line
 from lab.escape import harmless, one_line
 from lab.files import lines_of
 from lab.tracking import ENDED, INTERRUPTED, choose_mode
@@ -124,7 +124,7 @@ class Record:
     def __post_init__(self) -> None:
         """Whoever wrote the record may not speak to the terminal, a table or a plot of who reads it."""
         for key in ("id", "name", "group", "job_type", "state", "x_axis", "started"):
-            object.__setattr__(self, key, one_line(getattr(self, key)))
+            object.__setattr__(self, key, cut(one_line(getattr(self, key)), LONGEST_VALUE))
         config = {one_line(key): harmless(x) if isinstance(x, str) else x for key, x in self.config.items()}
         object.__setattr__(self, "config", config)
 
@@ -216,8 +216,8 @@ def load(sources: Sequence[str], wanted: Sequence[str]) -> Found:
     if not records:
         more = f" (and {len(notes) - 1} more like it)" if len(notes) > 1 else ""
         raise LabError(
-            f"{notes[0]}{more}. Name a run folder, a folder or glob of them, a W&B offline folder, or "
-            "wandb:entity/project."
+            f"{notes[0].rstrip('.')}{more}. Name a run folder, a folder or glob of them, a W&B offline "
+            "folder, or wandb:entity/project."
         )
     return Found(list(records.values()), notes)
 

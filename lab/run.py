@@ -277,7 +277,7 @@ class Run:
         self.update(state="running")
 
     def _take_lock(self) -> None:
-        self._lock = open_own(self.folder / ".lock", "a")
+        self._lock = open_own(self.folder / ".lock", "a", alone=False)
         if not locks.lock(self._lock):
             self._release_lock()
             pid = (self.info["sessions"] or [{}])[-1].get("pid", "?")
@@ -308,7 +308,8 @@ def _read_info(folder: Path) -> dict[str, Any]:
     if missing:
         raise LabError(f"{folder / 'run.json'}: damaged: it lacks {missing[0]!r}. Restore it from a copy.")
     for key, kind in _NEEDED.items():
-        if not isinstance(info[key], kind):
+        # Names of files are made of the id.
+        if not isinstance(info[key], kind) or (key == "id" and not re.fullmatch(r"[\w.-]+", info[key])):
             raise LabError(
                 f"{folder / 'run.json'}: damaged: {key} = {brief(info[key])} is not what the lab writes. "
                 "Restore it from a copy."

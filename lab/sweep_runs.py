@@ -241,7 +241,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from running the sweep in this folder meanwhile."""
     with explain_write_errors(str(folder), "Choose a folder you may write to with --out."):
         folder.mkdir(parents=True, exist_ok=True)
-        lock: IO[str] = open_own(folder / ".lock", "a")
+        lock: IO[str] = open_own(folder / ".lock", "a", alone=False)
     with lock:
         if not locks.lock(lock):
             raise LabError(f"{folder}: another process runs this sweep. Wait for it, or stop it first.")

@@ -101,7 +101,7 @@ def locked(folder: Path) -> Iterator[tuple[int, ...] | None]:
     """Locks a run; yields what a process must inherit to hold the lock too, or None if it is taken."""
     path = folder / ".lock"
     with explain_write_errors(str(path), "lab sync must be able to lock a run: send a copy of it."):
-        file = open_own(path, "ab")
+        file = open_own(path, "ab", alone=False)
     with file:
         yield (file.fileno(),) if locks.lock(file) else None
 

@@ -327,7 +327,7 @@ def describe_for_people(result: Mapping[str, Any]) -> str:
         f"{result['prompts']} unseen prompts, {result['samples_per_prompt']} answers each, "
         f"evaluated by {result['labeler']}",
         "",
-        f"{'':12}{'win rate vs SFT':>24}{'ties':>6}{'KL':>7}{'gold':>8}{'proxy':>8}{'tokens':>8}"
+        f"{'':12}{'win rate vs SFT':>24}{'ties':>6}{'KL':>8}{'gold':>10}{'proxy':>10}{'tokens':>8}"
         f"{'ends':>7}{'distinct-2':>12}",
     ]
     for who, name in names.items():
@@ -343,7 +343,7 @@ def describe_for_people(result: Mapping[str, Any]) -> str:
         gold = f"{row['gold_score']:.3g}" if "gold_score" in row else "-"
         proxy = f"{row['proxy_score']:.3g}" if "proxy_score" in row else "-"
         lines.append(
-            f"{name:12}{won:>24}{tied:>6}{kl:>7}{gold:>8}{proxy:>8}{row['tokens']:>8.1f}"
+            f"{name:12}{won:>24}{tied:>6}{kl:>8}{gold:>10}{proxy:>10}{row['tokens']:>8.1f}"
             f"{row['finished']:>7.0%}{row['distinct_2']:>12.3f}"
         )
     policy = result["policy"]

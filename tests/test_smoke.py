@@ -15,6 +15,7 @@ CONFIGS = sorted(
 ALIKE = {
     *("adapt_gpt_next_line", "adapt_gpt_origin", "translate_multi30k", "srgan_photos", "tiny_overoptimised"),
     *("freeway", "breakout", "pong_pretrained", "pong_vit_cpu", "smollm2", "instructgpt"),
+    *("atari_nature", "translate_numbers"),
 }
 """Configs that are another one with other numbers."""
 

@@ -163,6 +163,7 @@ def other_manifest(draw: Draw, folder: Path, outside: Path) -> str:
 
 def other_tensors(draw: Draw, folder: Path, outside: Path) -> str:
     """Tensors missing, too many, renamed, of other sizes or kinds, not numbers; hashes corrected."""
+    import numpy as np
     from safetensors.numpy import load_file, save_file
 
     files = _files(folder, "*.safetensors")
@@ -189,7 +190,7 @@ def other_tensors(draw: Draw, folder: Path, outside: Path) -> str:
         "empty": {name: value.reshape(-1)[:0]},
         "int": {name: value.astype("int64")},
     }[how]
-    save_file({key: tensor.copy() for key, tensor in (tensors | changed).items()}, path)
+    save_file({key: np.array(tensor) for key, tensor in (tensors | changed).items()}, path)
     _resign(path)
     return f"{path.parent.name}/{path.name}: {name} {how}"
 

@@ -41,7 +41,10 @@ class Result:
         if self.code not in (0, 2):
             return f"exit code {self.code}"
         lines = [line for line in self.err.splitlines() if line.startswith("lab: ")]
-        lines = lines or self.out.splitlines()  # `lab sync` lists there what became of each run
+        # `lab sync` lists there what became of each run, of those in order as well.
+        lines = lines or [
+            line for line in self.out.splitlines() if "not sent; --disabled sends it" not in line
+        ]
         if self.code == 2 and not 1 <= len(lines) <= LINES:
             return f"{len(lines)} lines of refusal: {self.err[-300:]!r}"
         if any(len(line) > 1_500 for line in self.err.splitlines()):

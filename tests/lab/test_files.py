@@ -3,12 +3,13 @@
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lab import checkpoint
+from lab import checkpoint, files
 from lab.cli import main
 from lab.errors import LabError
 from lab.files import open_own
@@ -185,3 +186,34 @@ def test_pruning_follows_no_link(tmp_path: Path, elsewhere: Path) -> None:
 def test_a_checkpoint_is_a_name_and_no_path(tmp_path: Path, elsewhere: Path, name: str) -> None:
     (tmp_path / "runs" / "checkpoints" / "shared" / "x").mkdir(parents=True)
     assert checkpoint.find(tmp_path / "runs" / "checkpoints", name) is None
+
+
+def test_other_names_of_a_file_keep_what_they_have(tmp_path: Path) -> None:
+    """A run folder copied by `cp -al` is another run: what goes on in one is not written into the other."""
+    mine, other, lock = tmp_path / "metrics.jsonl", tmp_path / "other", tmp_path / ".lock"
+    other.write_text("old\n")
+    other.chmod(0o640)
+    for mode, text in (("a", "old\nnew\n"), ("r+", "new\n")):
+        mine.unlink(missing_ok=True)
+        mine.hardlink_to(other)
+        with files.open_own(mine, mode) as file:
+            file.write("new\n")
+        assert (mine.read_text(), other.read_text()) == (text, "old\n")
+        assert stat.S_IMODE(mine.stat().st_mode) == 0o640
+    lock.hardlink_to(other)
+    with files.open_own(lock, "a", alone=False), files.open_own(other, "r"):
+        assert lock.samefile(other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "other"]
+
+
+def test_a_line_too_long_for_a_row_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LONGEST_ROW", 4)
+    path = tmp_path / "a"
+    for raw, lines in {
+        b"abc\ndefg\nhijkl\n\nm": [b"abc\n", b"\0\n", b"\0\n", b"\n", b"m"],
+        b"abcd": [b"\0"],
+        b"abcdefghi": [b"\0"],
+        b"": [],
+    }.items():
+        path.write_bytes(raw)
+        assert list(files.lines_of(path)) == lines

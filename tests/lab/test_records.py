@@ -119,6 +119,27 @@ def test_a_file_of_rows_may_be_larger_than_memory(tmp_path: Path, monkeypatch: p
     assert [row["global_step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")][-1] == 50
 
 
+def test_a_name_is_no_longer_than_a_line(tmp_path: Path) -> None:
+    curve(tmp_path / "a")
+    info = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps(info | {"name": "n" * 10_000 + " end"}))
+    name = one(tmp_path / "a").name
+    assert len(name) <= 200
+    assert name.endswith("n end")
+
+
+@pytest.mark.parametrize("id_", ["", "../../other", "a/b", "*", "a\nb"])
+def test_an_id_is_no_path_and_no_pattern(tmp_path: Path, id_: str) -> None:
+    """`lab sync` sends the W&B files that are named by it."""
+    curve(tmp_path / "a")
+    info = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps(info | {"id": id_}))
+    with pytest.raises(
+        LabError, match=r"damaged: id = .* is not what the lab writes\. Restore it from a copy"
+    ):
+        load([str(tmp_path / "a")], [METRIC])
+
+
 def test_numbers_beyond_all_floats_are_none(tmp_path: Path) -> None:
     curve(tmp_path / "a")
     path = tmp_path / "a" / "run.json"

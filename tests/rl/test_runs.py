@@ -185,7 +185,8 @@ def test_interrupted_between_checkpoints_it_loses_nothing_and_ends_the_same(
     assert_same_run(unstopped(algorithm), folder)
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", *SLOWER])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["pqn", "dqn", "drqn"])
 def test_what_is_saved_logged_and_filmed_how_often_does_not_change_what_is_learned(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:

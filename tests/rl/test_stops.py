@@ -88,7 +88,7 @@ def test_it_is_heard_between_two_steps_and_two_updates(
     assert_same_run(whole, folder)
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "dqn"])
+@pytest.mark.parametrize("algorithm", ["pqn", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_stopped_again_and_again_it_ends_as_if_never_stopped(
     unstopped: Callable[[str], Path], tmp_path: Path, algorithm: str
 ) -> None:

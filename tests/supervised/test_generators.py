@@ -387,6 +387,7 @@ def test_a_detector_tells_what_can_be_told_and_no_more() -> None:
     assert told == wilson_interval(round(told.point * 400), 400)
 
 
+@pytest.mark.slow
 def test_evaluation_reports_distance_floor_and_detector(judge: Path, tmp_path: Path) -> None:
     values = adversarial("non_saturating", conditional=True, judge=str(judge))
     run = trained(settings_of({**values, "data": {"source": "digits"}}, max_steps=3), tmp_path / "run")

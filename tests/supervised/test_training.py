@@ -294,6 +294,7 @@ def test_a_run_killed_and_resumed_ends_as_one_never_stopped(problem: str, tmp_pa
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), file.name
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_go_on_for_longer(tmp_path: Path) -> None:
     """At a constant learning rate as if that had been meant, else with the rates of the longer schedule."""
     seldom = {"every_epochs": 1e6}
