@@ -42,6 +42,14 @@ BOOKKEEPING = frozenset(
     }
 )
 """Likewise, as the last part of a dotted key."""
+INPUTS = frozenset(
+    {
+        *("source", "data", "dataset", "data_path", "data_dir", "dataset_path", "dataset_name", "train_file"),
+        *("start_from", "path", "model_name_or_path", "base_model", "pretrained", "init_from"),
+    }
+)
+"""Likewise, keys of what a run learned from or began with: of one seed and other files, runs are no reruns;
+the same file elsewhere is no other setting."""
 LABEL_LENGTH = 60
 """Characters of a label or a cell at most."""
 ABSENT = "-"
@@ -144,8 +152,9 @@ def value_of(record: Record, key: str) -> str | None:
 def settings(records: Sequence[Record], aside: Iterable[str] = ()) -> tuple[list[str], list[str]]:
     """The config keys that may make groups, and those that differ as no setting does.
 
-    The latter are, where no two runs share a value: paths, times, and dumps of objects; where a value belongs
-    to a seed: dumps and keys called after the seed; and dumps that a program keeps for itself (`_last_obs`).
+    The latter are, where no two runs share a value: paths but those of `INPUTS`, times, and dumps of objects;
+    where a value belongs to a seed: dumps and keys called after the seed; and dumps that a program keeps for
+    itself (`_last_obs`).
     Numbers and words are settings even if no two runs share one, since a random search draws such.
     """
     keys = sorted({key for record in records for key in record.config} - set(aside))
@@ -178,6 +187,9 @@ def _no_setting(key: str, values: Sequence[Any], marks: Sequence[str], seeds: Se
     if not alone:
         return False
     if texts:
+        files = {re.split(r"[/\\]", text.rstrip("/\\"))[-1] for text in texts}
+        if last in INPUTS and len(files) > 1 and len(set(seeds)) < len(seeds):
+            return False
         return all(_PATH.search(text) for text in texts)
     # Seconds or nanoseconds since 1970.
     return all(isinstance(v, int | float) and not isinstance(v, bool) and v > 1e9 for v in values)

@@ -265,7 +265,8 @@ def assemble(
         notes.append("left out a column without a name and without values")
     index = [name for name in kept if _numbers_rows(name, tables[lead])]
     if index:
-        notes.append(f"left out {some(index)}, which only numbers the rows")
+        named = [name or "the column without a name" for name in index]
+        notes.append(f"left out {some(named)}, which only numbers the rows")
     kept = [name for name in kept if name not in index]
     wanted: dict[str, list[str]] = {}
     for part, table in tables.items():
@@ -347,8 +348,8 @@ def no_label(names: Sequence[str], path: Path) -> LabError:
 
 
 def _numbers_rows(name: str, table: Any) -> bool:
-    """Whether a column only numbers the rows: one without a name that counts them, as pandas writes it, or
-    one called id of which no value is there twice."""
+    """Whether a column only numbers the rows: one called id, or one without a name and of whole numbers, as
+    pandas writes its index, also of some of the rows; no value is there twice."""
     import pyarrow
 
     values = table.column(name)
@@ -356,9 +357,8 @@ def _numbers_rows(name: str, table: Any) -> bool:
         return False
     plain = name.strip().lower()
     if plain in ("", "unnamed: 0", "__index_level_0__"):
-        counted = [str(i) for i in range(table.num_rows)]
-        from_one = [str(i) for i in range(1, table.num_rows + 1)]
-        return [str(value) for value in values.to_pylist()] in (counted, from_one)
+        whole = all(str(value).strip().isdecimal() for value in values.to_pylist())
+        return whole and len(values.unique()) == table.num_rows
     floats = pyarrow.types.is_floating(values.type)
     return plain in INDEX and not floats and len(values.unique()) == table.num_rows
 
@@ -512,7 +512,11 @@ def targets_of(
             "objective.name=regression."
         )
     if whole:
-        texts = {part: [f"{int(n)}" for n in v] for part, v in numbers.items() if v is not None}
+        texts = {
+            part: _as_written(values[part]) or [f"{int(n)}" for n in v]
+            for part, v in numbers.items()
+            if v is not None
+        }
     else:
         texts = {part: [str(v).strip() for v in column.to_pylist()] for part, column in values.items()}
     learned = {text for part, found in texts.items() if not is_evaluation(part) for text in found}
@@ -529,6 +533,15 @@ def targets_of(
     return {
         part: {"labels": np.array([index[t] for t in found], np.int64)} for part, found in texts.items()
     }, classes
+
+
+def _as_written(values: Any) -> list[str] | None:
+    """Whole numbers with all their digits, of which float64 keeps 15: 007 is another class than 7. None: some
+    have another form, as 1.0."""
+    if not is_text_or_whole(values):
+        return None
+    texts = [str(value).strip() for value in values.to_pylist()]
+    return texts if all(text.removeprefix("-").isdecimal() for text in texts) else None
 
 
 def _as_number(values: Any, notes: list[str] | None = None) -> np.ndarray | None:

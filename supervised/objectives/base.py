@@ -145,3 +145,8 @@ def require_kind(data: DataSet, kinds: Sequence[str], objective: str, column: st
             f"data.source = {data.name!r}: has only the class {data.classes[0]!r}, and there is nothing to "
             "tell apart. Add samples of another."
         )
+    if column == "targets" and (targets := data.train.tensors[column]).eq(targets[0]).all():
+        raise LabError(
+            f"data.source = {data.name!r}: the numbers to predict are all {targets[0].tolist()}, so "
+            "nothing can be learned. Set data.label to another column."
+        )

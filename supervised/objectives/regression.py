@@ -54,6 +54,8 @@ class Regression(Objective):
     def warnings(self, numbers: Mapping[str, float]) -> list[str]:
         if numbers["r2"] > 0:
             return []
+        if (targets := self.data.test.tensors["targets"]).eq(targets[0]).all():
+            return [f"all numbers of {self.data.part} are alike: r2 says nothing, only the loss does"]
         return [f"r2 {numbers['r2']:.4g} is no better than always naming the mean of {self.data.part}"]
 
     def spec(self) -> dict[str, Any]:

@@ -185,6 +185,25 @@ def test_a_seed_run_twice_counts_once() -> None:
     assert report.runs(pooled) == "6 of 3 seeds"
 
 
+@pytest.mark.parametrize(
+    ("places", "n_groups"),
+    [
+        (["/a/x.csv", "/a/y.csv"], 2),
+        (["/a/x.csv", "/b/x.csv"], 1),
+        (["C:\\a\\x.csv", "C:\\a\\y.csv"], 2),
+    ],
+)
+def test_runs_of_different_files_are_no_reruns(places: list[str], n_groups: int) -> None:
+    """Where a run wrote to is no setting, nor is where its data lay, but which they were."""
+    records = [
+        run(f"r{i}", {"seed": 0, "data.source": place, "run_dir": f"/out/{i}"}, [i])
+        for i, place in enumerate(places)
+    ]
+    compared = ask(records)
+    assert len(compared.groups) == n_groups
+    assert said(compared, "repeat the seed") == (n_groups == 1)
+
+
 def test_a_run_continued_in_another_folder_is_one_run() -> None:
     records = [run("first", {"seed": 0}, [0, 1, 2], xs=[0, 10, 20])]
     records += [run("second", {"seed": 0}, [2.5, 3, 4], xs=[20, 30, 40])]

@@ -188,6 +188,13 @@ READ: dict[str, Case] = {
         as_csv([["", *rows()[0]], *([i, *r] for i, r in enumerate(rows()[1:]))]),
         says="numbers the rows",
     ),
+    "csv by pandas, with the index of some rows": table(
+        "a.csv",
+        as_csv([["", *rows()[0]], *([7 * i % 90, *r] for i, r in enumerate(rows()[1:]))]),
+        says="left out the column without a name, which only numbers the rows",
+    ),
+    "csv whose labels are codes": table("a.csv", as_csv(rows(label=np.array(["007", "7"])[KINDS]))),
+    "csv whose labels are long numbers": table("a.csv", as_csv(rows(label=10**17 + KINDS))),
     "csv of Kaggle, with an Id": table(
         "a.csv",
         as_csv([["Id", "a", "b", "c", "Species"], *([i + 1, *r] for i, r in enumerate(rows(None, NAMES)))]),

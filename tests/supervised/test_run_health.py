@@ -62,6 +62,19 @@ def test_a_healthy_run_warns_of_nothing(tmp_path: Path) -> None:
     assert "warnings" not in run.info["summary"]
 
 
+def test_numbers_that_are_all_alike(tmp_path: Path) -> None:
+    """Of those to learn from there is nothing to learn; of those to evaluate, r2 is some large number."""
+    regression = {"name": "regression"}
+    x, y = np.random.default_rng(0).normal(size=(20, 2)), np.arange(20.0)[:, None]
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y * 0 + 5, x_test=x, y_test=y)
+    with pytest.raises(LabError, match=r"a\.npz': the numbers to predict are all \[5\.0\], "):
+        trained(settings_of(tmp_path, objective=regression), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y * 0 + 5)
+    run = trained(settings_of(tmp_path, objective=regression), tmp_path / "run")
+    assert "all numbers of test are alike: r2 says nothing, only the loss does" in warnings_of(run)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
