@@ -107,7 +107,12 @@ def open_classifier(
         f"objective.judge = {folder}: its classifier does not know images of {' x '.join(map(str, shape))}, "
         "or not these classes. Name a run of classification on the same data."
     )
-    known = [len(spec["mean"]), *(shape[1:] if any_size else spec.get("shape", shape)[1:])]
+    channels = Normalize([0.0] * shape[0], [1.0] * shape[0])
+    try:
+        normalize = channels.like(spec)
+    except ValueError:
+        raise wrong from None
+    known = [shape[0], *(shape[1:] if any_size else spec.get("shape", shape)[1:])]
     if known != list(shape) or (classes and list(classes) != spec["classes"]):
         raise wrong
     model = dataclasses.replace(settings.model, start_from=None)
@@ -122,7 +127,7 @@ def open_classifier(
     sha256 = checkpoint.weights_hash(saved.path)
     n = net.backbone.num_features
     said = f"{n} features of {run.info['name']} ({settings.model.backbone}, weights {sha256})"
-    return net.eval().requires_grad_(False), Normalize(spec["mean"], spec["std"]), said, sha256
+    return net.eval().requires_grad_(False), normalize, said, sha256
 
 
 def _pooled(images: Tensor) -> Tensor:

@@ -47,12 +47,6 @@ def open_objective(
             f"{settings.data.source}: has the classes {some(objective.data.classes)}, and {run.folder} "
             f"learned {some(learned)}. Name data of the same classes by --data.source."
         )
-    try:
-        objective.use_spec(saved.state.get("spec", {}))
-    except (KeyError, TypeError):
-        raise LabError(
-            f"{saved.path}: does not say how its inputs were scaled. Restore it from a copy."
-        ) from None
     weights = judged_weights(saved)
     for name, module in objective.players.items():
         try:
@@ -64,6 +58,12 @@ def open_objective(
             ) from None
         module.to(device).eval()
         blocked.use(module, device)
+    try:
+        objective.use_spec(saved.state.get("spec", {}))
+    except ValueError:
+        raise LabError(
+            f"{saved.path}: does not say how its inputs were scaled. Restore it from a copy."
+        ) from None
     return objective
 
 

@@ -1,5 +1,6 @@
 """Data brought to mean 0 and variance 1, and images changed at random, in batches on the device."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,20 @@ class Normalize:
         squares = ((chunk.double() - mean[:, None]).square().sum(1) for chunk in chunks)
         std = (sum(squares, zero) / n).sqrt()
         return cls(mean.tolist(), torch.where(std > 1e-12, std, 1.0).tolist())
+
+    def like(self, spec: Any) -> "Normalize":
+        """The one that a checkpoint's `spec` describes, for data of the same width.
+
+        Raises:
+            ValueError: it describes none.
+        """
+        try:
+            mean, std = ([float(number) for number in spec[key]] for key in ("mean", "std"))
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(error) from None
+        if not len(mean) == len(std) == len(self.mean) or not all(map(math.isfinite, mean + std)) or 0 in std:
+            raise ValueError("not as many numbers as there are channels, columns or features")
+        return Normalize(mean, std)
 
     def __call__(self, data: Tensor) -> Tensor:
         mean, scale = self._on(data)

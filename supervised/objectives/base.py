@@ -104,7 +104,11 @@ class Objective(ABC):
         return {}
 
     def use_spec(self, spec: Mapping[str, Any]) -> None:  # noqa: B027 (most have nothing to take)
-        """Takes from a checkpoint's `spec` what its weights were learned with, whatever the data give now."""
+        """Takes from a checkpoint's `spec` what its weights were learned with, whatever the data give now.
+
+        Raises:
+            ValueError: it does not say.
+        """
 
 
 def samples_in(batch: Batch) -> int:

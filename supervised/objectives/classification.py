@@ -126,7 +126,7 @@ class Classification(Objective):
         return {"classes": list(self.data.classes), "shape": shape, **self.normalize.spec()}
 
     def use_spec(self, spec: Mapping[str, Any]) -> None:
-        self.normalize = Normalize(spec["mean"], spec["std"])
+        self.normalize = self.normalize.like(spec)
 
 
 def draw_confusion(

@@ -196,7 +196,7 @@ class Denoising(Generative):
 
     def use_spec(self, spec: Mapping[str, Any]) -> None:
         if not self.is_image:
-            self.normalize = Normalize(spec["mean"], spec["std"])
+            self.normalize = self.normalize.like(spec)
 
     # ---- pictures ----
 

@@ -62,4 +62,6 @@ class Regression(Objective):
         return {"inputs": self.inputs.spec(), "targets": self.targets.spec()}
 
     def use_spec(self, spec: Mapping[str, Any]) -> None:
-        self.inputs, self.targets = Normalize(**spec["inputs"]), Normalize(**spec["targets"])
+        self.inputs, self.targets = (
+            had.like(spec.get(name)) for name, had in (("inputs", self.inputs), ("targets", self.targets))
+        )

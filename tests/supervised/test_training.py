@@ -432,6 +432,10 @@ def test_other_data_are_scaled_as_those_that_were_learned_from(label: str, tmp_p
     other = open_objective(run, saved, device, source=str(tmp_path / "half.npz"))
     batch = torch.from_numpy(x).float()
     names = ["normalize"] if label == "y" else ["inputs", "targets"]
+    for spoilt in ("/etc/passwd", None, ["a"] * 3, [0.0] * 3, [1.0]):
+        scales = {"mean": [0.0] * 3, "std": spoilt}
+        with pytest.raises(ValueError):  # noqa: PT011 (open_objective has the words)
+            whole.use_spec(scales if label == "y" else {"inputs": scales, "targets": scales})
     for name in names:
         data = batch if name != "targets" else batch[:, :1]
         assert torch.equal(getattr(whole, name)(data), getattr(other, name)(data)), name
