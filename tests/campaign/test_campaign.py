@@ -384,7 +384,8 @@ def test_a_disk_that_is_full_loses_nothing(
             result = forked(lab(*[word.replace("RUN", f"{name}_whole") for word in begin]), place, scratch)
             assert result.code == 0, result.err
             whole[name] = _weights(place / f"{name}_whole")
-        run, size = place / f"{name}_{number}", int(10 ** draw.uniform(0, 6))
+        # At least what a refusal takes: what a command says goes to files, too.
+        run, size = place / f"{name}_{number}", int(10 ** draw.uniform(2.8, 6))
         words = [word.replace("RUN", str(run)) for word in begin]
         result = forked(lab(*words), place, scratch, file_bytes=size)
         tally.add(f"{name} with files of {size:,} bytes at most", result)
