@@ -106,7 +106,8 @@ def test_killed_and_stopped_within_an_epoch_it_ends_as_if_never_stopped(
 
 
 # Less than the weights; less than the record of the run.
-@pytest.mark.parametrize("limit", [30_000, pytest.param(3_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [30_000, 3_000])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     unstopped: Path, run: Path, lab_command: LabCommand, tmp_path: Path, limit: int
 ) -> None:

@@ -696,6 +696,7 @@ def test_a_recipe_is_judged_by_the_stage_that_measured_last(tmp_path: Path) -> N
 # ---- the real thing ----
 
 
+@pytest.mark.slow
 def test_a_sweep_of_pqn_on_pong(lab_command: LabCommand, tmp_path: Path) -> None:
     sweep = {
         "config": str(PONG),

@@ -235,6 +235,7 @@ def test_a_stop_is_heard_within_an_evaluation_which_is_made_again(
     assert_same_run(unstopped(algorithm), folder)
 
 
+@pytest.mark.slow
 def test_more_steps_can_be_added_to_a_finished_run(unstopped: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(unstopped("pqn"), folder, symlinks=True)

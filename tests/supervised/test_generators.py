@@ -409,6 +409,7 @@ def test_evaluation_reports_distance_floor_and_detector(judge: Path, tmp_path: P
     assert again.items() < numbers.items()
 
 
+@pytest.mark.slow
 def test_classes_asked_for_are_recognised_where_images_are_of_them(judge: Path) -> None:
     """A stand-in for a perfect generator, of real digits: what is counted is whether classes agree."""
     values = adversarial("non_saturating", conditional=True, judge=str(judge))
