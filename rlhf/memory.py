@@ -123,8 +123,7 @@ def needs(
         return rows * bytes_per_row(config, asked, dtype)
 
     sft, reward, ppo, e = settings.sft, settings.reward, settings.ppo, settings.eval
-    # Logits, their gradient and softmax; TRL's SFT takes entropy and accuracy of them as well, and its loss
-    # is compared once with the model's own.
+    # Logits, their gradient and softmax are 3; SFT's 7 is fitted to the peak of one measured run.
     n_sft, n_pairs = longest["demonstrations"], longest["comparisons"]
     # Policy, critic, reference and reward; as adapters they share one base, beside which the reward model is
     # opened once.

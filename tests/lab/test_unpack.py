@@ -8,7 +8,6 @@ import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from lab.errors import LabError
 from rlhf import data as rlhf_data
 from supervised.data.config import DataConfig
 from supervised.data.sources import read
+from tests.arrays import npy, npz
 
 LARGE = 24 * 2**20
 SPACES = b" " * LARGE
@@ -40,18 +40,6 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lambda raw: lzma.compress(raw, preset=0),
     ".bz2": bz2.compress,
 }
-
-
-def npz(**arrays: Any) -> bytes:
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    return file.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def png() -> bytes:

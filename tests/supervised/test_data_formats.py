@@ -23,6 +23,7 @@ from supervised.data import DataSet, load
 from supervised.data.config import DataConfig
 from supervised.data.files import read_text
 from supervised.data.raw import Reading, folder_kind, part_kind
+from tests.arrays import npy, npz
 
 RNG = np.random.default_rng(0)
 CLASSES, NUMBERS = Reading(predicts="classes"), Reading(predicts="numbers")
@@ -62,18 +63,6 @@ def as_csv(table: Sequence[Sequence[Any]], **options: Any) -> bytes:
 
 def records() -> list[dict[str, Any]]:
     return [dict(zip(rows()[0], [*r[:3], int(r[3])], strict=True)) for r in rows()[1:]]
-
-
-def npz(**arrays: Any) -> bytes:
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    return file.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def parquet(**columns: Any) -> bytes:
