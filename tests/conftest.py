@@ -79,6 +79,11 @@ def _leaves_the_working_folder_empty(_working_folder: Path) -> Iterator[None]:
     assert not left, f"left in the working folder: {[path.name for path in left]}"
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes name no test: what packs them may write the time into them, and workers must agree on all names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts by file, the longest first; within a file nothing changes."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

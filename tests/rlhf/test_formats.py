@@ -424,7 +424,7 @@ def test_droppings_and_descriptions_are_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "raw", "problem"),
     [
-        ("a.jsonl.gz", gzip.compress(JSONL)[:-9], "damaged"),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-9], "damaged"),
         ("a.jsonl.xz", lzma.compress(JSONL)[:-9], "damaged"),
         ("a.jsonl.zst", zstd(JSONL)[:-9], "damaged"),
         ("a.jsonl.gz", b"\x1f\x8b" + JSONL, "damaged"),
