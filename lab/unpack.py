@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
 from lab.errors import LabError, first_line
+from lab.memory import require_memory
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes of packed files. Whether one is packed, its first bytes say."""
@@ -245,19 +244,6 @@ def _field(data: bytes, table: int, number: int) -> int:
         return 0
     offset = struct.unpack_from("<H", data, fields + 4 + 2 * number)[0]
     return offset and table + offset + _unsigned(data, table + offset)
-
-
-def require_memory(needed: float, what: str, remedy: str) -> None:
-    """Raises unless so many bytes are free.
-
-    Raises:
-        LabError: they are not; `what` begins the line, `remedy` ends it.
-    """
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise LabError(
-            f"{what} {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free. {remedy}"
-        )
 
 
 def _zstd(file: Any) -> Any:

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from lab import checkpoint, config
@@ -13,6 +12,7 @@ from lab.checkpoint import Checkpoint
 from lab.device import Compute, resolve
 from lab.errors import LabError
 from lab.interrupt import Stopped, StopRequest
+from lab.memory import total_bytes
 from lab.progress import Progress, duration
 from lab.run import Run
 from lab.seeding import seed_everything
@@ -61,7 +61,7 @@ def _check_replay(agent: DQNConfig, env: EnvConfig, compute: Compute) -> None:
             f"agent.replay_device = {agent.replay_device!r}: the run computes on {compute.device}. "
             "Use --agent.replay_device=cpu."
         )
-    needed, there = agent.buffer_size * env.image_size**2, psutil.virtual_memory().total
+    needed, there = agent.buffer_size * env.image_size**2, total_bytes()
     if agent.replay_device == "cpu" and needed > there:
         fits = there // 2 // env.image_size**2
         raise LabError(
@@ -73,7 +73,7 @@ def _check_replay(agent: DQNConfig, env: EnvConfig, compute: Compute) -> None:
 def _check_rollout(agent: PQNConfig, env: EnvConfig) -> None:
     """Refuses a rollout that this machine's memory cannot hold."""
     needed = agent.rollout_steps * env.n_envs * STACK * env.image_size**2
-    if needed > (there := psutil.virtual_memory().total):
+    if needed > (there := total_bytes()):
         raise LabError(
             f"agent.rollout_steps = {agent.rollout_steps}: a rollout of {env.n_envs} environments takes "
             f"{needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB. Lower it or env.n_envs."

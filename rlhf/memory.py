@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+import lab.memory
 from rlhf.config import RLHFRun, TrainingConfig
 
 AT_MOST = 4096
@@ -148,49 +147,14 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = int(psutil.virtual_memory().available)
-    return min([free, *(limit - used for limit, used in _limits())])
+    return lab.memory.free_bytes()
 
 
 def all_bytes(device: torch.device) -> int:
     """Memory that a device has, or that this process may have of it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
-
-
-def _limits(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> list[tuple[int, int]]:
-    """What containers and job schedulers allow this process (Linux's control groups), and what is used of it.
-
-    Files that the kernel keeps in memory as long as there is room do not count as used.
-    """
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):  # version 1
-            base, names = (
-                root / "memory",
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            )
-        elif not controllers:
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        else:
-            continue
-        here = Path(path.lstrip("/"))
-        for group in (base / here, *(base / above for above in here.parents)):
-            try:
-                limit, used = (int((group / name).read_text()) for name in names[:2])
-                stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # "max", or another's namespace
-                continue
-            found.append((limit, max(0, used - int(stat.get(names[2], 0)))))
-    return found
+    return lab.memory.total_bytes()
 
 
 def rows_that_fit(model: Any, n_tokens: int, reserve: int = 0) -> int:

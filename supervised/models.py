@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lab import checkpoint
 from lab.checkpoint import Checkpoint
 from lab.errors import LabError
+from lab.memory import require_memory
 from lab.run import Run
-from lab.unpack import require_memory
 from supervised import backbones
 from supervised.config import ModelConfig
 from supervised.data import tokenizers

@@ -80,7 +80,7 @@ def _leaves_the_working_folder_empty(_working_folder: Path) -> Iterator[None]:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Bytes name no test: what packs them may write the time into them, and workers must agree on all names."""
+    """Bytes name no test: gzip writes the time into them, and all workers must find the same names."""
     return argname if isinstance(val, bytes) else None
 
 

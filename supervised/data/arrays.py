@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lab.errors import LabError, first_line
-from lab.unpack import PACKED, bare_suffix, read_bytes, require_growth, require_memory, stem
+from lab.memory import require_memory
+from lab.unpack import PACKED, bare_suffix, read_bytes, require_growth, stem
 from supervised.data import frames
 from supervised.data.config import DataConfig
 from supervised.data.raw import PARTS, Columns, Raw, Reading, in_order, one_each, some, visible

@@ -10,11 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import torch
 from torch import Tensor
 
 from lab.errors import LabError
+from lab.memory import free_bytes
 from lab.seeding import derive_seed
 from supervised.data.splits import FrameSplit, Ragged, SequenceSplit, Split, TensorSplit, TokenSplit
 
@@ -125,7 +125,7 @@ def _fits(n_bytes: int, device: torch.device) -> tuple[bool, str]:
     elif device.type == "mps":
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     else:
-        free = psutil.virtual_memory().available
+        free = free_bytes()
     sizes = f"{n_bytes / 2**20:,.1f} MiB of data, {free / 2**20:,.0f} MiB free on {device}"
     fits = n_bytes <= BUDGET * free
     return fits, f"{sizes}: {'fits' if fits else 'does not fit'} into {BUDGET:.0%} of that"

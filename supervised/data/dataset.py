@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.unpack import require_memory
+from lab.memory import require_memory
 from supervised.data import frames, sources, tokenizers
 from supervised.data.arrays import as_images
 from supervised.data.config import DataConfig

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lab.errors import LabError, first_line
-from lab.unpack import read_bytes, require_growth, require_memory
+from lab.memory import require_memory
+from lab.unpack import read_bytes, require_growth
 from supervised.data.config import DataConfig
 from supervised.data.raw import (
     PICTURES,

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from lab.errors import LabError, did_you_mean, first_line
-from lab.unpack import parquet_batches, read_bytes, require_memory
+from lab.memory import require_memory
+from lab.unpack import parquet_batches, read_bytes
 from supervised.data.arrays import as_floats
 from supervised.data.config import DataConfig
 from supervised.data.files import read_text

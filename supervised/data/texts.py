@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lab.errors import LabError, did_you_mean
-from lab.unpack import bare_suffix, head_of, require_memory, stem
+from lab.memory import require_memory
+from lab.unpack import bare_suffix, head_of, stem
 from supervised.data import tables
 from supervised.data.config import DataConfig
 from supervised.data.files import read_text
