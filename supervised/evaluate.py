@@ -14,9 +14,14 @@ from lab.run import Run
 from supervised import objectives
 from supervised.backbones import blocked
 from supervised.config import SupervisedRun, run_config_class
-from supervised.data.raw import some
+from supervised.data import DataSet
+from supervised.data.dataset import ALL, HELD_OUT
+from supervised.data.raw import columns_of, some
 from supervised.objectives.base import Objective
 from supervised.trainer import UNFIT, part_of
+
+UNITS = {"text": "tokens", "frames": "frames", "pairs": "pairs"}
+"""What the length of a part counts, by the kind of data; else samples."""
 
 
 def run_config(run: Run) -> SupervisedRun:
@@ -31,7 +36,8 @@ def open_objective(
     """The objective of a run with a checkpoint's weights: averaged, where there is an average.
 
     `part` of the data is to be the one to judge by, as `supervised.data.load` takes it; None: the one that
-    chose the weights. `source` is where the data are now; None: where they were.
+    chose the weights. `source` is where the data are now, or other data; None: where they were. Columns of a
+    table and classes are those that the run learned from, by their names.
 
     Raises:
         LabError: the data are gone, of another kind or shape, or of other classes.
@@ -40,9 +46,18 @@ def open_objective(
     settings = replace(settings, model=replace(settings.model, start_from=None))  # a checkpoint has it all
     if source is not None:
         settings = replace(settings, data=replace(settings.data, source=source))
-    objective = objectives.make(settings, objectives.read(settings, run.folder, part))
-    learned = saved.state.get("spec", {}).get("classes")
-    if learned is not None and learned != list(objective.data.classes):
+    spec = saved.state.get("spec", {})
+    try:
+        columns = columns_of(spec.get("columns", []))
+    except (AttributeError, ValueError):
+        raise LabError(f"{saved.path}: does not say what it learned from. Restore it from a copy.") from None
+    learned: list[str] = spec.get("classes") or []
+    known = (columns, tuple(map(str, learned)))
+    data = objectives.read(settings, run.folder, part, *known)
+    if source is not None and part == "" and data.part == HELD_OUT and is_other(data, saved):
+        data = objectives.read(settings, run.folder, ALL, *known)  # none of it was learned from
+    objective = objectives.make(settings, data)
+    if learned and learned != list(objective.data.classes):
         raise LabError(
             f"{settings.data.source}: has the classes {some(objective.data.classes)}, and {run.folder} "
             f"learned {some(learned)}. Name data of the same classes by --data.source."
@@ -67,6 +82,13 @@ def open_objective(
     return objective
 
 
+def is_other(data: DataSet, saved: Checkpoint) -> bool:
+    """Whether a data set is not what a checkpoint's run learned from, or was judged by."""
+    both = {"data_sha256": data.sha256} if data.part == data.chosen_by else {}
+    now = {"train_sha256": data.train_sha256, **both}
+    return any(saved.state.get(key, value) != value for key, value in now.items())
+
+
 def judged_weights(saved: Checkpoint) -> dict[str, Tensor]:
     """All players' weights by "player.name": averaged, where there is an average."""
     files = {path.stem for path in saved.path.glob("*.safetensors")}
@@ -81,9 +103,9 @@ def evaluate_run(
     Args:
         run: the run.
         saved: its checkpoint, verified.
-        part: one of the source, train, or held_out; None: the source's test part, where it has one, else the
-            part that chose the weights.
-        source: where the data are now, as `data.source` takes it; None: where they were.
+        part: one of the source, train, held_out or all; None: the source's test part, where it has one, else
+            the part that chose the weights; of other data by `source`, which hold no such part, all.
+        source: where the data are now, or other data, as `data.source` takes it; None: where they were.
 
     Raises:
         LabError: there is no such part, or the data are gone.
@@ -95,12 +117,14 @@ def evaluate_run(
     examined, notes = objective.examine(objective.players, compute)
     data = objective.data
     notes = [*notes, *data.coverage, *objective.warnings(numbers)]
-    known = {"data_sha256": data.sha256} if data.part == data.chosen_by else {}
-    for key, now in {"train_sha256": data.train_sha256, **known}.items():
-        if saved.state.get(key, now) != now:
-            notes.append(f"{data.name} is not what it was when the run learned from it")
-            break
-    if data.part == data.chosen_by and saved.path.name == "best":
+    if is_other(data, saved):
+        judged = (
+            f": all of it is judged, {len(data.test):,} {UNITS.get(data.kind, 'samples')}"
+            if data.part == ALL
+            else ""
+        )
+        notes += [f"{data.name} is not what it was when the run learned from it{judged}", *data.notes]
+    elif data.part == data.chosen_by and saved.path.name == "best":
         notes.append(
             f"{data.part} also chose this checkpoint among the run's: on other data it may do a little worse"
         )

@@ -16,6 +16,7 @@ from supervised.data import frames, sources, tokenizers
 from supervised.data.arrays import as_images
 from supervised.data.config import DataConfig
 from supervised.data.raw import (
+    Column,
     Columns,
     Raw,
     Reading,
@@ -32,6 +33,8 @@ from supervised.data.tokenizers import Tokenizer
 MOST_CLASSES = 1_000_000
 HELD_OUT = "held_out"
 """What the part is called that is taken from the training part."""
+ALL = "all"
+"""What all rows are called together, where none of them was learned from."""
 _BYTES_A_CHARACTER = 130
 """Memory that the library of tokenizers takes for one character of a document, measured."""
 _AT_ONCE = 2**22
@@ -53,6 +56,8 @@ class DataSet:
     """Of all tensors of both parts: what a run was trained and judged on."""
     classes: tuple[str, ...] = ()
     """Their names, where samples have labels; of frames those of the actions."""
+    columns: tuple[Column, ...] = ()
+    """Of a table whose columns have names, what became of them."""
     tokenizer: Any = None
     """Of texts."""
     form: str = ""
@@ -92,7 +97,7 @@ def load(
         tokenizer_folder: where `tokenizer.save` put the one that a run began with; it is used again.
         reading: what the objective wants of data that could be taken in two ways.
         part: to evaluate as `test`, in place of the part that chooses: train (what is learned from),
-            held_out, or one of the source; empty: the source's test part, where it has one.
+            held_out, one of the source, or all there is; empty: the source's test part, where it has one.
 
     Raises:
         LabError: the source is not there, is damaged, or has too little to learn from and be judged by.
@@ -111,6 +116,8 @@ def load(
     choice: list[str] = []
     train, test, chosen_by, name = _choose(raw, config, part, notes, choice)
     classes = _check_labels(raw, train, test, config.source)
+    if reading is not None and reading.classes:
+        train, test, classes = _numbered_as_learned(train, test, classes, reading.classes)
     if config.limit is not None:  # only now: which classes there are does not depend on it
         train, test = (_limited(columns, raw.kind, config) for columns in (train, test))
     coverage = _coverage(train, test, classes, name)
@@ -155,6 +162,7 @@ def load(
         sha256=both,
         train_sha256=learned,
         classes=classes,
+        columns=raw.columns,
         tokenizer=tokenizer,
         form=raw.form,
         held_out=test if raw.kind in ("text", "pairs") else {},
@@ -179,6 +187,9 @@ def _choose(
     A part called after validation chooses; where there is none, one called after test does, and where there
     is none either, a share of the training part.
     """
+    if part == ALL:
+        whole = _joined([raw.parts[p] for p in sorted(raw.parts)])
+        return whole, whole, HELD_OUT, ALL
     by_kind = [[p for p in sorted(raw.parts) if part_kind(p) == kind] for kind in ("validation", "test")]
     if config.evaluate_on in ("", HELD_OUT):
         chosen = "" if config.evaluate_on else next((found[0] for found in by_kind if found), "")
@@ -189,6 +200,8 @@ def _choose(
         if left := [f"{p} ({n_rows(raw.parts[p]):,})" for p in others if p not in to_train]:
             notes.append(f"left out {some(left)}: named neither train nor val nor test")
         others = to_train
+    if not others and part is not None:  # nothing is to be learned
+        others = [chosen]
     if not others:
         raise LabError(
             f"{config.source}: has only {', '.join(sorted(raw.parts))}, nothing to train on. Add train."
@@ -222,6 +235,8 @@ def _choose(
             test = raw.parts[name]
     else:
         test = raw.parts[chosen] if held_out is None else held_out
+        if part is not None and not n_rows(test):  # too few to hold any out, and none is to be learned from
+            return train, train, HELD_OUT, ALL
     for what, columns in (("training", train), (name.replace("_", "-"), test)):
         if not n_rows(columns) or (raw.kind == "text" and not any(columns["text"])):
             raise LabError(
@@ -326,6 +341,19 @@ def _check_labels(raw: Raw, train: Columns, test: Columns, source: str) -> tuple
                 f"of the classes 0 to {n - 1}. Correct or remove it."
             )
     return raw.classes or tuple(map(str, range(n)))
+
+
+def _numbered_as_learned(
+    train: Columns, test: Columns, classes: tuple[str, ...], learned: tuple[str, ...]
+) -> tuple[Columns, Columns, tuple[str, ...]]:
+    """Both parts with labels that count the classes that a run learned, if the data hold no others: they may
+    lack some."""
+    if "labels" not in train or not set(classes) <= set(learned):
+        return train, test, classes
+    index = {name: i for i, name in enumerate(learned)}
+    numbers = np.array([index[name] for name in classes], np.int64)
+    train, test = ({**part, "labels": numbers[part["labels"]]} for part in (train, test))
+    return train, test, learned
 
 
 def _coverage(train: Columns, test: Columns, classes: tuple[str, ...], part: str) -> tuple[str, ...]:

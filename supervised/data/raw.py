@@ -31,6 +31,33 @@ PICTURES = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Column:
+    """What a column of a table is to a network."""
+
+    name: str
+    categories: tuple[str, ...] | None = None
+    """Texts, each of which becomes a number of its own, 0 or 1; None: the column holds numbers."""
+
+
+def columns_of(values: Any) -> tuple[Column, ...]:
+    """Columns from JSON, as a checkpoint describes them.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ValueError("no list of columns")
+    found = []
+    for value in values:
+        name, categories = value.get("name"), value.get("categories")
+        texts = [name] if categories is None else [name, *categories] if isinstance(categories, list) else []
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError("no column with a name and categories")
+        found.append(Column(name=texts[0], categories=None if categories is None else tuple(texts[1:])))
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """What the objective and the network want of data that could be taken in two ways."""
 
@@ -40,6 +67,10 @@ class Reading:
     """Take folders of texts for the classes of what is in them, and not all for one text."""
     sequences: bool = False
     """Take arrays of three dimensions of floats for sequences (n, time, features) and not for images."""
+    columns: tuple[Column, ...] = ()
+    """Of a table, those that a finished run learned from: they are looked for by name. Empty: all."""
+    classes: tuple[str, ...] = ()
+    """Those that a finished run learned, in its order; empty: as the data have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +91,8 @@ class Raw:
     """The classes' names, where they are known."""
     form: str = ""
     """Of tasks: classification, entailment, similarity or choice."""
+    columns: tuple[Column, ...] = ()
+    """Of a table whose columns have names, what became of them."""
     notes: list[str] = field(default_factory=list)
     """What was left out or converted, a sentence each."""
 

@@ -22,7 +22,7 @@ from lab.unpack import parquet_batches, read_bytes
 from supervised.data.arrays import as_floats
 from supervised.data.config import DataConfig
 from supervised.data.files import read_text
-from supervised.data.raw import PICTURES, Columns, Raw, Reading, in_order, is_evaluation, some
+from supervised.data.raw import PICTURES, Column, Columns, Raw, Reading, in_order, is_evaluation, some
 
 LABELS = ("label", "labels", "target", "targets", "class", "y")
 MISSING = ("", "na", "n/a", "nan", "null", "#n/a", "?")
@@ -259,16 +259,11 @@ def assemble(
     label = find_label(names, config, paths[lead])
     if label is None and reading.predicts:
         raise no_label(names, paths[lead])
-    check_dropped(names, config, paths[lead])
-    kept = [name for name in names if name not in config.drop and name != label]
-    if "" in kept and _is_missing(tables[lead].column("")).all():  # of a comma behind every line
-        kept.remove("")
-        notes.append("left out a column without a name and without values")
-    index = [name for name in kept if _numbers_rows(name, tables[lead])]
-    if index:
-        named = [name or "the column without a name" for name in index]
-        notes.append(f"left out {some(named)}, which only numbers the rows")
-    kept = [name for name in kept if name not in index]
+    if reading.columns:
+        kept = _kept_as_learned(names, label, reading.columns, paths[lead], config, notes)
+    else:
+        check_dropped(names, config, paths[lead])
+        kept = _kept(tables[lead], label, config, notes)
     wanted: dict[str, list[str]] = {}
     for part, table in tables.items():
         columns = [*kept, *([label] if label is not None else [])]
@@ -295,13 +290,52 @@ def assemble(
     texts = _texts_alone(kept, label, whole[lead])
     if texts is not None:
         return _classify_texts(whole, label or "", texts)
-    inputs = _inputs(kept, whole, paths, notes)
+    inputs, columns = _inputs(kept, whole, paths, notes, reading.columns)
     labels: dict[str, Columns] = {part: {} for part in whole}
     classes: tuple[str, ...] = ()
     if label is not None:
         labels, classes = targets_of(label, whole, paths, reading, notes)
     parts: dict[str, Columns] = {part: {"inputs": inputs[part], **labels[part]} for part in whole}
-    return Raw(kind="table", parts=parts, classes=classes, notes=list(dict.fromkeys(notes)))
+    return Raw(kind="table", parts=parts, classes=classes, columns=columns, notes=list(dict.fromkeys(notes)))
+
+
+def _kept(table: Any, label: str | None, config: DataConfig, notes: list[str]) -> list[str]:
+    """The columns that are learned from: those that are not the label and say something of a row."""
+    kept = [name for name in table.column_names if name not in config.drop and name != label]
+    empty = [name for name in kept if table.num_rows and _is_missing(table.column(name)).all()]
+    if empty:  # of a comma behind every line, or of a table that was once wider
+        named = [name or "a column without a name" for name in empty]
+        notes.append(f"left out {some(named)}: without a value in any row")
+    index = [name for name in kept if name not in empty and _numbers_rows(name, table)]
+    if index:
+        named = [name or "the column without a name" for name in index]
+        notes.append(f"left out {some(named)}, which only numbers the rows")
+    return [name for name in kept if name not in (*empty, *index)]
+
+
+def _kept_as_learned(
+    names: Sequence[str],
+    label: str | None,
+    learned: Sequence[Column],
+    path: Path,
+    config: DataConfig,
+    notes: list[str],
+) -> list[str]:
+    """The columns that a run learned from, in its order, wherever they stand.
+
+    Raises:
+        LabError: one is not there.
+    """
+    wanted = [column.name for column in learned]
+    if lacking := [name for name in wanted if name not in names]:
+        raise LabError(
+            f"{path}: has no column {lacking[0]!r}, from which the run learned."
+            f"{did_you_mean(lacking[0], names)} Name the columns as its data do: {some(wanted, 12)}."
+        )
+    if others := [name for name in names if name not in (*wanted, *config.drop, label)]:
+        named = [name or "a column without a name" for name in others]
+        notes.append(f"left out {some(named)}, from which the run did not learn")
+    return wanted
 
 
 def find_label(names: Sequence[str], config: DataConfig, path: Path) -> str | None:
@@ -452,42 +486,66 @@ def _classify_texts(tables: Mapping[str, Any], label: str, text: str) -> Raw:
 
 
 def _inputs(
-    kept: list[str], tables: Mapping[str, Any], paths: Mapping[str, Path], notes: list[str]
-) -> dict[str, np.ndarray]:
-    """(n, columns) float32 by part."""
-    columns: dict[str, list[np.ndarray]] = {part: [] for part in tables}
-    spread: list[str] = []
+    kept: list[str],
+    tables: Mapping[str, Any],
+    paths: Mapping[str, Path],
+    notes: list[str],
+    learned: Sequence[Column] = (),
+) -> tuple[dict[str, np.ndarray], tuple[Column, ...]]:
+    """(n, width) float32 by part, and what became of each column: as in `learned`, if a run learned so."""
+    arrays: dict[str, list[np.ndarray]] = {part: [] for part in tables}
+    columns: list[Column] = []
+    known = {column.name: column for column in learned}
+    path = next(iter(paths.values()))
     for name in kept:
         values = {part: table.column(name) for part, table in tables.items()}
         numbers = {part: _as_number(v, notes) for part, v in values.items()}
-        if all(v is not None for v in numbers.values()):
+        categories = known[name].categories if name in known else None
+        if all(v is not None for v in numbers.values()) and categories is None:
             for part, found in numbers.items():
                 assert found is not None
-                columns[part].append(as_floats(found[:, None]))
+                arrays[part].append(as_floats(found[:, None]))
+            columns.append(Column(name=name))
             continue
-        path = next(iter(paths.values()))
-        if not all(_is_text(v) for v in values.values()):
+        if name in known and categories is None:
+            raise LabError(
+                f"{path}: column {name!r} holds texts, and the run learned from numbers. Correct it."
+            )
+        if categories is None and not all(_is_text(v) for v in values.values()):
             raise LabError(
                 f"{path}: column {name!r} holds {next(iter(values.values())).type}, neither numbers nor "
                 f"texts throughout. Leave it out by data.drop=[{name}]."
             )
-        texts = {
-            part: np.array([str(v).strip() for v in column.to_pylist()]) for part, column in values.items()
-        }
-        categories = in_order(np.unique(np.concatenate(list(texts.values()))).tolist())
-        n = sum(map(len, texts.values()))
-        if len(categories) > min(MOST_CATEGORIES, max(n // 2, 2)):
-            odd = next((v for v in categories if not _is_number(v)), categories[0])
-            raise LabError(
-                f"{path}: column {name!r} holds texts, {len(categories):,} different ones such as "
-                f"{odd[:40]!r}. Correct it, or leave it out by data.drop=[{name}]."
-            )
+        texts = {part: np.array([str(v).strip() for v in c.to_pylist()]) for part, c in values.items()}
+        if categories is None:
+            categories = _categories(name, texts, path)
+        every = np.concatenate(list(texts.values()))
+        if n_new := int((~np.isin(every, categories)).sum()):
+            new = in_order(set(every.tolist()) - set(categories))
+            notes.append(f"{name} is {some(new)} in {n_new:,} rows, which the run has not seen: all 0 there")
         for part, found in texts.items():
-            columns[part].append((found[:, None] == np.array(categories)).astype(np.float32))
-        spread.append(f"{name} ({len(categories)})")
-    if spread:
+            arrays[part].append((found[:, None] == np.array(categories)).astype(np.float32))
+        columns.append(Column(name=name, categories=tuple(categories)))
+    if spread := [f"{c.name} ({len(c.categories)})" for c in columns if c.categories is not None]:
         notes.append(f"made one column of 0 and 1 for each text in {some(spread)}")
-    return {part: np.concatenate(found, 1) for part, found in columns.items()}
+    return {part: np.concatenate(found, 1) for part, found in arrays.items()}, tuple(columns)
+
+
+def _categories(name: str, texts: Mapping[str, np.ndarray], path: Path) -> tuple[str, ...]:
+    """The different texts of a column.
+
+    Raises:
+        LabError: they are so many that each says something else of a row.
+    """
+    every = np.concatenate(list(texts.values()))
+    categories = in_order(np.unique(every).tolist())
+    if len(categories) > min(MOST_CATEGORIES, max(len(every) // 2, 2)):
+        odd = next((v for v in categories if not _is_number(v)), categories[0])
+        raise LabError(
+            f"{path}: column {name!r} holds texts, {len(categories):,} different ones such as "
+            f"{odd[:40]!r}. Correct it, or leave it out by data.drop=[{name}]."
+        )
+    return tuple(categories)
 
 
 def targets_of(
@@ -520,7 +578,8 @@ def targets_of(
         }
     else:
         texts = {part: [str(v).strip() for v in column.to_pylist()] for part, column in values.items()}
-    learned = {text for part, found in texts.items() if not is_evaluation(part) for text in found}
+    learned = set(reading.classes)
+    learned = learned or {text for part, found in texts.items() if not is_evaluation(part) for text in found}
     learned = learned or {text for found in texts.values() for text in found}
     classes = tuple(in_order(learned))
     index = {name: i for i, name in enumerate(classes)}

@@ -7,7 +7,7 @@ from lab.errors import LabError
 from supervised import backbones
 from supervised.config import SupervisedRun
 from supervised.data import DataSet, load
-from supervised.data.raw import Reading
+from supervised.data.raw import Column, Reading
 from supervised.objectives.base import Objective
 
 _CLASSES = {
@@ -31,12 +31,25 @@ PREDICTS = {"classification": "classes", "regression": "numbers"}
 """What labels are to an objective that could be both."""
 
 
-def read(settings: SupervisedRun, folder: Path | None = None, part: str | None = None) -> DataSet:
-    """The data of a config, taken as its objective and its backbone take them; see `supervised.data.load`."""
+def read(
+    settings: SupervisedRun,
+    folder: Path | None = None,
+    part: str | None = None,
+    columns: tuple[Column, ...] = (),
+    classes: tuple[str, ...] = (),
+) -> DataSet:
+    """The data of a config, taken as its objective and its backbone take them; see `supervised.data.load`,
+    and for what a finished run learned, `Reading`."""
     rows = getattr(settings.objective, "rows", False)
     sequences = settings.model.backbone in backbones.RECURRENT and not rows
     name = settings.objective.name
-    reading = Reading(predicts=PREDICTS.get(name, ""), tasks=name == "text_task", sequences=sequences)
+    reading = Reading(
+        predicts=PREDICTS.get(name, ""),
+        tasks=name == "text_task",
+        sequences=sequences,
+        columns=columns,
+        classes=classes,
+    )
     return load(settings.data, folder, reading, part)
 
 

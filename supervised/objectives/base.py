@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,10 @@ class Objective(ABC):
     def spec(self) -> dict[str, Any]:
         """Facts found in the data that a checkpoint must carry to be used without it, as JSON."""
         return {}
+
+    def columns_spec(self) -> dict[str, Any]:
+        """Of a table whose columns have names, what became of them, as `columns_of` reads it."""
+        return {"columns": [asdict(column) for column in self.data.columns]} if self.data.columns else {}
 
     def use_spec(self, spec: Mapping[str, Any]) -> None:  # noqa: B027 (most have nothing to take)
         """Takes from a checkpoint's `spec` what its weights were learned with, whatever the data give now.

@@ -123,7 +123,8 @@ class Classification(Objective):
 
     def spec(self) -> dict[str, Any]:
         shape = list(self.data.train.tensors["inputs"].shape[1:])
-        return {"classes": list(self.data.classes), "shape": shape, **self.normalize.spec()}
+        spec = {"classes": list(self.data.classes), "shape": shape, **self.normalize.spec()}
+        return {**spec, **self.columns_spec()}
 
     def use_spec(self, spec: Mapping[str, Any]) -> None:
         self.normalize = self.normalize.like(spec)

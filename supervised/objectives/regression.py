@@ -59,7 +59,7 @@ class Regression(Objective):
         return [f"r2 {numbers['r2']:.4g} is no better than always naming the mean of {self.data.part}"]
 
     def spec(self) -> dict[str, Any]:
-        return {"inputs": self.inputs.spec(), "targets": self.targets.spec()}
+        return {"inputs": self.inputs.spec(), "targets": self.targets.spec(), **self.columns_spec()}
 
     def use_spec(self, spec: Mapping[str, Any]) -> None:
         self.inputs, self.targets = (

@@ -202,7 +202,7 @@ READ: dict[str, Case] = {
     "csv with a comma behind every line": table(
         "a.csv",
         as_csv([[*r, ""] for r in rows()]),
-        says="left out a column without a name and without values",
+        says="left out a column without a name: without a value in any row",
     ),
     "csv with thousands": table(
         "a.csv",

@@ -413,6 +413,53 @@ def test_a_run_is_evaluated_on_data_that_have_moved(tmp_path: Path) -> None:
         evaluate_run(run, saved, source=write(tmp_path / "wider.npz", columns=6))
 
 
+def test_other_data_of_a_table_are_read_by_the_names_of_columns_and_categories(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"sex": sex, "age": age, "dose": dose, "label": ["ill", "well"][int((sex == "f") != (dose > 5))]}
+        for sex, age, dose in zip(
+            rng.choice(["f", "m"], 120), rng.integers(20, 70, 120), rng.integers(1, 10, 120), strict=True
+        )
+    ]
+
+    def write(name: str, of: list[dict[str, Any]], columns: str = "sex age dose label") -> str:
+        lines = [columns.split(), *([str(row[c]) for c in columns.split()] for row in of)]
+        (tmp_path / name).write_text("\n".join(map(",".join, lines)) + "\n")
+        return str(tmp_path / name)
+
+    values = {
+        "objective": {"name": "classification"},
+        "data": {"source": write("rows.csv", rows[:80])},
+        "model": {"backbone": "mlp", "spec": {"hidden": [8]}},
+        "batch_size": 8,
+    }
+    run = trained(settings_of(values), tmp_path / "run")
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    new = rows[80:]
+    plain = evaluate_run(run, saved, source=write("new.csv", new))
+    assert plain["part"] == "all"
+    assert any("all of it is judged, 40 samples" in note for note in plain["notes"])
+    assert not any("chose this checkpoint" in note for note in plain["notes"])
+    more = [{**row, "id": i} for i, row in enumerate(new)]
+    moved = evaluate_run(run, saved, source=write("moved.csv", more, "label dose id sex age"))
+    assert moved["eval"] == plain["eval"]
+    assert any("left out id" in note for note in moved["notes"])
+    parts = {sex: [row for row in new if row["sex"] == sex] for sex in ("f", "m")}
+    halves = {sex: evaluate_run(run, saved, source=write("half.csv", half)) for sex, half in parts.items()}
+    whole = sum(len(parts[sex]) * half["eval"]["accuracy"] for sex, half in halves.items()) / len(new)
+    assert whole == pytest.approx(plain["eval"]["accuracy"])
+    one = evaluate_run(run, saved, source=write("one.csv", [row for row in new if row["label"] == "ill"]))
+    assert any("1 have no sample: well" in note for note in one["notes"])
+    assert evaluate_run(run, saved, source=write("row.csv", new[:1]))["part"] == "all"
+    unseen = [{**row, "sex": {"f": "m", "m": "x"}[row["sex"]]} for row in new]
+    notes = evaluate_run(run, saved, source=write("unseen.csv", unseen))["notes"]
+    assert any(f"sex is x in {len(parts['m'])} rows" in note for note in notes)
+    with pytest.raises(LabError, match="has no column 'dose', from which the run learned"):
+        evaluate_run(run, saved, source=write("fewer.csv", new, "sex age label"))
+    with pytest.raises(LabError, match="column 'age' holds texts, and the run learned from numbers"):
+        evaluate_run(run, saved, source=write("texts.csv", [{**row, "age": "old"} for row in new]))
+
+
 @pytest.mark.parametrize("label", ["y", "targets"])
 def test_other_data_are_scaled_as_those_that_were_learned_from(label: str, tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(60, 3))
