@@ -310,7 +310,7 @@ def _with_metric(records: Sequence[Record], question: Question, say: _Notes) -> 
     if not kinds:
         known = sorted({name for record in records for name in record.metrics | record.said})
         if metric in known:
-            raise LabError(f"--metric {metric}: is text in all of the {len(records)} runs, not a number.")
+            raise LabError(f"--metric {metric}: is no number in any of the {len(records)} runs.")
         some = ", ".join(known[:12]) + (" ..." if len(known) > 12 else "")
         raise LabError(
             f"--metric {metric}: none of the {len(records)} runs has it."
@@ -323,7 +323,7 @@ def _with_metric(records: Sequence[Record], question: Question, say: _Notes) -> 
     taking_part = [record for record in records if record.job_type in kinds]
     for record in taking_part:
         if metric not in record.series:
-            near = did_you_mean(metric, sorted(record.metrics | record.said))
+            near = did_you_mean(metric, sorted((record.metrics | record.said) - {metric}))
             say(f"has no value of {metric}.{near}".removesuffix("."), record.name)
     return taking_part
 
@@ -438,8 +438,9 @@ class _Scores:
         """A run's values up to its budget, over one of `AXES`."""
         task = task_of(record, self.key)
         steps = record.over(self.question.metric, "step")
-        kept = steps.x <= self.budgets[task].until
-        if (grid := self.grids[task]) is not None and axis == "step":
+        until = self.budgets[task].until
+        kept = steps.x <= until if steps.has_steps else np.full(steps.x.size, math.isinf(until))
+        if steps.has_steps and (grid := self.grids[task]) is not None and axis == "step":
             return thinned(Series(steps.x[kept], steps.y[kept]), grid)
         series = record.over(self.question.metric, axis)
         return Series(series.x[kept], series.y[kept]) if series.x.size == kept.size else series
@@ -466,6 +467,11 @@ class _Scores:
                 f"{named(found.limited_by)} ended there, others went on to {last}. "
                 f"--until STEP compares those that came further"
             )
+        elif found.without_steps:
+            say(
+                f"says its value once, without a step{where}, and others log it: runs count to their own ends",
+                named(found.without_steps),
+            )
         elif found.uneven:
             first, last = (f"{step:,.12g}" for step in found.reached)
             say(f"the runs' single values{where} are of different steps, from {first} to {last}")
@@ -475,7 +481,7 @@ class _Scores:
         """Of the best of unequal numbers of evaluations: the steps of the run with the fewest."""
         q, until = self.question, self.budgets[task].until
         curves = [upto(r.series[q.metric], until) for r in records if q.metric in r.series]
-        curves = [curve for curve in curves if curve.x.size]
+        curves = [curve for curve in curves if curve.has_steps]
         sizes = [curve.x.size for curve in curves]
         if len(_kinds_of_steps(records, q.metric)) > 1 or not sizes or max(sizes) < 1.5 * min(sizes):
             return None
@@ -690,7 +696,7 @@ def _group(
     bootstrap: dict[str, Any] = {"reps": q.reps, "confidence": q.confidence, "seed": q.seed}
     steps = seconds = None
     if q.threshold is not None:
-        steps, seconds = (_threshold(members, q, q.threshold, axis, scores.less) for axis in (q.axis, "time"))
+        steps, seconds = (_threshold(members, scores, q.threshold, axis) for axis in (q.axis, "time"))
     curve_x, curve = _curve(members, q, scores.key) if curves else (np.empty(0), None)
     areas = [score_of(scores.curve(record, q.axis), "auc") for record in members]
     areas = [area for area in areas if math.isfinite(area)]
@@ -750,13 +756,14 @@ def _raw_means(members: Sequence[Record], scores: _Scores) -> dict[str, float]:
 
 
 def _threshold(
-    members: Sequence[Record], question: Question, threshold: float, axis: str, less: bool
+    members: Sequence[Record], scores: _Scores, threshold: float, axis: str
 ) -> statistics.ThresholdSteps | None:
-    curves = [record.over(question.metric, axis) for record in members]
-    curves = [curve for curve in curves if curve.x.size]
+    """When the runs came so far, within their budget: who was given longer did not come further."""
+    curves = [scores.curve(record, axis) for record in members]
+    curves = [curve for curve in curves if curve.has_steps]
     if not curves:
         return None
-    return statistics.median_steps_to_threshold(curves, threshold, lower_is_better=less)
+    return statistics.median_steps_to_threshold(curves, threshold, lower_is_better=scores.less)
 
 
 def _win_rate(members: Sequence[Record], question: Question, say: _Notes) -> Interval | None:

@@ -14,16 +14,19 @@ Row = dict[str, Any]
 def identity(row: Mapping[str, Any]) -> int:
     """What makes a row this row, however it was kept: its names and values, but W&B's own.
 
-    Numbers count to 12 digits. Nothing (None) is as good as absent. Of an image, film or table it counts
-    that there is one.
+    Numbers count to 12 digits, as 0 also where they are -0, and beyond all floats as infinite. What W&B does
+    not keep is as good as absent: None, an empty mapping, a value without a name. Of an image, film or table
+    it counts that there is one.
     """
     flat = flatten(row)
     media = tuple(key.removesuffix("_type") for key in flat if key.endswith("._type"))
     return hash(
         frozenset(
-            (key, _plain(value))
+            (_valid(key), _plain(value))
             for key, value in flat.items()
-            if value is not None
+            if key
+            and value is not None
+            and value != {}
             and not key.startswith("_")
             and (key.endswith("._type") or not key.startswith(media))
         )
@@ -31,15 +34,25 @@ def identity(row: Mapping[str, Any]) -> int:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple | dict):
-        return json.dumps(value, sort_keys=True)
+    """A value as text: not-a-number is equal to itself, and a number within a list to what W&B makes of it."""
+    if isinstance(value, Mapping):
+        return json.dumps({_valid(str(key)): _plain(item) for key, item in value.items()}, sort_keys=True)
+    if isinstance(value, list | tuple):
+        return json.dumps([_plain(item) for item in value])
     try:
         number = float(value)
-    except (ValueError, OverflowError):
-        return str(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError):
+        return _valid(str(value))
     if isinstance(value, str) and math.isfinite(number):
         return f"text {value}"
-    return f"{number:.12g}"  # as text: not-a-number is equal to itself
+    return f"{number or 0.0:.12g}"
+
+
+def _valid(text: str) -> str:
+    """A text as UTF-8 carries it: halves of a pair of surrogates are replaced, as W&B does."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def without(rows: Iterable[Row], there: Counter[int]) -> list[Row]:

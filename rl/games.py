@@ -147,6 +147,10 @@ def published(game: str) -> Scores | None:
     return Scores(*_LATER[game], None, LATER_TABLE) if game in _LATER else None
 
 
+PUBLISHED_MAX_FRAMES = 18_000
+"""Five minutes at 60 frames a second: what Mnih et al. 2015 played at most; later work plays 108,000."""
+
+
 def human_normalized(game: str, score: float) -> float | None:
     """(score - random) / (human - random) by the table of `published`, 1.0 is human; None without one."""
     table = published(game)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lab import unpack
 from lab.errors import LabError
 from lab.files import written_aside
-from rlhf import forms, sources, trees
+from rlhf import forms, notation, sources, trees
 from rlhf.forms import Row, Text
 from rlhf.reviews import Split
 
@@ -511,7 +511,9 @@ class _Kept:
 @cache
 def _code() -> str:
     """A hash of the code that parses, so that what other code parsed is not taken for its own."""
-    files = [Path(str(module.__file__)) for module in (forms, sources, trees, unpack)] + [Path(__file__)]
+    files = [Path(str(module.__file__)) for module in (forms, notation, sources, trees, unpack)] + [
+        Path(__file__)
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -12,8 +12,9 @@
     chosen, rejected              the same where both begin with the prompt, or are transcripts as in hh-rlhf
     prompt, completions, ranks    a comparison of two or more: 1 is the best, equal ranks are a tie; also with
                                   scores instead of ranks, Nectar's answers, UltraFeedback's own completions
-    two answers and a choice      as in SHP, PKU-SafeRLHF, Chatbot Arena, HelpSteer's strengths, WebGPT's
-                                  scores, OpenAI's preferred_output, Stack Exchange's response_j and _k
+    two answers and a choice      as in SHP, PKU-SafeRLHF, Chatbot Arena, MT-bench, HelpSteer's strengths,
+                                  WebGPT's scores, OpenAI's preferred_output and summaries, AlpacaFarm,
+                                  Stack Exchange's response_j and _k
     a tree of messages            OpenAssistant's, see `rlhf.trees`
     prompt                        a prompt
 
@@ -21,7 +22,9 @@ A demonstration with label or kto_tag is feedback (KTO): it is imitated where th
 `system_prompt` and `tools` beside any prompt make it a conversation that begins with them.
 
 Prompts and completions are texts or conversations, which are lists of {"role", "content"}: of {"from",
-"value"} too, with content as a list of parts of text, with tool calls, and in the roles that OpenAI has.
+"value"} too, with content as a list of parts of text, with tool calls, with what was thought before
+(`reasoning_content`, `thinking`), and in the roles that OpenAI has. A text that is a conversation written as
+JSON or as Python prints it is that conversation: tables of text hold no other.
 """
 
 import contextlib
@@ -34,10 +37,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from lab.errors import LabError, did_you_mean
+from rlhf.notation import written_in
 
 Message: TypeAlias = dict[str, Any]
-"""`role` and `content`; where there are any, `tool_calls` and `tools` as JSON, `name`, `tool_call_id`, and
-`weight` 0 of an answer that is not to be learned."""
+"""`role` and `content`; where there are any, `tool_calls` and `tools` as JSON, `name`, `tool_call_id`,
+`reasoning_content` (what was thought before the answer), and `weight` 0 of an answer not to be learned."""
 Text: TypeAlias = str | list[Message]
 """A text, or a conversation."""
 Row: TypeAlias = dict[str, Any]
@@ -84,9 +88,39 @@ def as_row(value: Any, parsers: Parsers) -> Row:
     if not isinstance(value, dict):
         raise BadRow(f"the row is {_kind(value)}, no object with columns")
     for name in _OTHER_SENSES:
-        if name in value and value[name] not in (None, "", [], {}):
+        if name in value and _structure(value[name]) not in (None, "", [], {}):
             raise BadRow(f"has {name}, which nobody here sees; text alone can be learned")
+    return {name: _as_turns(column, name) for name, column in value.items()}
+
+
+_TURNS_IN_TEXT = re.compile(r"""\s*\[?\s*\{\s*(['"])(?:role|from|content|value)\1\s*:\s*['"\[]""")
+"""How a conversation, or a message, begins that is written into a text."""
+
+
+def _as_turns(value: Any, name: str) -> Any:
+    """A conversation that is written into a text, as tables of text have it; else the value itself.
+
+    Raises:
+        BadRow: it begins like one, and is not whole.
+    """
+    if not isinstance(value, str) or not _TURNS_IN_TEXT.match(value):
+        return value
+    found = _structure(value)
+    turns = found if isinstance(found, list) else [found]
+    if all(isinstance(turn, dict) and _role_of(turn) is not None for turn in turns):
+        return found
+    if isinstance(found, str) and re.search(r"""['"](?:role|from)['"]\s*:""", value):
+        raise BadRow(f"{name} begins like a list of messages and cannot be read as JSON or Python's")
     return value
+
+
+def _structure(value: Any) -> Any:
+    """What is written into a text as JSON or as Python prints it, where it is a list or an object."""
+    return written_in(value.strip()) if isinstance(value, str) else value
+
+
+def _role_of(turn: Mapping[str, Any]) -> Any:
+    return next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
 
 
 _OTHER_SENSES = ("image", "images", "video", "videos", "audio", "audios")
@@ -110,7 +144,7 @@ def choose_parser(row: Row, parsers: Parsers) -> Parser | None:
 
 def unused_columns(row: Row, parser: Parser) -> set[str]:
     """The columns of a row that its parser does not read."""
-    said = {name for name in _FEEDBACK if _opinion(row.get(name)) is not None}
+    said = {name for name in _FEEDBACK if opinion(row.get(name)) is not None}
     return {*columns_of(row)} - {*parser.needs, *parser.may} - said
 
 
@@ -165,12 +199,12 @@ def _parse_unpaired(row: Row) -> Row:
     label = _column(row, "label")
     if str(label) in ("0", "1", "0.0", "1.0"):
         label = bool(float(label))
-    if _opinion(label) is None:
+    if opinion(label) is None:
         raise BadRow(f"label is {reprlib.repr(label)}; it must be true or false")
     return _unless_disliked(_parse_completion)(row | {"label": label})
 
 
-def _opinion(value: Any) -> bool | None:
+def opinion(value: Any) -> bool | None:
     """Feedback as true or false; None for what is none, such as the number of a class."""
     return {"true": True, "false": False}.get(str(value).lower())
 
@@ -180,7 +214,7 @@ def _unless_disliked(parse: Parse) -> Parse:
 
     def parse_liked(row: Row) -> Row:
         for name in _FEEDBACK:
-            if _opinion(row.get(name)) is False:
+            if opinion(row.get(name)) is False:
                 raise NotMeant(f"feedback whose {name} is false")
         return parse(row)
 
@@ -237,12 +271,36 @@ def _parse_dolly(row: Row) -> Row:
     return _parse_completion(_said(row) | {"prompt": prompt, "completion": _column(row, "response")})
 
 
+def _parse_calls(row: Row) -> Row:
+    """What tools to call, of these: xLAM's."""
+    calls = _entries(_column(row, "answers"), "answers")
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise BadRow("answers is no list of calls with a name")
+    answer = {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+    return _parse_completion(_said(row) | {"prompt": _column(row, "query"), "completion": [answer]})
+
+
+_GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+
+
+def _glaive_turns(row: Row) -> Row:
+    """Glaive's conversations, in one text."""
+    before, *parts = _GLAIVE.split(_plain(_column(row, "chat"), "chat"))
+    if before.strip() or not parts:
+        raise BadRow("chat is no conversation of USER: and ASSISTANT:")
+    roles = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+    said = [part.replace("<|endoftext|>", "").strip() for part in parts[1::2]]
+    turns = [{"role": roles[r], "content": text} for r, text in zip(parts[::2], said, strict=True)]
+    system = re.sub(r"^\s*SYSTEM:\s*", "", row.get("system") or "")
+    return {"messages": turns, "system": system}
+
+
 def _said(row: Row) -> Row:
     return {name: row[name] for name in _SAID if name in row}
 
 
 def _parse_messages(row: Row) -> Row:
-    messages = _text(_with_tools(_turns(_column(row, "messages")), row), "messages")
+    messages = _text(_with_tools(_turns(_structure(_column(row, "messages"))), row), "messages")
     if isinstance(messages, str):
         raise BadRow("messages is a text; it must be a list of messages")
     _completion(messages[-1:], "messages", prompt=[])
@@ -284,10 +342,9 @@ def _with_tools(value: Any, row: Row) -> Any:
     if isinstance(system, str) and system.strip() and first != "system":
         value = [{"role": "system", "content": system}, *value]
     if tools:
-        try:
-            tools = json.loads(tools) if isinstance(tools, str) else tools
-        except ValueError:
-            raise BadRow("tools is no JSON") from None
+        tools = _structure(tools)
+        if isinstance(tools, str):
+            raise BadRow("tools is no JSON")
         if tools:
             value = [value[0] | {"tools": json.dumps(tools)}, *value[1:]]
     return value
@@ -305,7 +362,7 @@ def _parse_prompt(row: Row) -> Row:
 
 
 def _parse_prompt_of_messages(row: Row) -> Row:
-    messages = _text(_with_tools(_turns(_column(row, "messages")), row), "messages")
+    messages = _text(_with_tools(_turns(_structure(_column(row, "messages"))), row), "messages")
     if isinstance(messages, list) and messages and messages[-1]["role"] == "user":
         return {"prompt": _prompt(messages)}  # nobody has answered yet
     return {"prompt": _prompt(_parse_messages(row)["messages"][:-1])}
@@ -327,7 +384,8 @@ def _parse_ranking(row: Row) -> Row:
         raise BadRow(f"ranks is {reprlib.repr(ranks)}; it must be of 1, the best, to {count}")
     scores = row.get("scores")
     if scores is not None:
-        if not all(map(is_finite, _entries(scores, "scores", count))):
+        scores = [*map(number, _entries(scores, "scores", count))]
+        if not all(map(is_finite, scores)):
             raise BadRow(f"scores is {reprlib.repr(scores)}; it must be of finite numbers")
         scores = [float(score) for score in scores]
     named = {f"completion {i}": completion for i, completion in enumerate(completions, 1)}
@@ -365,7 +423,7 @@ def _parse_preference(row: Row) -> Row:
             raise BadRow(f"there is no prompt, and {other} may be it: name it prompt")
     finished = [row.get("chosen_finished"), row.get("rejected_finished")]
     found = ([row.get(a), row.get(b)] for a, b in SCORES)
-    scores = next(([*map(_number, both)] for both in found if None not in both), None)
+    scores = next(([*map(number, both)] for both in found if None not in both), None)
     ranks = [1, 2]
     if scores is not None:
         if not all(map(is_finite, scores)):
@@ -421,7 +479,7 @@ def _as_conversation(value: Any) -> Any:
 
 def _parse_scored(row: Row) -> Row:
     """A ranking by scores; the highest is the best."""
-    scores = [*map(_number, _entries(_column(row, "scores"), "scores"))]
+    scores = [*map(number, _entries(_column(row, "scores"), "scores"))]
     if not all(map(is_finite, scores)):
         raise BadRow(f"scores is {reprlib.repr(scores)}; it must be of finite numbers")
     ranks = [1 + sum(other > score for other in scores) for score in scores]
@@ -435,7 +493,7 @@ def _listed(answers: str, text: str, rank: str = "", score: str = "") -> Parse:
         entries = _entries(_column(row, answers), answers)
         if not all(isinstance(entry, dict) and text in entry for entry in entries):
             raise BadRow(f"{answers} is no list of objects with {text!r}")
-        found = [_number(entry.get(rank or score)) for entry in entries]
+        found = [number(entry.get(rank or score)) for entry in entries]
         if not all(map(is_finite, found)):
             raise BadRow(
                 f"{rank or score} of {answers} is {reprlib.repr(found)}; it must be of finite numbers"
@@ -453,13 +511,13 @@ def _choice(first: str, second: str, chosen: str, meanings: Mapping[Any, int]) -
 
     def parse(row: Row) -> Row:
         said = _column(row, chosen)
-        said = _number(said.lower() if isinstance(said, str) else said)
+        said = number(said.lower() if isinstance(said, str) else said)
         if isinstance(said, list | dict) or said not in meanings:
             raise BadRow(
                 f"{chosen} is {reprlib.repr(said)}; it must be one of {', '.join(map(str, meanings))}"
             )
         ranks = {0: [1, 1], 1: [1, 2], 2: [2, 1]}[meanings[said]]
-        answers = {first: _column(row, first), second: _column(row, second)}
+        answers = {name: _until_turn(_column(row, name), row.get("turn")) for name in (first, second)}
         prompt = row.get("prompt")
         if prompt is None:
             a, b = (_text(answer, name) for name, answer in answers.items())
@@ -472,15 +530,56 @@ def _choice(first: str, second: str, chosen: str, meanings: Mapping[Any, int]) -
     return parse
 
 
+def _until_turn(value: Any, turn: Any) -> Any:
+    """A conversation up to the turn that was judged: MT-bench shows two, and asks about the first or both."""
+    turn = number(turn)
+    if not isinstance(value, list) or not is_finite(turn):
+        return value
+    roles = [_OTHER_NAMES.get(str(role), role) for role in map(_role_of, value)]
+    ends = [i for i, role in enumerate(roles, 1) if role == "assistant"]
+    return value[: ends[int(turn) - 1]] if 1 <= turn <= len(ends) else value
+
+
+def _parse_arena(row: Row) -> Row:
+    """Chatbot Arena as Kaggle had it: turns as lists, and a column for each outcome, of which one is 1."""
+    asked, *answers = (_entries(_column(row, name), name) for name in ("prompt", "response_a", "response_b"))
+    names = ("winner_model_a", "winner_model_b", "winner_tie")
+    won = [number(row[name]) for name in names]
+    if sorted(won, key=str) != [0, 0, 1]:
+        raise BadRow(f"of {', '.join(names)} not one is 1 and the others 0")
+    if any(len(own) != len(asked) for own in answers):
+        raise BadRow("prompt, response_a and response_b have not the same number of turns")
+    a, b = (_pairs([list(pair) for pair in zip(asked, own, strict=True)], "prompt") for own in answers)
+    winner = ("model_a", "model_b", "tie")[won.index(1)]
+    talks = {"conversation_a": a, "conversation_b": b, "winner": winner, "source": row.get("source")}
+    return _choice("conversation_a", "conversation_b", "winner", _WINNER)(talks)
+
+
+def _parse_summaries(row: Row) -> Row:
+    """OpenAI's comparisons of summaries, the post as their models were shown it (Stiennon et al. 2020)."""
+    info = _structure(_column(row, "info"))
+    summaries = [_structure(summary) for summary in _entries(_column(row, "summaries"), "summaries")]
+    if not isinstance(info, dict) or len(summaries) != 2 or not all(isinstance(s, dict) for s in summaries):
+        raise BadRow("info and summaries are not a post and two objects with their text")
+    if info.get("post"):
+        about = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info['post']}"
+    else:
+        about = f"Article:\n\n{_plain(info.get('article'), 'article')}"
+    first, second = (" " + _plain(summary.get("text"), "text").strip() for summary in summaries)
+    shown = {"prompt": f"{about}\n\nTL;DR:", "first": first, "second": second, "choice": row["choice"]}
+    return _choice("first", "second", "choice", {0: 1, 1: 2})(shown | {"source": row.get("source")})
+
+
 def _parse_webgpt(row: Row) -> Row:
     question = _column(row, "question")
-    prompt = question.get("full_text") if isinstance(question, dict) else question
+    asked = _structure(question)
+    prompt = asked.get("full_text") if isinstance(asked, dict) else question
     answers, scores = ([_column(row, f"{name}_{i}") for i in (0, 1)] for name in ("answer", "score"))
     return _parse_scored(row | {"prompt": prompt, "completions": answers, "scores": scores})
 
 
 def _parse_openai_preference(row: Row) -> Row:
-    given = _column(row, "input")
+    given = _structure(_column(row, "input"))
     if not isinstance(given, dict) or "messages" not in given:
         raise BadRow('input is no object with "messages"')
     prompt = _with_tools(given["messages"], given)
@@ -497,6 +596,7 @@ def _comparison(
     scores: list[float] | None,
 ) -> Row:
     """The canonical row. `named`: each completion by what errors call it; `finished`: None where not said."""
+    finished = [end if (said := opinion(end)) is None else said for end in finished]
     if not all(end is None or isinstance(end, bool) for end in finished):
         raise BadRow(f"finished is {reprlib.repr(finished)}; it must be of true and false")
     prompt = _prompt(_with_tools(prompt, row))
@@ -511,6 +611,8 @@ def _comparison(
     if all(other == first for other in others) and len(set(ranks)) > 1:
         raise BadRow(f"{' and '.join(named)} are the same, so none is better")
     source = row.get("source")
+    if isinstance(source, list):  # Nectar's
+        source = ", ".join(map(str, source))
     return {
         "prompt": prompt,
         "completions": completions,
@@ -556,10 +658,37 @@ _COMPARISONS: Parsers = (
     Parser(
         ("conversation_a", "conversation_b", "winner"),
         _choice("conversation_a", "conversation_b", "winner", _WINNER),
+        ("turn",),
     ),
     Parser(
         ("prompt", "response_a", "response_b", "winner"),
         _choice("response_a", "response_b", "winner", _WINNER),
+    ),
+    Parser(
+        ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"), _parse_arena
+    ),
+    Parser(
+        ("context", "response1", "response2", "overall_preference"),
+        _renamed(_choice("response1", "response2", "overall_preference", _STRENGTH), prompt="context"),
+    ),
+    Parser(("info", "summaries", "choice"), _parse_summaries),
+    Parser(
+        ("instruction", "output_1", "output_2", "preference"),
+        lambda row: _choice("output_1", "output_2", "preference", {1: 1, 2: 2, 1.5: 0})(
+            row | {"prompt": _instruction(row, "input")}
+        ),
+        ("input", "history"),
+    ),
+    Parser(
+        ("instruction", "generations", "ratings"),
+        _renamed(_parse_scored, prompt="instruction", completions="generations", scores="ratings"),
+    ),
+    Parser(
+        ("instruction", "chosen_response", "rejected_response"),
+        _renamed(
+            _parse_preference, prompt="instruction", chosen="chosen_response", rejected="rejected_response"
+        ),
+        tuple(name for names in SCORES for name in names),
     ),
     Parser(
         ("prompt", "response_1", "response_2", "preference_strength"),
@@ -586,7 +715,7 @@ _COMPARISONS: Parsers = (
 COMPARISONS: Parsers = tuple(p._replace(may=(*p.may, "source", *_SAID)) for p in _COMPARISONS)
 _PAIRS = (("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"))
 _PAIRS += (("inputs", "targets"), ("problem", "solution"), ("prompt", "answer"))
-_PAIRS += (("input", "output"),)
+_PAIRS += (("input", "output"), ("instruction", "generation"), ("prompt", "generation"))
 _DEMONSTRATIONS: Parsers = (
     Parser(("prompt", "completion", "label"), _parse_unpaired, _SAID),
     Parser(("prompt", "completion"), _parse_completion, _SAID),
@@ -598,6 +727,7 @@ _DEMONSTRATIONS: Parsers = (
         _worded(_parse_dolly, completion="response"),
         ("context", "input", "history", *_SAID),
     ),
+    Parser(("query", "answers", "tools"), _worded(_parse_calls, prompt="query"), _SAID),
     *(
         Parser(pair, _renamed(_parse_completion, prompt=pair[0], completion=pair[1]), _SAID)
         for pair in _PAIRS
@@ -607,11 +737,13 @@ _WHOLE = {
     ("messages",): _parse_messages,
     ("conversations",): _renamed(_parse_messages, messages="conversations"),
     ("conversation",): _renamed(_parse_messages, messages="conversation"),
+    ("system", "chat"): lambda row: _parse_messages(_glaive_turns(row)),
 }
 _ASKED = {
     ("messages",): _parse_prompt_of_messages,
     ("conversations",): _renamed(_parse_prompt_of_messages, messages="conversations"),
     ("conversation",): _renamed(_parse_prompt_of_messages, messages="conversation"),
+    ("system", "chat"): lambda row: _parse_prompt_of_messages(_glaive_turns(row)),
 }
 DEMONSTRATIONS: Parsers = (
     *(Parser(p.needs, _best_of(p.parse), p.may) for p in COMPARISONS),
@@ -646,6 +778,7 @@ def _column(row: Row, name: str) -> Any:
 
 
 def _entries(value: Any, name: str, count: int | None = None) -> list[Any]:
+    value = _structure(value)
     if not isinstance(value, list):
         raise BadRow(f"{name} is {_kind(value)}; it must be a list")
     if count is not None and len(value) != count:
@@ -665,7 +798,7 @@ def _message(value: Any, name: str) -> Message:
         raise BadRow(f'{name} is no object with "role" and "content"')
     if len(value) == 2 and value.get("role") in ROLES and isinstance(value.get("content"), str):
         return {"role": value["role"], "content": _plain(value["content"], f"content of {name}")}
-    role = next((value[key] for key in ("role", "from") if value.get(key) is not None), None)
+    role = _role_of(value)
     if role is None or not value.keys() & {"content", "value", "tool_calls", "function_call", "text"}:
         raise BadRow(f'{name} is no object with "role" and "content"')
     role = _OTHER_NAMES.get(str(role).lower(), role)
@@ -680,7 +813,14 @@ def _message(value: Any, name: str) -> Message:
     if calls:
         message["tool_calls"] = calls if isinstance(calls, str) else json.dumps(calls)
         content = "" if content is None else content
+    thoughts = next((value[key] for key in _THOUGHT if isinstance(value.get(key), str)), "")
+    if isinstance(content, list):
+        of_parts = [part for part in content if isinstance(part, dict) and part.get("type") in _THOUGHT]
+        thoughts = "".join(str(part.get("text", part.get(part["type"]))) for part in of_parts) or thoughts
+        content = [part for part in content if part not in of_parts]
     message["content"] = _content(content, f"content of {name}")
+    if thoughts.strip():
+        message["reasoning_content"] = _plain(thoughts, f"reasoning_content of {name}")
     for key in ("name", "tool_call_id", "tools"):
         if isinstance(value.get(key), str) and value[key]:
             message[key] = value[key]
@@ -688,6 +828,10 @@ def _message(value: Any, name: str) -> Message:
     if role == "assistant" and weight is not None and not weight:
         message["weight"] = 0  # OpenAI's and axolotl's word for an answer that is there but not to be learned
     return message
+
+
+_THOUGHT = ("reasoning_content", "thinking", "reasoning")
+"""What is called so, of a message or as the type of a part, was thought before the answer."""
 
 
 def _content(value: Any, name: str) -> str:
@@ -810,7 +954,7 @@ def _transcript(text: str, name: str) -> list[Message]:
     ]
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """A number that is a text, as all are in a table of text; else the value itself."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):

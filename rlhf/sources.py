@@ -281,7 +281,7 @@ def _file_part(path: Path) -> Part:
     name = stem(path)
     label = path.resolve().parent.name if name.lower() == _split_in_name(Path(name)) else name
     kind = bare_suffix(path)
-    lines = kind in (".csv", ".tsv", ".txt") or (kind in _TEXTS and not _is_array(path))
+    lines = kind in (".csv", ".tsv", ".txt") or (kind in _TEXTS and not _is_whole(path))
     read = _READERS.get(kind, _json_rows if not lines else _json_lines)
     return Part(str(path), label, partial(read, path), "line" if lines else "row", path)
 
@@ -305,11 +305,20 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield number + 1, rest
 
 
-def _is_array(path: Path) -> bool:
-    """Whether a file of JSON is one list of all rows (or an object that begins with one)."""
+def _is_whole(path: Path) -> bool:
+    """Whether a file of JSON is one value, a list of all rows or an object, rather than a row a line."""
     with unpacked(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return start[:1] == b"[" or re.match(rb'\{\s*"(data|rows|train|examples)"\s*:\s*\[', start) is not None
+    if start[:1] == b"[" or re.match(rb'\{\s*"(data|rows|train|examples)"\s*:\s*\[', start) is not None:
+        return True
+    if bare_suffix(path) != ".json" or start[:1] != b"{":
+        return False
+    lines = _lines(path)
+    _, first = next(lines)
+    with contextlib.suppress(NotJSON):
+        _parse(first.removeprefix(b"\xef\xbb\xbf"))
+        return next(lines, None) is None
+    return True  # an object over several lines
 
 
 def _json_lines(path: Path) -> Iterator[Numbered]:
@@ -318,15 +327,11 @@ def _json_lines(path: Path) -> Iterator[Numbered]:
         try:
             yield number, _parse(line.removeprefix(b"\xef\xbb\xbf"))
         except NotJSON as error:
-            if number == 1 and line.lstrip()[:1] == b"{" and bare_suffix(path) == ".json":
-                raise LabError(
-                    f"{path}: is one JSON object. A file holds one row a line, or one list of rows."
-                ) from None
             yield number, error
 
 
 def _json_rows(path: Path) -> Iterator[Numbered]:
-    """All rows in one list; those of an object's first list, where it has one under a name for rows."""
+    """All rows of one JSON value."""
     with unpacked(path) as file:
         data = b"".join(iter(lambda: file.read(1 << 20), b"")).removeprefix(b"\xef\xbb\xbf")
     try:
@@ -334,9 +339,37 @@ def _json_rows(path: Path) -> Iterator[Numbered]:
     except NotJSON as error:
         line = getattr(error, "line", 1)
         raise LabError(f"{path}, line {line}: {error}.") from None
-    if isinstance(value, dict):
-        value = next(rows for rows in value.values() if isinstance(rows, list))
-    yield from enumerate(value, 1)
+    yield from enumerate(_rows_of(value) if isinstance(value, dict) else value, 1)
+
+
+def _rows_of(value: dict[str, Any]) -> Iterable[Any]:
+    """The rows in one object: under a name for rows, as pandas writes a table, as columns, or itself."""
+    columns, rows = value.get("columns"), value.get("data")
+    if isinstance(columns, list) and isinstance(rows, list):  # pandas' orient="split"
+        return [dict(zip(map(str, columns), row, strict=False)) for row in rows if isinstance(row, list)]
+    for name in ("data", "rows", "train", "examples"):
+        if isinstance(rows := value.get(name), list) and all(isinstance(row, dict) for row in rows):
+            return rows
+    parts = [*value.values()]
+    if parts and all(isinstance(part, dict) and part and all(map(str.isdecimal, part)) for part in parts):
+        numbers = dict.fromkeys(chain.from_iterable(parts))  # pandas' own orient: a number for each row
+        return [{name: part.get(number) for name, part in value.items()} for number in numbers]
+    if value and all(map(str.isdecimal, value)) and all(isinstance(part, dict) for part in parts):
+        return parts  # pandas' orient="index"
+    if _are_columns(parts):
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*parts, strict=True)]
+    return [value]
+
+
+def _are_columns(parts: list[Any]) -> bool:
+    """Whether an object's values are columns: lists of one length, of which none is a conversation."""
+    if not parts or not all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+        return False
+    return not any(
+        isinstance(entry, dict) and {"role", "from", "input", "human"} & entry.keys()
+        for part in parts
+        for entry in part[:1]
+    )
 
 
 def _parse(data: bytes) -> Any:
@@ -370,7 +403,7 @@ def _parse(data: bytes) -> Any:
 
 
 def _table_lines(path: Path, delimiter: str) -> Iterator[Numbered]:
-    """The rows of a table in text, by the names in its first line; what is JSON in a cell is read as such."""
+    """The rows of a table in text, by the names in its first line; what a text means is for `forms`."""
     csv.field_size_limit(LONGEST_LINE)
     lines = _decoded(path)
     head = next(lines, "")
@@ -381,6 +414,8 @@ def _table_lines(path: Path, delimiter: str) -> Iterator[Numbered]:
         names = next(rows, [])
         while names and not names[-1].strip():  # a spreadsheet's columns beyond the last
             names.pop()
+        if names and not names[0].strip():
+            names[0] = "Unnamed: 0"  # pandas' index, as pandas calls it
         if len(set(names)) < len(names) or not all(name.strip() for name in names):
             raise LabError(f"{path}, line 1: names of columns must be there, and differ: {', '.join(names)}.")
         for cells in rows:
@@ -391,7 +426,7 @@ def _table_lines(path: Path, delimiter: str) -> Iterator[Numbered]:
                 yield rows.line_num, NotJSON(f"has {len(cells)} cells for {len(names)} columns")
             else:
                 pairs = zip(names, cells[: len(names)], strict=True)
-                yield rows.line_num, {name: None if value == "" else _cell(value) for name, value in pairs}
+                yield rows.line_num, {name: value or None for name, value in pairs}
     except csv.Error as error:
         raise LabError(f"{path}: not a table in text: {_line(error)}. Restore it.") from None
 
@@ -422,15 +457,6 @@ def _decoded(path: Path) -> Iterator[str]:
             yield from (line for line in whole if line)
             if not chunk:
                 return
-
-
-def _cell(text: str) -> Any:
-    if text[:1] in ("[", "{"):
-        try:
-            return _parse(text.encode())
-        except (NotJSON, UnicodeEncodeError):
-            return text
-    return text
 
 
 def _text_lines(path: Path) -> Iterator[Numbered]:

@@ -235,16 +235,16 @@ def tokenize_conversation(
     ids: list[int] = []
     mask: list[int] = []
     asked = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i]
-    asked = [i for i in asked if messages[i - 1]["role"] != "assistant"]
     turns = [(list(messages[:i]), [messages[i]]) for i in asked]
     for number, (prompt, answer) in enumerate(turns):
         ((prompt_ids, answer_ids),) = tokenize_rows([(prompt, answer, True)], tokenizer)  # type: ignore[list-item]
         if prompt_ids[: len(ids)] != ids:
             prompt, answer = turns[-1]
             ((prompt_ids, answer_ids),) = tokenize_rows([(prompt, answer, True)], tokenizer)  # type: ignore[list-item]
-            return prompt_ids + answer_ids, [0] * len(prompt_ids) + [1] * len(answer_ids), False
-        learned = messages[asked[number]].get("weight") != 0
-        mask += [0] * (len(prompt_ids) - len(ids)) + [int(learned)] * len(answer_ids)
+            learned = int(messages[asked[-1]].get("weight") != 0)
+            return prompt_ids + answer_ids, [0] * len(prompt_ids) + [learned] * len(answer_ids), False
+        learned = int(messages[asked[number]].get("weight") != 0)
+        mask += [0] * (len(prompt_ids) - len(ids)) + [learned] * len(answer_ids)
         ids = prompt_ids + answer_ids
     return ids, mask, True
 
@@ -269,11 +269,24 @@ def rows_of_ids(
     if "text" in rows[0]:
         texts = [tokenize_text(row["text"], tokenizer) for row in rows]
         return [(ids, [1] * len(ids), True) for ids in texts]
-    asked = [(row["prompt"], row["completion"], True) for row in rows]
-    return [
-        (prompt + answer, [0] * len(prompt) + [1] * len(answer), True)
-        for prompt, answer in tokenize_rows(asked, tokenizer)
-    ]
+    talks = {
+        i: tokenize_conversation(_as_conversation(row), tokenizer)
+        for i, row in enumerate(rows)
+        if not isinstance(row["completion"], str)
+        and (len(row["completion"]) > 1 or row["completion"][0].get("weight") == 0)
+    }
+    asked = [(row["prompt"], row["completion"], True) for i, row in enumerate(rows) if i not in talks]
+    answered = iter(tokenize_rows(asked, tokenizer) if asked else [])
+    for i in range(len(rows)):
+        if i not in talks:
+            prompt, answer = next(answered)
+            talks[i] = prompt + answer, [0] * len(prompt) + [1] * len(answer), True
+    return [talks[i] for i in range(len(rows))]
+
+
+def _as_conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Prompt and completion in one, of which only what the assistant says in the completion is learned."""
+    return [*({**turn, "weight": 0} for turn in row["prompt"]), *row["completion"]]
 
 
 def counted(kind: str, dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Iterator[int | str]:
@@ -517,6 +530,10 @@ def _checked(text: str, turns: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
+_READS_THINKING = re.compile(r"""(\.|\[?\\?['"])thinking\b""")
+"""gpt-oss calls a message's reasoning_content so; elsewhere it is the name of a setting."""
+
+
 def _for_template(message: Mapping[str, Any], template: str) -> dict[str, Any]:
     """A message as templates expect it."""
     turn = {"role": message["role"], "content": message["content"]}
@@ -526,9 +543,17 @@ def _for_template(message: Mapping[str, Any], template: str) -> dict[str, Any]:
         if "tool_calls" not in template:
             raise LabError("the chat template cannot render this conversation: it knows no tool calls")
         turn["tool_calls"] = json.loads(message["tool_calls"])
-    for key in ("name", "tool_call_id", "reasoning_content"):
+    for key in ("name", "tool_call_id"):
         if message.get(key):
             turn[key] = message[key]
+    if message.get("reasoning_content"):
+        key = "reasoning_content" if "reasoning_content" in template else "thinking"
+        if key == "thinking" and not _READS_THINKING.search(template):
+            raise LabError(
+                "the chat template cannot render this conversation: it knows no reasoning_content. Put what "
+                "was thought into content, or leave it out"
+            )
+        turn[key] = message["reasoning_content"]
     return turn
 
 

@@ -7,7 +7,7 @@ answers are a ranking where people ranked two or more of them, or else the first
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rlhf.forms import is_finite
+from rlhf import forms
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
@@ -58,9 +58,10 @@ def _walk(node: dict[str, Any], before: list[dict[str, Any]], number: int) -> It
             continue
         answers = [[{"role": "assistant", "content": reply.get("text")}] for reply in replies]
         place = replies[0].get("number", number)
-        ranked = [i for i, reply in enumerate(replies) if is_finite(reply.get("rank"))]
+        given = [forms.number(reply.get("rank")) for reply in replies]
+        ranked = [i for i, rank in enumerate(given) if forms.is_finite(rank)]
         if len(ranked) > 1:
-            values = [replies[i]["rank"] for i in ranked]
+            values = [given[i] for i in ranked]
             ranks = [1 + sum(other < value for other in values) for value in values]
             yield place, {"prompt": path, "completions": [answers[i] for i in ranked], "ranks": ranks}
         else:
@@ -69,4 +70,6 @@ def _walk(node: dict[str, Any], before: list[dict[str, Any]], number: int) -> It
 
 def _counts(reply: Any) -> bool:
     """Not deleted, and not found to be spam."""
-    return isinstance(reply, dict) and not reply.get("deleted") and reply.get("review_result") is not False
+    if not isinstance(reply, dict):
+        return False
+    return not forms.opinion(reply.get("deleted")) and forms.opinion(reply.get("review_result")) is not False

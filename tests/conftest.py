@@ -15,7 +15,7 @@ import hypothesis
 import hypothesis.configuration
 import pytest
 
-from tests.forks import Forks
+from tests.forks import Fork, Forks
 
 # What a user has set, or has at home, changes no test. This happens before any library looks.
 _SETTINGS = ("WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "ACCELERATE_", "XDG_")
@@ -58,6 +58,7 @@ LONGEST = (
 """Files that take a minute or more: begun first, so that no worker has one left when the others are done."""
 
 LabCommand = Callable[..., "subprocess.CompletedProcess[str]"]
+LabStart = Callable[..., Fork]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -106,9 +107,32 @@ def lab_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def lab_command(lab_environment: dict[str, str]) -> Iterator[LabCommand]:
+def forks(lab_environment: dict[str, str]) -> Iterator[Callable[[], Forks]]:
+    """The process that commands are forks of; made when it is first asked for."""
+    made: list[Forks] = []
+
+    def get() -> Forks:
+        made[:] = made or [Forks(lab_environment)]
+        return made[0]
+
+    yield get
+    for each in made:
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def lab_start(forks: Callable[[], Forks], lab_environment: dict[str, str]) -> LabStart:
+    """Begins `lab ARGUMENTS` as `subprocess.Popen` would; one at a time, see `tests.forks`."""
+
+    def start(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None) -> Fork:
+        return forks().start([*map(str, arguments)], cwd, {**lab_environment, **(env or {})})
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def lab_command(forks: Callable[[], Forks], lab_environment: dict[str, str]) -> LabCommand:
     """Runs `lab ARGUMENTS` in a process of its own, with nobody to answer a prompt; see `tests.forks`."""
-    forks: list[Forks] = []
 
     def run(
         *arguments: object,
@@ -117,14 +141,13 @@ def lab_command(lab_environment: dict[str, str]) -> Iterator[LabCommand]:
         timeout: float = 120,
         preexec_fn: Callable[[], None] | None = None,
     ) -> "subprocess.CompletedProcess[str]":
+        environment = {**lab_environment, **(env or {})}
         if preexec_fn is None and not {name for name in env or {} if not name.startswith("WANDB_")}:
-            forks[:] = forks or [Forks(lab_environment)]
-            environment = {**lab_environment, **(env or {})}
-            return forks[0].run([*map(str, arguments)], cwd, environment, timeout)
+            return forks().run([*map(str, arguments)], cwd, environment, timeout)
         return subprocess.run(
             [sys.executable, "-m", "lab.cli", *map(str, arguments)],
             cwd=cwd,
-            env={**lab_environment, **(env or {})},
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -133,9 +156,7 @@ def lab_command(lab_environment: dict[str, str]) -> Iterator[LabCommand]:
             preexec_fn=preexec_fn,
         )
 
-    yield run
-    for each in forks:
-        each.close()
+    return run
 
 
 @pytest.fixture(scope="session")

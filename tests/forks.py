@@ -7,6 +7,7 @@ a real one.
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 IMPORTED = (
     *("lab.cli", "lab.compare", "lab.sweep", "lab.sync", "rl.commands", "rlhf.commands"),
@@ -27,50 +29,97 @@ IMPORTED = (
 """Not wandb, which looks at the environment when it is imported."""
 
 
+class Fork:
+    """A command that runs, as `subprocess.Popen` shows one; `communicate` gives its output and errors."""
+
+    def __init__(self, arguments: Sequence[str], answers: IO[str], connection: socket.socket, folder: str):
+        self.args, self.returncode = list(arguments), None
+        self._answers, self._connection, self._folder = answers, connection, folder
+        self.pid = int(answers.readline())
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = int(self._answers.readline())
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """All it wrote to stdout and stderr, once it has ended."""
+        self.wait(timeout)
+        out, err = (Path(self._folder, name).read_text() for name in ("out", "err"))
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, if it has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL: no handler runs."""
+        self.send_signal(signal.SIGKILL)
+
+
 class Forks:
-    """The process that commands are forks of; it ends with the one that made it."""
+    """The process that commands are forks of, one at a time; it ends with the one that made it."""
 
     def __init__(self, environment: Mapping[str, str]):
-        self._environment = environment
-        self._start()
-
-    def _start(self) -> None:
         self._socket, other = socket.socketpair()
         self._answers = self._socket.makefile("r")
+        self._folder = tempfile.TemporaryDirectory()
+        self._last: Fork | None = None
         with other:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(other.fileno())],
-                env=dict(self._environment),
+                env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
             )
 
+    def start(self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Fork:
+        """As `subprocess.Popen` of `python -m lab.cli ARGUMENTS`, with text captured and nothing to read.
+
+        What is left of the command before it is killed.
+        """
+        if self._last is not None:
+            self._last.kill()
+            self._last.wait()
+        folder = tempfile.mkdtemp(dir=self._folder.name)
+        order = [list(arguments), str(cwd), dict(environment), f"{folder}/out", f"{folder}/err"]
+        self._socket.sendall(json.dumps(order).encode() + b"\n")
+        self._last = Fork(arguments, self._answers, self._socket, folder)
+        return self._last
+
     def run(
         self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float
     ) -> "subprocess.CompletedProcess[str]":
-        """As `subprocess.run` of `python -m lab.cli ARGUMENTS`, with text captured and nothing to read."""
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            order = [list(arguments), str(cwd), dict(environment), str(out), str(err)]
-            self._socket.settimeout(None)
-            self._socket.sendall(json.dumps(order).encode() + b"\n")
-            pid = int(self._answers.readline())
-            try:
-                self._socket.settimeout(timeout)
-                code = int(self._answers.readline())
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                self.close()  # a stream that timed out is not read again
-                self._start()
-                raise subprocess.TimeoutExpired(list(arguments), timeout) from None
-            return subprocess.CompletedProcess(list(arguments), code, out.read_text(), err.read_text())
+        """As `subprocess.run`: a command from its beginning to its end, or to `timeout` seconds."""
+        fork = self.start(arguments, cwd, environment)
+        try:
+            out, err = fork.communicate(timeout)
+        except subprocess.TimeoutExpired:
+            fork.kill()
+            raise
+        return subprocess.CompletedProcess(fork.args, fork.wait(), out, err)
 
     def close(self) -> None:
         """Lets the process end."""
         self._answers.close()
         self._socket.close()
         self._process.wait(10)
+        self._folder.cleanup()
 
 
 def _serve(orders: socket.socket) -> int:

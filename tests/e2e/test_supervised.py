@@ -4,8 +4,6 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 from lab import checkpoint
 from lab.run import Run
 from lab.tracking import read_metrics
-from tests.conftest import LabCommand
+from tests.conftest import LabCommand, LabStart
 from tests.e2e.test_bad_input import damage, refuse, snapshot
 
 CONFIG: dict[str, Any] = {
@@ -58,11 +56,10 @@ def run(unstopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(unstopped, tmp_path / "run", symlinks=True))
 
 
-def stop(number: int, n_rows: int, *arguments: object, env: dict[str, str]) -> int:
+def stop(lab_start: LabStart, number: int, n_rows: int, *arguments: object) -> int:
     """Trains until there are so many more rows of metrics, then sends a signal; returns the exit code."""
     folder = Path(str(arguments[-1]))
-    command = [sys.executable, "-m", "lab.cli", "train", *map(str, arguments)]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = lab_start("train", *arguments, cwd=folder.parent)
     deadline, path = time.monotonic() + 300, folder / "metrics.jsonl"
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and len(path.read_bytes().splitlines()) >= n_rows:
@@ -91,13 +88,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_and_stopped_within_an_epoch_it_ends_as_if_never_stopped(
-    unstopped: Path, config: Path, lab_command: LabCommand, lab_environment: dict[str, str], tmp_path: Path
+    unstopped: Path, config: Path, lab_command: LabCommand, lab_start: LabStart, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    stop(signal.SIGKILL, 3, config, "--out", folder, env=lab_environment)  # before the first checkpoint
+    stop(lab_start, signal.SIGKILL, 3, config, "--out", folder)  # before the first checkpoint
     assert Run.open(folder).info["state"] == "running"
-    stop(signal.SIGKILL, 17, config, "--resume", "--out", folder, env=lab_environment)
-    assert stop(signal.SIGTERM, 33, config, "--resume", "--out", folder, env=lab_environment) == 0
+    stop(lab_start, signal.SIGKILL, 17, config, "--resume", "--out", folder)
+    assert stop(lab_start, signal.SIGTERM, 33, config, "--resume", "--out", folder) == 0
     assert Run.open(folder).info["state"] == "interrupted"
     result = lab_command("train", folder, "--resume", cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr

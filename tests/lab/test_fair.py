@@ -252,6 +252,26 @@ def test_half_trained_runs_are_compared_up_to_where_they_came(state: str, score:
     assert b.unfinished == {state: 3} or a.unfinished == {state: 3}
 
 
+def test_a_threshold_counts_within_the_common_budget() -> None:
+    """Else those that were stopped early `never` come so far, and those that went on do."""
+    records = [run(f"a{s}", {"seed": s, "alg": "a"}, list(range(11))) for s in range(3)]
+    records += [run(f"b{s}", {"seed": s, "alg": "b"}, list(range(5))) for s in range(3)]
+    for r in records:
+        r.series["time/elapsed_seconds"] = Series(np.arange(11.0), 10 * np.arange(11.0))
+
+    def reached(threshold: float, **more: Any) -> list[tuple[int, int]]:
+        groups = ask(records, threshold=threshold, **more).groups
+        return [
+            (g.threshold_steps.reached, g.threshold_seconds.reached)
+            for g in groups
+            if g.threshold_steps and g.threshold_seconds
+        ]
+
+    assert reached(4.0) == [(3, 3), (3, 3)]
+    assert reached(5.0) == [(0, 0), (0, 0)]
+    assert sorted(reached(5.0, until="end")) == [(0, 0), (3, 3)]
+
+
 def test_up_to_a_step_that_is_asked_for() -> None:
     records = half_trained("crashed")
     at = ask(records, until="300", score="last")
@@ -536,6 +556,20 @@ def test_held_out_evaluations_and_summaries_are_metrics(tmp_path: Path) -> None:
     assert not said(comparison, "with different seed")
     with pytest.raises(LabError, match=r"Did you mean 'evaluate/mean_reward'\?"):
         compare(found.records, Question(metric="evaluate/mean_rewrd"))
+
+
+@pytest.mark.parametrize("score", ["final", "last", "best"])
+def test_a_value_said_once_is_compared_with_the_end_of_those_that_log_it(tmp_path: Path, score: str) -> None:
+    """It has no step: not step 0, up to which the others were compared."""
+    for seed in range(3):
+        logged = [(step, {METRIC: 10.0 * (step > 0) + seed}) for step in range(0, 1100, 100)]
+        make_run(tmp_path / f"a{seed}", logged, config={"seed": seed, "algorithm": "a"})
+        once = make_run(tmp_path / f"b{seed}", [(0, {"other": 1.0})], config={"seed": seed, "algorithm": "b"})
+        once.summarize(**{METRIC: 5.0 + seed})
+    question = Question(metric=METRIC, by=("algorithm",), score=score, threshold=10.5)
+    comparison = compare(load([str(tmp_path)], [METRIC]).records, question)
+    assert {group.label: group.mean for group in comparison.groups} == pytest.approx({"a": 11.0, "b": 6.0})
+    assert said(comparison, "b0, b1, b2: says its value once, without a step, and others log it")
 
 
 def test_a_run_that_lacks_the_metric_is_named_with_what_it_has_instead() -> None:

@@ -7,6 +7,7 @@ only the server is a stand-in.
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -441,3 +442,39 @@ def test_a_row_is_the_same_however_it_was_kept() -> None:
     ]  # fmt: skip
     assert len({identity(other) for other in [ours, *others]}) == len(others) + 1
     assert identity({"x": "1"}) != identity({"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("kept", "shown"),
+    [
+        pytest.param({"loss": -0.0}, {"loss": 0}, id="minus zero"),
+        pytest.param({"n": 10**400, "m": -(10**400)}, {"n": math.inf, "m": "-Infinity"}, id="beyond floats"),
+        pytest.param({"l": [1.0, 2.5, math.nan, None]}, {"l": [1, 2.5, "NaN", None]}, id="list"),
+        pytest.param({"l": [12345678901234567890123]}, {"l": [1.2345678901234568e22]}, id="large in a list"),
+        pytest.param({"l": [{"b": 1.0}]}, {"l": [{"b": 1}]}, id="mappings in a list"),
+        pytest.param({"a": {"b": 1.0, "c": {}}, "e": {}}, {"a": {"b": 1}}, id="empty mappings"),
+        pytest.param({"": 1, "a": 1}, {"a": 1}, id="no name"),
+        pytest.param({"a": "x\ud800"}, {"a": "x\ufffd"}, id="half a character"),
+    ],
+)
+def test_a_value_that_wandb_keeps_otherwise_is_the_same(kept: dict[str, Any], shown: dict[str, Any]) -> None:
+    """Each of these was incomplete for ever, or sent twice where it was in W&B's file, too."""
+    assert identity({"global_step": 1, **kept}) == identity({"global_step": 1, **shown})
+
+
+def test_values_in_a_list_are_told_apart() -> None:
+    rows = [{"l": [1]}, {"l": [2]}, {"l": [1, None]}, {"l": ["1"]}, {"l": {"0": 1}}, {"l": [[1]]}, {"l": 1}]
+    assert len({identity(one) for one in rows}) == len(rows)
+
+
+@pytest.mark.slow
+def test_odd_values_of_a_run_arrive(
+    runs: Path, server: WandbStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the real `wandb`, which says what it keeps of them."""
+    session(runs / "pong", range(2))
+    log_without_wandb(runs / "pong", [2])
+    odd = {"a": -0.0, "b": [1.0, 2.5], "c": [{"d": 1.0}], "e": {}, "": 1, "f": "\ud800", "n": 10**400}
+    with (runs / "pong" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"global_step": 3, **odd, "g": [math.nan, math.inf]}) + "\n")
+    assert "sent and verified: 4 rows" in synced(capsys, runs)

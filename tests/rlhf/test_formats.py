@@ -8,6 +8,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -147,6 +148,37 @@ DEMONSTRATIONS: dict[str, tuple[Any, Any]] = {
     ),
     "input and output": ({"input": "a?", "output": "b."}, {"prompt": "a?", "completion": "b."}),
     "question and answer": ({"question": "a?", "answer": "b."}, {"prompt": "a?", "completion": "b."}),
+    "xLAM": (
+        {"query": "a?", "tools": "[]", "answers": '[{"name": "add", "arguments": {"x": 1}}]'},
+        {
+            "prompt": [user("a?")],
+            "completion": [{"role": "assistant", "content": "", "tool_calls": json.dumps(CALL)}],
+        },
+    ),
+    "Glaive's tool calls": (
+        {"system": "SYSTEM: Be brief.", "chat": "USER: a?\n\n\nASSISTANT: b. <|endoftext|>\n\n\n"},
+        {"messages": [SYSTEM, *TALK]},
+    ),
+    "what was thought": (
+        {"messages": [user("a?"), bot("b.") | {"thinking": "Hm."}]},
+        {"messages": [user("a?"), bot("b.") | {"reasoning_content": "Hm."}]},
+    ),
+    "what was thought, as a part": (
+        {
+            "messages": [
+                user("a?"),
+                {
+                    "role": "assistant",
+                    "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "b."}],
+                },
+            ]
+        },
+        {"messages": [user("a?"), bot("b.") | {"reasoning_content": "Hm."}]},
+    ),
+    "distilabel's generations": (
+        {"instruction": "a?", "generation": "b.", "model_name": "m"},
+        {"prompt": "a?", "completion": "b."},
+    ),
     "prompt and response": ({"prompt": "a?", "response": "b."}, {"prompt": "a?", "completion": "b."}),
 }
 
@@ -180,6 +212,67 @@ COMPARISONS: dict[str, tuple[Any, Any]] = {
     "Nectar": (
         {"prompt": "a?", "answers": [{"answer": "b.", "rank": 1.0}, {"answer": "c.", "rank": 2.0}]},
         PAIR,
+    ),
+    "Nectar, with its sources": (
+        {
+            **{"prompt": "a?", "source": ["sharegpt", "flan"]},
+            "answers": [{"answer": "b.", "rank": 1.0}, {"answer": "c.", "rank": 2.0}],
+        },
+        PAIR | {"source": "sharegpt, flan"},
+    ),
+    "MT-bench, the first of two turns": (
+        {
+            **{"turn": 1, "winner": "model_a", "conversation_a": [*TALK, user("and?"), bot("x.")]},
+            "conversation_b": [user("a?"), bot("c."), user("and?"), bot("y.")],
+        },
+        CHAT_PAIR,
+    ),
+    "MT-bench, both turns": (
+        {
+            **{"turn": 2, "winner": "model_b", "conversation_a": [*TALK, user("and?"), bot("x.")]},
+            "conversation_b": [user("a?"), bot("c."), user("and?"), bot("y.")],
+        },
+        {
+            "prompt": [user("a?")],
+            "completions": [[bot("b."), user("and?"), bot("x.")], [bot("c."), user("and?"), bot("y.")]],
+            "ranks": [2, 1],
+        },
+    ),
+    "Chatbot Arena, Kaggle's": (
+        {
+            **{"prompt": '["a?"]', "response_a": '["b."]', "response_b": '["c."]'},
+            **{"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
+        },
+        CHAT_PAIR,
+    ),
+    "HelpSteer3": (
+        {"context": [user("a?")], "response1": "c.", "response2": "b.", "overall_preference": 1},
+        CHAT_PAIR | {"completions": [[bot("c.")], [bot("b.")]], "ranks": [2, 1]},
+    ),
+    "OpenAI's summaries": (
+        {
+            **{"info": {"subreddit": "aww", "title": "Cat", "post": "It sat."}, "choice": 1},
+            "summaries": [{"text": " Sat."}, {"text": " A cat sat."}],
+        },
+        {
+            "prompt": "SUBREDDIT: r/aww\n\nTITLE: Cat\n\nPOST: It sat.\n\nTL;DR:",
+            **{"completions": [" Sat.", " A cat sat."], "ranks": [2, 1]},
+        },
+    ),
+    "AlpacaFarm": (
+        {"instruction": "a?", "input": "", "output_1": "b.", "output_2": "c.", "preference": 1},
+        PAIR,
+    ),
+    "distilabel, ratings": (
+        {"instruction": "a?", "generations": ["b.", "c."], "ratings": [5.0, 2.0], "rationales": ["x", "y"]},
+        PAIR | {"scores": [5.0, 2.0]},
+    ),
+    "distilabel, math": (
+        {
+            **{"instruction": "a?", "chosen_response": "b.", "rejected_response": "c."},
+            **{"chosen_rating": 5.0, "rejected_rating": 4.0},
+        },
+        PAIR | {"scores": [5.0, 4.0]},
     ),
     "UltraFeedback, raw": (
         {
@@ -408,6 +501,92 @@ def test_conversations_in_a_table(tmp_path: Path) -> None:
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["messages"], [json.dumps(TALK)]])
     assert data.demonstrations(str(tmp_path / "a.csv")).to_list() == [{"messages": TALK}]
+
+
+def _with_pandas(path: Path, rows: list[Any]) -> None:
+    pandas.DataFrame(rows).to_csv(path, index=False)
+
+
+def _with_pandas_from_parquet(path: Path, rows: list[Any]) -> None:
+    pandas.DataFrame(rows).to_parquet(path.with_suffix(".bin"))
+    pandas.read_parquet(path.with_suffix(".bin")).to_csv(path)  # with its index
+
+
+def _with_datasets(path: Path, rows: list[Any]) -> None:
+    Dataset.from_list(rows).to_csv(path)
+
+
+def _as_lines_of_texts(path: Path, rows: list[Any]) -> None:
+    lines(path, *({name: json.dumps(value) for name, value in row.items()} for row in rows))
+
+
+WRITERS = [_with_pandas, _with_pandas_from_parquet, _with_datasets, _as_lines_of_texts]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_conversations_written_into_texts_are_conversations(write: Any, tmp_path: Path) -> None:
+    """Else an answer would be learned with the brackets and the roles around it."""
+    path = tmp_path / ("a.jsonl" if write is _as_lines_of_texts else "a.csv")
+    good, bad = bot('It\'s "b"\n\\ }\n {'), bot("[c]")
+    write(path, [{"chosen": [user("a?"), good], "rejected": [user("a?"), bad]}] * 2)
+    (found, _) = data.comparisons(str(path)).to_list()
+    assert (found["prompt"], found["completions"]) == ([user("a?")], [[good], [bad]])
+    write(path, [{"prompt": [user("a?")], "completion": [good]}] * 2)
+    assert data.demonstrations(str(path))[0] == {"prompt": [user("a?")], "completion": [good]}
+
+
+def test_lists_in_a_table_are_read_where_lists_are_meant(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    _with_pandas(path, [{"prompt": "a?", "completions": ["b.", "c."], "scores": [2.5, 1.0]}])
+    (found,) = data.comparisons(str(path)).to_list()
+    assert (found["completions"], found["scores"]) == (["b.", "c."], [2.5, 1.0])
+    answers = [{"prompt": "Sort.", "completion": "[1, 2]"}, {"prompt": "As JSON.", "completion": '{"a": 1}'}]
+    _with_pandas(path, answers)
+    assert data.demonstrations(str(path)).to_list() == answers
+    path.write_text(
+        'prompt,completion\na?,"[{""role"": ""assistant"", ""content"": ""cut at a cell\'s lim"\n'
+    )
+    with pytest.raises(LabError, match="completion begins like a list of messages and cannot be read as"):
+        data.demonstrations(str(path))
+
+
+def test_openassistants_messages_in_a_table(tmp_path: Path) -> None:
+    columns = ("message_id", "parent_id", "text", "role", "rank", "deleted", "review_result")
+    rows = [
+        ("1", None, "a?", "prompter", None, False, True),
+        ("2", "1", "spam", "assistant", 0.0, False, False),
+        ("3", "1", "c.", "assistant", 2.0, False, True),
+        ("4", "1", "b.", "assistant", 1.0, False, True),
+        ("5", "1", "gone", "assistant", 3.0, True, True),
+    ]
+    _with_pandas(tmp_path / "a.csv", [dict(zip(columns, row, strict=True)) for row in rows])
+    (found,) = data.comparisons(str(tmp_path / "a.csv")).to_list()
+    assert (found["completions"], found["ranks"]) == ([[bot("c.")], [bot("b.")]], [2, 1])
+
+
+COLUMNS = {"prompt": [row["prompt"] for row in ROWS], "completion": [row["completion"] for row in ROWS]}
+OBJECTS: dict[str, Any] = {
+    "lists": COLUMNS,
+    **{
+        orient: json.loads(pandas.DataFrame(ROWS).to_json(orient=orient))  # type: ignore[arg-type]
+        for orient in ("columns", "index", "split", "table", "records")
+    },
+}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", OBJECTS)
+def test_a_table_in_one_json_value(name: str, indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(OBJECTS[name], indent=indent))
+    assert data.demonstrations(str(path)).to_list() == ROWS
+
+
+def test_one_row_in_a_file_is_no_table_of_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for row in ({"prompt": [user("a?")], "completion": [bot("b.")]}, {"prompt": "a?", "completion": "b."}):
+        path.write_text(json.dumps(row, indent=1))
+        assert data.demonstrations(str(path)).to_list() == [row]
 
 
 def test_droppings_and_descriptions_are_no_data(tmp_path: Path) -> None:

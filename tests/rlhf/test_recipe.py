@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from lab.run import Run
 from lab.tracking import read_metrics
-from tests.conftest import REPO, LabCommand
+from tests.conftest import REPO, LabCommand, LabStart
 from tests.e2e.test_bad_input import refuse
+from tests.forks import Fork
 from tests.rlhf.test_checkpoints import pickles
 
 CONFIG = REPO / "configs" / "rlhf" / "tiny.yaml"
@@ -28,11 +29,14 @@ SMALL = (
 )
 """Overrides that make of tiny.yaml a recipe of seconds."""
 STAGES = ("sft", "collect", "reward", "ppo", "eval")
-SHARED = {"HF_HUB_OFFLINE": "1"}
 
 
 def run(lab_command: LabCommand, cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return lab_command("rlhf", CONFIG, "--out", "run", *SMALL, *arguments, cwd=cwd, env=SHARED, timeout=300)
+    return lab_command("rlhf", CONFIG, "--out", "run", *SMALL, *arguments, cwd=cwd, timeout=300)
+
+
+def begin(lab_start: LabStart, cwd: Path, *arguments: str) -> Fork:
+    return lab_start("rlhf", CONFIG, "--out", "run", *SMALL, *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +163,7 @@ def test_from_does_a_stage_and_all_after_it_anew(lab_command: LabCommand, copied
 )
 def test_a_stage_killed_at_any_moment_ends_as_one_never_stopped(
     lab_command: LabCommand,
-    lab_environment: dict[str, str],
+    lab_start: LabStart,
     copied: Path,
     finished: Path,
     stage: str,
@@ -169,14 +173,7 @@ def test_a_stage_killed_at_any_moment_ends_as_one_never_stopped(
     for later in STAGES[STAGES.index(stage) :]:
         shutil.rmtree(copied / "run" / later)
     more = ("--stage", stage, "--sft.save_every_steps=4", "--reward.save_every_steps=2")
-    command = [sys.executable, "-m", "lab.cli", "rlhf", str(CONFIG), "--out", "run", *SMALL, *more]
-    process = subprocess.Popen(
-        command,
-        cwd=copied,
-        env={**lab_environment, **SHARED},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = begin(lab_start, copied, *more)
     metrics = copied / "run" / stage / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < at):
         time.sleep(0.005)
@@ -212,21 +209,14 @@ def test_no_file_of_a_recipe_is_a_pickle(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stage_killed_behind_its_last_step_takes_no_other(
-    lab_command: LabCommand, lab_environment: dict[str, str], copied: Path, finished: Path
+    lab_command: LabCommand, lab_start: LabStart, copied: Path, finished: Path
 ) -> None:
     """Its epochs are a fraction, and all steps are in a checkpoint, but model/ is not written yet."""
     last = max(row["global_step"] for row in read_metrics(finished / "run" / "sft" / "metrics.jsonl"))
     shutil.rmtree(copied / "run")
     model = copied / "run" / "sft" / "model" / "model.safetensors"
     checkpoint = copied / "run" / "sft" / "checkpoints" / f"step_{last:012d}" / "manifest.json"
-    command = [sys.executable, "-m", "lab.cli", "rlhf", str(CONFIG), "--out", "run", *SMALL, "--stage", "sft"]
-    process = subprocess.Popen(
-        command,
-        cwd=copied,
-        env={**lab_environment, **SHARED},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = begin(lab_start, copied, "--stage", "sft")
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.002)
     process.kill()
@@ -245,18 +235,15 @@ def test_a_stage_killed_behind_its_last_step_takes_no_other(
 
 @pytest.mark.slow
 def test_sigterm_finishes_the_rollout_saves_and_says_how_to_go_on(
-    lab_command: LabCommand, lab_environment: dict[str, str], copied: Path, finished: Path
+    lab_command: LabCommand, lab_start: LabStart, copied: Path, finished: Path
 ) -> None:
     for later in ("ppo", "eval"):
         shutil.rmtree(copied / "run" / later)
-    command = [sys.executable, "-m", "lab.cli", "rlhf", str(CONFIG), "--out", "run", *SMALL, "--stage", "ppo"]
-    process = subprocess.Popen(
-        command, cwd=copied, env={**lab_environment, **SHARED}, stderr=subprocess.PIPE, text=True
-    )
+    process = begin(lab_start, copied, "--stage", "ppo")
     metrics = copied / "run" / "ppo" / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 5):
         time.sleep(0.005)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "interrupted" in said
@@ -269,7 +256,7 @@ def test_sigterm_finishes_the_rollout_saves_and_says_how_to_go_on(
 
 def test_collect_evaluate_and_chat_work_on_a_finished_recipe(lab_command: LabCommand, copied: Path) -> None:
     def lab(*arguments: str) -> str:
-        result = lab_command(*arguments, cwd=copied, env=SHARED, timeout=300)
+        result = lab_command(*arguments, cwd=copied, timeout=300)
         assert result.returncode == 0, result.stderr
         return result.stdout
 

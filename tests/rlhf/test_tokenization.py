@@ -1,5 +1,6 @@
 """One way from rows to token ids, on tokenizers built as other families have them."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -232,6 +233,46 @@ def test_of_a_conversation_every_answer_is_learned_where_the_template_lets_it() 
     silent = [dict(turn, weight=0) if i == 1 else turn for i, turn in enumerate(turns)]
     ids, mask, _ = tokenize_conversation(silent, prepared("llama 3"))
     assert sum(mask) == len("that") + 1
+
+
+def learned_of(row: Any, tokenizer: Any) -> list[str]:
+    """The texts of which the loss is taken."""
+    ((ids, mask, _),) = rows_of_ids([row], tokenizer)
+    runs = itertools.groupby(zip(ids, mask, strict=True), lambda pair: pair[1])
+    return [tokenizer.decode([i for i, _ in run]) for learned, run in runs if learned]
+
+
+def test_what_the_user_says_in_a_completion_is_not_learned() -> None:
+    tokenizer = prepared("llama 3")
+    more = [*SAY, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "that"}]
+    for before in (ASK, [*ASK, *SAY, *ASK]):
+        row = {"prompt": before, "completion": more}
+        assert learned_of(row, tokenizer) == ["good film<|eot_id|>", "that<|eot_id|>"]
+    silent = {"prompt": ASK, "completion": [{**SAY[0], "weight": 0}]}
+    assert learned_of(silent, tokenizer) == []
+    twice = {"messages": [*ASK, *SAY, {"role": "assistant", "content": "that"}]}
+    assert learned_of(twice, tokenizer) == ["good film<|eot_id|>", "that<|eot_id|>"]
+
+
+def test_a_last_answer_that_is_not_to_be_learned_is_not_where_it_alone_would_be() -> None:
+    tokenizer = build("<|im_start|>", "<|im_end|>", template=THINKING, eos_token="<|im_end|>")
+    turns = [*ASK, *SAY, {"role": "user", "content": "and?"}]
+    assert (
+        learned_of({"messages": [*turns, {"role": "assistant", "content": "that", "weight": 0}]}, tokenizer)
+        == []
+    )
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking"])
+def test_what_was_thought_is_learned_or_refused(name: str) -> None:
+    thoughtful = CHATML.replace(
+        "{{ m.content }}", f"{{{{ '<think>' + m.{name} if m.{name} }}}}{{{{ m.content }}}}"
+    )
+    row = {"messages": [*ASK, {**SAY[0], "reasoning_content": "a film?"}]}
+    tokenizer = build("<|im_start|>", "<|im_end|>", template=thoughtful, eos_token="<|im_end|>")
+    assert learned_of(row, tokenizer) == ["<think>a film?good film<|im_end|>"]
+    with pytest.raises(LabError, match="knows no reasoning_content"):
+        learned_of(row, prepared("llama 3"))
 
 
 def test_a_template_that_thinks_in_the_last_turn_alone() -> None:
