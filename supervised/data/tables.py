@@ -11,7 +11,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -385,7 +385,7 @@ def _kept_as_learned(
 
 
 def split_column(
-    names: Sequence[str], values_of: Callable[[str], Sequence[Any]], but: Sequence[Any]
+    names: Sequence[str], values_of: Callable[[str], Iterable[Any]], but: Sequence[Any]
 ) -> str | None:
     """The column that says to which part each row belongs, if there is one: it is called so, and some rows
     are to train on (and, where its name may mean other things, others to be evaluated on).

@@ -221,8 +221,7 @@ def _by_split(
         return located
     form = form_of([*rows[0][1]], config)
     used = _forms(config)[form] if form else ()
-    values = lambda key: {str(row.get(key)) for _, row in rows}  # noqa: E731
-    split = tables.split_column([*rows[0][1]], values, used)
+    split = tables.split_column([*rows[0][1]], lambda key: {str(row.get(key)) for _, row in rows}, used)
     if split is None:
         return located
     parts = tables.by_split([row.get(split) for _, row in rows], split, notes)
