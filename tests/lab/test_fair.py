@@ -1,5 +1,6 @@
 """What is compared is comparable: groups, budgets, seeds, tasks and axes, each as untidy as runs are."""
 
+import csv
 import json
 import math
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab import grouping, report
+from lab import grouping, report, report_page
 from lab.compare import Comparison, Question, compare
 from lab.errors import LabError
 from lab.records import Record, Series, _definitions, load, read_columns
@@ -522,6 +523,102 @@ def test_a_stock_trainers_steps_are_those_it_told_wandb(tmp_path: Path) -> None:
         assert record.series["best_acc"].y[0] == record.series["summary/best_acc"].y[0] == 0.5 + record.seed
     comparison = compare(found.records, Question(metric="eval/zork"))
     assert (comparison.lower_is_better, comparison.x_label) == (True, "train/global step")
+
+
+# ---- units ----
+
+
+def two_games(metric: str) -> list[Record]:
+    """A run a seed of two agents on two games, whose scores differ by a factor of 20."""
+    return [
+        run(
+            f"{alg}{game}{seed}",
+            {"agent.algorithm": alg, "env.game": game, "seed": seed},
+            [scale * (step / 10) * better + seed * scale / 100 for step in range(11)],
+            metric=metric,
+        )
+        for alg, better in (("dqn", 1.0), ("pqn", 1.2))
+        for game, scale in (("pong", 20.0), ("breakout", 400.0))
+        for seed in range(3)
+    ]
+
+
+def test_what_is_scaled_is_scaled_in_the_curves_too(tmp_path: Path) -> None:
+    comparison = ask(two_games(METRIC), score="last")
+    for group in comparison.groups:
+        assert group.curve is not None
+        assert group.curve.point[-1] == pytest.approx(group.mean)
+        for record in group.records:
+            assert group.run_curves[record.id].y[-1] == pytest.approx(group.compared[record.id])
+        areas = [np.trapezoid(c.y, c.x) / np.ptp(c.x) for c in group.run_curves.values()]
+        assert group.auc == pytest.approx(np.mean(areas))
+    text = "eval/mean_reward, scaled by each env.game"
+    assert report_page.page([comparison], "t", "c").count(text) >= 3
+    report.write([comparison], tmp_path, "t", "c")
+    assert text in (tmp_path / "comparison.svg").read_text()
+    plain = ask(two_games(METRIC), score="last", normalize="none").groups[0]
+    assert plain.auc == pytest.approx(sum(1.2 * s / 2 + s / 100 for s in (20.0, 400.0)) / 2)
+
+
+def test_where_less_is_better_there_is_no_optimality_gap() -> None:
+    """It would be the smaller, the worse a group is."""
+    less, more = (compare(two_games(metric), Question(metric=metric)) for metric in ("eval/loss", METRIC))
+    assert "optimality gap to 1" not in report.table(less)[0]
+    assert "optimality gap to 1" in report.table(more)[0]
+    assert "optimality_gap" not in less.groups[0].estimates
+    rows = list(csv.DictReader(report.groups_csv([less]).splitlines()))
+    assert [row["optimality_gap_over_tasks"] for row in rows] == ["nan", "nan"]
+
+
+def test_an_area_with_a_hole_is_not_that_of_the_other_runs() -> None:
+    records = [run(f"a{s}", {"seed": s}, [1.0, math.nan if s == 0 else 2.0, 3.0]) for s in range(3)]
+    (group,) = ask(records).groups
+    assert math.isnan(group.auc)
+
+
+def test_fractions_beside_percent_are_said() -> None:
+    metric = "eval/accuracy"
+    records = [*seeds("a", {"x": "a"}, [0.91, 0.92, 0.9], metric=metric)]
+    records += seeds("b", {"x": "b"}, [93.0, 92.0, 94.0], metric=metric)
+    assert said(ask(records, metric=metric), "x=a: all values from 0 to 1; x=b: all above 1")
+    assert not said(ask(records[:3], metric=metric), "all above 1")
+
+
+def test_the_columns_of_a_csv_file_have_a_name_each() -> None:
+    comparison = ask(two_games(METRIC))
+    for text in (report.groups_csv, report.runs_csv, report.curves_csv):
+        heads = next(csv.reader(text([comparison]).splitlines()))
+        assert len(heads) == len(set(heads))
+
+
+@pytest.mark.parametrize(
+    ("value", "within", "text"),
+    [
+        *((0.9996, 0.0, "0.9996"), (0.99961, 3e-5, "0.999610"), (0.781, 0.2, "0.781"), (1.0, 0.0, "1")),
+        *((12345.12, 0.3, "12,345.12"), (12345.12, 40.0, "12,345"), (0.5, 1e-17, "0.5"), (0.0, 0.1, "0")),
+        *((22.04, 0.0, "22"), (-0.91234, 0.0011, "-0.9123"), (3e8, 2e4, "3e+08"), (0.25, math.nan, "0.25")),
+        *((0.99999999, 0.0, "1"), (5e-05, 1e-6, "5e-05"), (300000123.0, 20.0, "300000123")),
+    ],
+)
+def test_a_number_has_the_digits_that_show_how_well_it_is_known(
+    value: float, within: float, text: str
+) -> None:
+    assert report.number(value, within) == text
+
+
+@pytest.mark.parametrize(
+    ("confidence", "text"), [(0.95, "95%"), (0.995, "99.5%"), (0.9, "90%"), (0.999, "99.9%")]
+)
+def test_a_confidence_is_said_as_it_is(confidence: float, text: str) -> None:
+    records = [*seeds("a", {"x": "a"}, [1.0, 2, 3]), *seeds("b", {"x": "b"}, [7.0, 9, 8])]
+    comparison = ask(records, confidence=confidence)
+    assert f"mean [{text}]" in report.table(comparison)[0]
+    assert f"({text} " in report.headline(comparison)
+
+
+def test_equal_means_need_no_more_seeds() -> None:
+    records = [*seeds("a", {"x": "a"}, [1.0, 2, 3]), *seeds("b", {"x": "b"}, [3.0, 1, 2])]
+    assert report.headline(ask(records)).endswith("Their means are equal.")
 
 
 # ---- what was measured afterwards ----
