@@ -175,8 +175,9 @@ def test_a_name_that_means_other_actions_than_the_config_is_said(
     game: str, sticky: float, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.json").touch()  # the folder of a run, which is refused
+    settings = RunConfig(agent=DQNConfig(), env=EnvConfig(game=game, sticky_actions=sticky))
     with pytest.raises(LabError, match="already holds"):
-        RLPipeline().train(RunConfig(env=EnvConfig(game=game, sticky_actions=sticky)), tmp_path, resume=False)
+        RLPipeline().train(settings, tmp_path, resume=False)
     found = capsys.readouterr().err
     assert said in found
     assert bool(said) == bool(found)
