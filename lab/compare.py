@@ -479,7 +479,7 @@ class _Scores:
             )
         elif found.without_steps:
             say(
-                f"says its value once, without a step{where}, and others log it: runs count to their own ends",
+                f"says its value once, without a step{where}, others log it: runs count to their own ends",
                 named(found.without_steps),
             )
         elif found.uneven:
