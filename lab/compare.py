@@ -136,8 +136,8 @@ class Group:
     median: float
     """Over runs, averaged over tasks."""
     estimates: Mapping[statistics.Aggregate, Interval]
-    """iqm, mean, median and optimality_gap over tasks, with bootstrap intervals corrected for few runs. Where less
-    is better there is no optimality gap: it is what scores fall short of a goal."""
+    """iqm, mean, median and optimality_gap over tasks, with bootstrap intervals corrected for few runs.
+    Where less is better there is no optimality gap: it is what scores fall short of a goal."""
     difference: Difference | None
     """Its mean less the baseline's; None of the baseline itself."""
     auc: float
