@@ -666,7 +666,7 @@ def test_a_value_said_once_is_compared_with_the_end_of_those_that_log_it(tmp_pat
     question = Question(metric=METRIC, by=("algorithm",), score=score, threshold=10.5)
     comparison = compare(load([str(tmp_path)], [METRIC]).records, question)
     assert {group.label: group.mean for group in comparison.groups} == pytest.approx({"a": 11.0, "b": 6.0})
-    assert said(comparison, "b0, b1, b2: says its value once, without a step, and others log it")
+    assert said(comparison, "b0, b1, b2: says its value once, without a step, others log it")
 
 
 def test_a_run_that_lacks_the_metric_is_named_with_what_it_has_instead() -> None:
