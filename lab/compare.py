@@ -252,6 +252,9 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
     less, why_direction = _lower_is_better(taking_part, q)
     grouping.check_keys(taking_part, q.by, "--by")
     grouping.check_keys(taking_part, [q.task] if q.task else [], "--task")
+    taking_part, seed_keys = grouping.with_seeds(taking_part, {*q.by, q.task})
+    if seed_keys:
+        say(f"taken for the seed: {named(seed_keys)}")
     once = grouping.without_repeats(taking_part, q.metric)
     _say_repeats(once, say)
     tasks_by = q.task or grouping.task_key(once.records, q.by)

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,75 @@ def test_runs_of_different_files_are_no_reruns(places: list[str], n_groups: int)
     compared = ask(records)
     assert len(compared.groups) == n_groups
     assert said(compared, "repeat the seed") == (n_groups == 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "n_groups"),
+    [
+        *(("corpus", 2), ("train_path", 2), ("model.reward_model", 2), ("tokenizer_file", 2)),
+        *(("my_output", 1), ("run_dir", 1), ("best_ckpt", 1), ("video_folder", 1)),
+    ],
+)
+def test_a_file_of_any_name_that_a_run_reads_is_a_setting(key: str, n_groups: int) -> None:
+    """Two runs of one seed on other data counted as one run, the second left out as its repetition."""
+    records = [run(name, {"seed": 0, key: f"/data/{name}.txt"}, [1.0]) for name in ("a", "b")]
+    assert len(ask(records).groups) == n_groups
+    # Where the seeds or the settings tell the runs apart, a path of each run's own is where it writes to.
+    grid = [
+        run(f"{lr}{s}", {"seed": s, "lr": lr, key: f"/x/{lr}{s}.txt"}, [1.0])
+        for lr in (1, 2)
+        for s in range(3)
+    ]
+    assert [group.n for group in ask(grid).groups] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(lambda s: {"experiment.seed": s}, id="nested"),
+        pytest.param(lambda s: {"manual_seed": s}, id="another word"),
+        pytest.param(lambda s: {"hparams.random_state": s, "seed": None}, id="beside a seed of null"),
+        pytest.param(lambda s: {"env.seed": s, "eval.seed": s + 1000}, id="two"),
+        pytest.param(lambda s: {"train_cfg.seed": s, "split.random_state": 42}, id="beside a constant"),
+    ],
+)
+def test_a_seed_of_another_name_is_the_seed(seed: Callable[[int], dict[str, Any]]) -> None:
+    """Else each run is a group of its own."""
+    records = [run(f"{lr}{s}", {"lr": lr, **seed(s)}, [lr + s]) for lr in (1, 2) for s in range(3)]
+    compared = ask(records)
+    assert [(group.label, group.seeds) for group in compared.groups] == [("lr=2", 3), ("lr=1", 3)]
+    assert said(compared, "taken for the seed: ")
+    again = [run(f"again{r.name}", r.config, [1.0]) for r in records]
+    assert said(ask(records + again), "6 runs repeat the seed of one with the same config")
+
+
+def test_a_constant_called_seed_makes_no_reruns() -> None:
+    """The runs' own seeds are not in their configs: they are different runs."""
+    records = [run(f"r{i}", {"data.seed": 42, "lr": 1}, [float(i)]) for i in range(4)]
+    (group,) = ask(records).groups
+    assert group.n == 4
+
+
+def test_a_seed_that_is_asked_for_stays_a_key() -> None:
+    records = [run(f"r{i}", {"data.seed": i}, [float(i)]) for i in range(3)]
+    groups = ask(records, by=("data.seed",)).groups
+    assert [group.label for group in groups] == [f"seed={i}" for i in (2, 1, 0)]
+
+
+@pytest.mark.parametrize("key", ["env_name", "gym_id", "env", "environment.name", "task_name"])
+def test_games_are_not_pooled_whatever_their_key_is_called(key: str) -> None:
+    records = [
+        run(f"{a}{g}{s}", {"algo": a, key: g, "seed": s}, [scale * (1 + (a == "pqn") / 9) + s])
+        for a in ("dqn", "pqn")
+        for g, scale in (("Pong", 20), ("Breakout", 400))
+        for s in range(3)
+    ]
+    for by in ((), ("algo",)):
+        compared = ask(records, by=by)
+        assert compared.task_key == key
+        assert compared.tasks == ("Breakout", "Pong")
+        assert len(compared.groups) == 2
+        assert compared.normalized
 
 
 def test_a_run_continued_in_another_folder_is_one_run() -> None:
