@@ -196,8 +196,8 @@ def seed_of(record: Record) -> str:
 def with_seeds(records: Sequence[Record], kept: Iterable[str] = ()) -> tuple[list[Record], list[str]]:
     """The runs, each with the key `seed`, and the keys that were taken for it.
 
-    Where a config has none of `SEEDS`, the seed is what is called so deeper in it, if it differs between runs:
-    one that is the same everywhere (of how the data were split) does not make them reruns of one another.
+    Where a config has none of `SEEDS`, the seed is what is called so deeper in it, if it differs between
+    runs: one that is the same everywhere (of how the data were split) makes no run another's rerun.
 
     Args:
         kept: keys that stay as they are.
