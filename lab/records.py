@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import glob
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -82,10 +83,18 @@ _STATES = {"killed": "interrupted", "preempting": "interrupted", "preempted": "i
 
 
 class Series(NamedTuple):
-    """A metric over a run: its steps, rising, and its values, NaN and infinities included."""
+    """A metric over a run: its steps, rising, and its values, NaN and infinities included.
+
+    What was said once, without a step (in a summary, by `lab evaluate`), is one value at NaN.
+    """
 
     x: Array
     y: Array
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether it has values, and they have steps."""
+        return self.x.size > 0 and math.isfinite(self.x[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +147,7 @@ class Record:
         of = self.series.get(metric, Series(np.empty(0), np.empty(0)))
         if axis == "step" or not of.x.size:
             return of
-        scale = self._scale(axis)
+        scale = self._scale(axis) if of.has_steps else None
         if scale is None or not scale.x.size:
             return Series(np.empty(0), np.empty(0))
         rising, _ = _joined(scale.y)
@@ -160,7 +169,7 @@ class Record:
             scale = scale and Series(scale.x, scale.y - scale.y[0])
         if scale is None:
             return None
-        usable = np.isfinite(scale.y)
+        usable = np.isfinite(scale.y) & np.isfinite(scale.x)
         return Series(scale.x[usable], scale.y[usable])
 
 
@@ -293,9 +302,11 @@ def read_columns(rows: Iterable[Mapping[str, Any]], wanted: Collection[str], axi
                 notes.append(f"{lacking} values of {name} without {axis} stand between those that have it")
             elif asked and len(values) < len(owns):
                 notes.append(f"{len(owns) - len(values)} values of {name} have no step and do not count")
-        found, repeated, together = _series(steps, values)
+        found, repeated, together, odd = _series(steps, values)
         if found.x.size:
             series[name] = found
+        if asked and odd and found.x.size:
+            notes.append(f"{odd} values of {name} are no numbers and do not count")
         if asked and repeated:
             notes.append(
                 f"steps of {name} begin again at {found.x[0]:,.12g}: "
@@ -320,24 +331,27 @@ def _placed(
     return placed, [values[i] for i in usable]
 
 
-def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int, int]:
-    """Steps and values as numbers, rising, how many went if even the first was logged again, and how many
-    since the next was logged at the same step (episodes that end together).
+def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int, int, int]:
+    """Steps and values as numbers, rising, how many went if even the first was logged again, how many since
+    the next was logged at the same step (episodes that end together), and how many were no numbers.
 
     A resumed run repeats the steps since its checkpoint, which is as it should be.
     """
     try:
         x, y = np.array(steps, np.float64), np.array(values, np.float64)
     except (TypeError, ValueError, OverflowError):  # "NaN", or a metric that is no number
+        x = y = np.empty(0)
+    if x.shape != (len(steps),) or y.shape != (len(values),):  # or lists, as of a histogram
         numbers = [(_number(step), _number(value)) for step, value in zip(steps, values, strict=True)]
         pairs = [(a, b) for a, b in numbers if a is not None and b is not None]
         x, y = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
+    odd = len(values) - x.size
     usable = np.isfinite(x)
     if not usable.all():
         x, y = x[usable], y[usable]
     found = _without_overlap(x, y)
     begun_again = x.size > 0 and bool((x[1:] <= x[0]).any())
-    return found, (x.size - found.x.size) if begun_again else 0, int((np.diff(x) == 0).sum())
+    return found, (x.size - found.x.size) if begun_again else 0, int((np.diff(x) == 0).sum()), odd
 
 
 def _without_overlap(x: Array, y: Array) -> Series:
@@ -367,6 +381,18 @@ def _step_metric(rows: Sequence[Mapping[str, Any]], wanted: Iterable[str], laid:
         if axis and any(name in row for row in rows) and any(axis in row for row in rows):
             return axis
     return STEP
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of a file of rows; None: it is damaged."""
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            row = json.loads(line)  # Python writes NaN and Infinity, which JSON has not
+        except (ValueError, RecursionError):
+            return None
+    return row if isinstance(row, dict) else None
 
 
 def _number(value: Any) -> float | None:
@@ -480,8 +506,7 @@ def _evaluated(folder: Path) -> tuple[dict[str, Any], dict[str, str], tuple[str,
     row: Any = None
     try:
         for line in lines_of(path):
-            with contextlib.suppress(orjson.JSONDecodeError):
-                row = found if isinstance(found := orjson.loads(line), dict) else row
+            row = found if (found := _row(line)) is not None else row
     except OSError as error:
         return {}, {}, (f"{path}: cannot be read: {error.strerror}",)
     if row is None:
@@ -510,7 +535,7 @@ def _with_said(
         value = said.get(name, said.get(f"{SUMMARY}{name}"))
         number = _number(value)
         if number is not None and name not in series:
-            series[name] = Series(np.zeros(1), np.array([number]))
+            series[name] = Series(np.array([math.nan]), np.array([number]))
     return series
 
 
@@ -538,11 +563,8 @@ def _read_metrics(
         for number, line in enumerate(lines_of(path), 1):
             if line == b"\n":
                 continue
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                row = None
-            if not isinstance(row, dict):
+            row = _row(line)
+            if row is None:
                 if line.endswith(b"\n"):  # the last is half-written while a run goes on, or was killed
                     damaged.append(number)
                 continue

@@ -40,8 +40,9 @@ MORE = _words(
 )
 """Words that say that more is better."""
 TURNING = _words(
-    "anti avoided coef coefficient distance false free gap inv inverse len length lr minus neg",
-    "negative no non norm reduction scale std target threshold var weight",
+    "anti avoided coef coefficient distance drop false free gap inv inverse len length lr minus neg",
+    "negative no non norm reduction rejected scale sem std stddev stderr stdev target threshold to var",
+    "variance weight",
 )
 """Words beside which the others say nothing: of the scale of a loss it is not known which way is better."""
 ONE_UNIT = _words(
@@ -63,6 +64,8 @@ class Budget:
     """Names of the runs that ended there, if others went on."""
     uneven: bool = False
     """Whether each run has one value alone, and these are of different steps."""
+    without_steps: tuple[str, ...] = ()
+    """Names of the runs that say their value once, without a step, if others have steps."""
 
 
 def words_of(metric: str) -> list[str]:
@@ -75,7 +78,8 @@ def direction(metric: str) -> str:
     """minimize or maximize by the words of a metric's name; empty if they do not say or contradict."""
     words = {form for word in words_of(metric) for form in (word, word.rstrip("0123456789"))}
     less, more = bool(words & LESS), bool(words & MORE)
-    return "" if less == more or words & TURNING else "minimize" if less else "maximize"
+    turning = TURNING - {"variance", "var"} if "explained" in words else TURNING
+    return "" if less == more or words & turning else "minimize" if less else "maximize"
 
 
 def same_unit(metric: str) -> bool:
@@ -91,6 +95,8 @@ def score_of(series: Series, how: str, lower_is_better: bool = False) -> float:
     x, y = series
     if not x.size:
         return math.nan
+    if not series.has_steps:
+        return math.nan if how == "auc" else float(y[-1])
     if how == "last":
         return float(y[-1])
     if how == "best":
@@ -128,18 +134,18 @@ _DIVERGED = re.compile(r"non-?finite|not finite|\bnan\b|\binf(inite|inity)?\b|di
 def budget(records: Sequence[Record], metric: str) -> Budget:
     """How far runs of one task can be compared: to the largest step that all of them reached.
 
-    Runs that diverged do not count: they had their chance. Nor do runs of which all have one value.
+    Runs that diverged do not count: they had their chance. Nor do runs of which all have one value. Where
+    some say their value without a step, all count to their own ends.
     """
-    ends = [
-        (float(record.series[metric].x[-1]), record)
-        for record in records
-        if metric in record.series and not diverged(record, metric)
-    ]
+    counting = [r for r in records if metric in r.series and not diverged(r, metric)]
+    ends = [(float(r.series[metric].x[-1]), r) for r in counting if r.series[metric].has_steps]
     if not ends:
         return Budget(until=math.inf, reached=(math.nan, math.nan), limited_by=())
     first, last = min(end for end, _ in ends), max(end for end, _ in ends)
     single = all(record.series[metric].x.size == 1 for _, record in ends)
     same = last - first <= SAME_BUDGET * abs(last)
+    if bare := tuple(r.name for r in counting if not r.series[metric].has_steps):
+        return Budget(until=math.inf, reached=(first, last), limited_by=(), without_steps=bare)
     if single or same:
         return Budget(until=math.inf, reached=(first, last), limited_by=(), uneven=not same)
     limiting = tuple(record.name for end, record in ends if end - first <= SAME_BUDGET * abs(last))

@@ -75,6 +75,13 @@ class Evaluation:
     lengths: list[int]
     truncated: list[bool]
     epsilon: float
+    max_episode_frames: int
+    """The time limit, in frames of the emulator."""
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether published scores are of games as long: those that ours cut off were cut off there, too."""
+        return not any(self.truncated) or self.max_episode_frames >= games.PUBLISHED_MAX_FRAMES
 
     @property
     def mean(self) -> float:
@@ -86,8 +93,8 @@ class Evaluation:
 
     @property
     def human_normalized(self) -> float | None:
-        """1.0 is the human of the table `games.published` names, 0 random play; None without one."""
-        return games.human_normalized(self.game, self.mean)
+        """1.0 is the human of the table `games.published` names, 0 random play; None without comparison."""
+        return games.human_normalized(self.game, self.mean) if self.is_comparable else None
 
     def metrics(self) -> dict[str, float]:
         """A row of metrics, in the lab's names."""
@@ -191,6 +198,7 @@ def evaluate(
         [game.length for game in done],
         [game.truncated for game in done],
         epsilon,
+        player.env.max_episode_frames,
     )
 
 
@@ -247,8 +255,9 @@ def load_weights(net: QNetwork, weights: dict[str, Tensor], path: Path) -> None:
 
 
 def score_table(evaluation: Evaluation) -> list[tuple[str, float]]:
-    """(who, mean return) rows, from low to high: this agent and whoever has a published score."""
-    rows = [*games.landmarks(evaluation.game), ("this agent", evaluation.mean)]
+    """(who, mean return) rows, from low to high: this agent and whoever has a comparable published score."""
+    known = games.landmarks(evaluation.game) if evaluation.is_comparable else []
+    rows = [*known, ("this agent", evaluation.mean)]
     return sorted(rows, key=lambda row: row[1])
 
 
@@ -258,6 +267,7 @@ def evaluate_run(
     """Evaluates a run's checkpoint and returns what `lab evaluate --json` prints."""
     player, path, compute = load_player(run, which)
     result = evaluate(player, episodes, epsilon, seed, **kwargs)
+    table = games.published(result.game)
     return {
         "run": str(run.folder),
         "checkpoint": path.resolve().name,
@@ -272,8 +282,9 @@ def evaluate_run(
         "returns": result.returns,
         "lengths": result.lengths,
         "truncated": sum(result.truncated),
+        "max_episode_frames": result.max_episode_frames,
         "human_normalized": result.human_normalized,
-        "human_table": table.table if (table := games.published(result.game)) else None,
+        "human_table": table.table if table and result.is_comparable else None,
         "scores": dict(score_table(result)),
         "compute": compute.describe(),
     }

@@ -104,7 +104,7 @@ def check(game: str) -> str:
     """Returns the game's canonical name.
 
     `MsPacman`, `ms-pacman`, `ALE/MsPacman-v5`, `MsPacmanNoFrameskip-v4` and `MsPacmanDeterministic-v4` are
-    understood. The protocol is that of the config's keys, whatever name is used.
+    understood. The protocol is that of the config's keys, whatever name is used; see `sticky_actions_of`.
 
     Raises:
         LabError: there is no such game, or it is no Atari game for one player; what is supported is said.
@@ -136,6 +136,11 @@ def check(game: str) -> str:
     raise LabError(f"{here} {other}. `lab list games` shows the {len(known)} there are.")
 
 
+def sticky_actions_of(game: str) -> float | None:
+    """The probability of a repeated action in Gymnasium's game of this name; None: it has no version."""
+    return {"-v4": 0.0, "-v5": 0.25}.get(game[-3:])
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[-_ ]", "", name.lower())
 
@@ -145,6 +150,10 @@ def published(game: str) -> Scores | None:
     if game in _NATURE:
         return Scores(*_NATURE[game], NATURE_TABLE)
     return Scores(*_LATER[game], None, LATER_TABLE) if game in _LATER else None
+
+
+PUBLISHED_MAX_FRAMES = 18_000
+"""Five minutes at 60 frames a second: what Mnih et al. 2015 played at most; later work plays 108,000."""
 
 
 def human_normalized(game: str, score: float) -> float | None:

@@ -1,5 +1,6 @@
 """What `lab train`, `evaluate`, `play` and `export` do for an Atari run."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -88,6 +89,13 @@ class RLPipeline:
                 + f"{did_you_mean(name, fitting)} There are {', '.join(backbones.image_names())}; with "
                 f"{', '.join(backbones.RECURRENT)} dqn remembers."
             )
+        meant, found = games.sticky_actions_of(config_.env.game), settings.env.sticky_actions
+        if meant not in (None, found):
+            print(
+                f"note    {config_.env.game} elsewhere has sticky actions of {meant:g}; here "
+                f"env.sticky_actions = {found:g} holds",
+                file=sys.stderr,
+            )
         folder = folder or Path("runs") / folder_name(settings.run_name)
         values = config.to_dict(settings)
         if resume:
@@ -139,7 +147,7 @@ class RLPipeline:
     def describe_evaluation(self, result: Mapping[str, Any]) -> str:
         width = max(len(who) for who in result["scores"])
         lines = [
-            f"{result['game']}: {result['episodes']} whole games, epsilon {result['epsilon']:g}, "
+            f"{result['game']}: {result['episodes']} games, epsilon {result['epsilon']:g}, "
             f"seeds from {result['seed']} ("
             + ("unseen" if result["unseen"] else "some of them chose the best checkpoint")
             + f"), checkpoint {result['checkpoint']}",
@@ -152,8 +160,12 @@ class RLPipeline:
         if result["human_normalized"] is not None:
             lines.append(f"  human-normalised {result['human_normalized']:.0%} ({result['human_table']})")
         if cut := result["truncated"]:
+            limit = result["max_episode_frames"]
             which = f"{cut} of the games were" if cut < result["episodes"] else "every game was"
-            lines.append(f"  {which} cut off by the time limit, env.max_episode_frames")
+            lines.append(
+                f"  {which} cut off by the time limit, env.max_episode_frames = {limit:,}"
+                + (": not comparable with published scores" if limit < games.PUBLISHED_MAX_FRAMES else "")
+            )
         return "\n".join(lines)
 
     def play(self, folder: Path, options: Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ SUFFIXES = (".npz", ".npy")
 _INPUTS = ("images", "imgs", "image", "inputs", "input", "x", "data", "features")
 _LABELS = ("labels", "targets", "y", "label", "target", "classes")
 _PICTURES = ("images", "imgs", "image")
+LARGEST_LOSS = 1e-3
+"""Rounding error of a column as 32-bit floats, in its standard deviations, that is borne."""
 _PLACES = "images and labels, x and y, or x_train, y_train, x_test and y_test"
 
 
@@ -215,11 +217,11 @@ def _as_inputs(
     shape, kind = _shape(values), values.dtype.kind
     if 0 not in values.shape[1:] and kind in "biuf":
         if values.ndim == 2:
-            return "table", {"inputs": as_floats(values)}
+            return "table", {"inputs": as_floats(values, f"{what}, {name}")}
         floats = values.ndim == 3 and values.dtype != np.uint8
         if floats and reading.sequences:
             notes.append(f"took {name} ({shape}) for sequences of {values.shape[1]} steps")
-            return "sequences", {"inputs": as_floats(values)}
+            return "sequences", {"inputs": as_floats(values, f"{what}, {name}")}
         if values.ndim in (3, 4):
             return "images", {"inputs": as_images(values, what, name, notes)}
     raise LabError(
@@ -228,10 +230,31 @@ def _as_inputs(
     )
 
 
-@np.errstate(over="ignore")  # what becomes infinite is named later on
-def as_floats(values: np.ndarray) -> np.ndarray:
-    """float32."""
-    return values.astype(np.float32)
+@np.errstate(over="ignore", invalid="ignore")  # what becomes infinite is named later on
+def as_floats(values: np.ndarray, where: str, names: Sequence[str] = ()) -> np.ndarray:
+    """float32.
+
+    Args:
+        values: (n, ...) of numbers.
+        where: they are from, for errors.
+        names: of the columns, where `values` is (n, columns) and they have any.
+
+    Raises:
+        LabError: the numbers of a column differ by less than float32 can tell, as milliseconds since 1970 do.
+    """
+    floats = values.astype(np.float32)
+    if values.dtype.itemsize > 4 and values.ndim > 1 and len(values):
+        rows = values.reshape(-1, values.shape[-1])
+        for i in range(rows.shape[1]):  # one at a time becomes float64
+            exact = rows[:, i].astype(np.float64)
+            lost, spread = exact - floats.reshape(rows.shape)[:, i], exact.std()
+            if 0 < LARGEST_LOSS * spread < np.sqrt(np.square(lost).mean()) < np.inf:
+                name = repr(names[i]) if names else f"column {i + 1}"
+                raise LabError(
+                    f"{where}: the numbers of {name} lie around {exact.mean():.6g} and differ by {spread:.3g}"
+                    ", too little for 32 bits. Subtract a constant from them, or leave them out."
+                )
+    return floats
 
 
 def as_images(values: np.ndarray, what: str, name: str, notes: list[str]) -> np.ndarray:
@@ -312,7 +335,9 @@ def _as_labels(
                 "number, its class, or one column of several that is 1. Convert them."
             )
     if numbers:
-        return {p: {"targets": as_floats(v.reshape(len(v), -1))} for p, v in shaped.items()}, ()
+        return {
+            p: {"targets": as_floats(v.reshape(len(v), -1), f"{what}: labels")} for p, v in shaped.items()
+        }, ()
     flat = {part: v.reshape(-1) for part, v in shaped.items()}
     if any(v.dtype.kind in "US" for v in flat.values()):
         texts = {part: [_text(value) for value in v] for part, v in flat.items()}
@@ -327,7 +352,7 @@ def _as_labels(
         with np.errstate(invalid="ignore"):
             whole = all((v % 1 == 0).all() for v in flat.values())
         if reading.predicts != "classes":
-            return {part: {"targets": as_floats(v[:, None])} for part, v in flat.items()}, ()
+            return {p: {"targets": as_floats(v[:, None], f"{what}: labels")} for p, v in flat.items()}, ()
         if not whole:
             raise LabError(
                 f"{what}: its labels are not whole, which no class is. Name others, or learn them with "

@@ -24,7 +24,7 @@ class Normalize:
     @classmethod
     def of(cls, data: Tensor) -> "Normalize":
         """By the data themselves: images (n, channels, height, width), tables (n, columns) or sequences (n,
-        time, features). A constant becomes 0."""
+        time, features). A constant becomes 0, in whatever units the data are."""
         data = data.transpose(1, 2) if data.dim() == 3 else data
         n = data.numel() / data.shape[1]
         chunks = data.transpose(0, 1).flatten(1).split(2**20, dim=1)  # one at a time becomes float64
@@ -32,7 +32,8 @@ class Normalize:
         mean = sum((chunk.double().sum(1) for chunk in chunks), zero) / n
         squares = ((chunk.double() - mean[:, None]).square().sum(1) for chunk in chunks)
         std = (sum(squares, zero) / n).sqrt()
-        return cls(mean.tolist(), torch.where(std > 1e-12, std, 1.0).tolist())
+        varies = std > torch.clamp(1e-12 * mean.abs(), min=1e-37)  # of which float32 has the inverse
+        return cls(mean.tolist(), torch.where(varies, std, 1.0).tolist())
 
     def like(self, spec: Any) -> "Normalize":
         """The one that a checkpoint's `spec` describes, for data of the same width.

@@ -37,8 +37,6 @@ NAMES = (
     *("image_file", "image_id", "imageid", "filepath", "filepaths", "file_path", "path", "id_code", "id"),
 )
 """What columns of names of pictures are called, in lower case: it decides if two hold such names."""
-SPLITS = ("split", "subset", "part", "partition", "set", "data set", "data_set", "dataset", "phase")
-"""What columns of the names of parts are called, in lower case."""
 MOST_TABLES = 20
 """Files of rows in one folder; where there are more, each is about one picture."""
 _LOOKED_AT = 500
@@ -270,7 +268,12 @@ def _with_pictures(
     Raises:
         LabError: some lack one, unless data.bad_rows=skip, or a picture has two labels or may be one of two.
     """
-    name, split = table.path.name, _split_column(table, label)
+    name = table.path.name
+    split = tables.split_column(
+        table.rows.column_names,
+        lambda column: table.rows.column(column).unique().to_pylist(),
+        (table.names, label),
+    )
     used = [table.names, label, *([split] if split else [])]
     if others := [column for column in table.rows.column_names if column not in used]:
         notes.append(f"left out of {name}: {some(others)}")
@@ -313,16 +316,6 @@ def _with_pictures(
     rows = rows.take([*kept.values()])
     splits = [str(value).strip() for value in rows.column(split).to_pylist()] if split else None
     return _Rows([*kept], rows.select([label]), splits)
-
-
-def _split_column(table: _Table, label: str) -> str | None:
-    """The column of the names of parts, if there is one, for which all or some are to train on."""
-    for name in table.rows.column_names:
-        if name.strip().lower() in SPLITS and name not in (table.names, label):
-            values = table.rows.column(name).unique().to_pylist()
-            if any(part_kind(str(value)) == "train" for value in values):
-                return name
-    return None
 
 
 def _say_overlaps(

@@ -106,7 +106,7 @@ def part_kind(part: str) -> str | None:
 def folder_kind(name: str) -> str | None:
     """As `part_kind`, of a folder, which may also be called after a class: nothing but a number or a word as
     `_NEUTRAL` may stand beside, as in seg_train and training_set."""
-    words = [re.sub(r"\d+$", "", word) for word in _words(name) if not word.isdecimal()]
+    words = [re.sub(r"\d+$", "", word) for word in words_of(name) if not word.isdecimal()]
     if name.lower() in _KINDS:
         return _KINDS[name.lower()]
     kinds = {_KINDS.get(word) for word in words if word not in _NEUTRAL}
@@ -116,7 +116,7 @@ def folder_kind(name: str) -> str | None:
 def part_word(name: str) -> str | None:
     """The word in a name, e.g. of a table, that a part goes by: val of val_labels and of labelsVal; None:
     there is none, or words of two parts."""
-    found = {kind: word for word in _words(name) if (kind := part_kind(word))}
+    found = {kind: word for word in words_of(name) if (kind := part_kind(word))}
     return next(iter(found.values())) if len(found) == 1 else None
 
 
@@ -134,12 +134,13 @@ def is_evaluation(part: str) -> bool:
 _KINDS = {name: kind for kind, names in PARTS.items() for name in names}
 
 
-def _words(name: str) -> list[str]:
+def words_of(name: str) -> list[str]:
+    """The words of a name, in lower case: of customerID as of customer_id."""
     return re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
 
 
 def _first_word(name: str) -> str:
-    first = next(iter(_words(name)), "")
+    first = next(iter(words_of(name)), "")
     return first if first in _KINDS else re.sub(r"\d+$", "", first)
 
 

@@ -2,14 +2,16 @@
 
 One rule for all of them. The label is the column that `data.label` names, else the one called label, target,
 class or y (in any case). Numbers, and true and false, are taken as they are; a column of a few texts becomes
-one column of 0 and 1 for each; a column that only numbers the rows is left out. A row that lacks a value is
-an error, or, with data.bad_rows=skip, left out. All this is said.
+one column of 0 and 1 for each; a column that only numbers the rows is left out, one called split says to
+which part each row belongs. Whether a comma within numbers is a decimal point, all columns together tell. A
+row that lacks a value is an error, or, with data.bad_rows=skip, left out. All this is said.
 """
 
 import csv
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,46 @@ from lab.unpack import parquet_batches, read_bytes
 from supervised.data.arrays import as_floats
 from supervised.data.config import DataConfig
 from supervised.data.files import read_text
-from supervised.data.raw import PICTURES, Column, Columns, Raw, Reading, in_order, is_evaluation, some
+from supervised.data.raw import (
+    PICTURES,
+    Column,
+    Columns,
+    Raw,
+    Reading,
+    in_order,
+    is_evaluation,
+    part_kind,
+    some,
+    words_of,
+)
 
 LABELS = ("label", "labels", "target", "targets", "class", "y")
-MISSING = ("", "na", "n/a", "nan", "null", "#n/a", "?")
+MISSING = (
+    *("", "na", "n/a", "n.a.", "nan", "-nan", "<na>", "nat", "null", "(null)", "?"),
+    *("#n/a", "#nv", "#n/v", "#value!", "#wert!", "#div/0!", "#ref!", "#num!"),
+)
 """What stands, in lower case, where a value is missing."""
-INDEX = ("id", "index", "rowid", "row_id")
+NO_NUMBER = ("-", "--", "\u2013", ".", "none", "nil", "k.a.", "unknown", "missing")
+"""What does where all other values of the column are numbers, many of them; else it may be a category."""
+SENTINELS = (-99, -999, -9999, -99999)
+"""Numbers by which some say that there is none."""
+INDEX = ("id", "ids", "index", "rowid", "uuid", "guid")
+"""Last words of names of columns that number the rows, if no value is there twice: PassengerId."""
+SPLITS = ("split", "subset", "partition", "phase", "part", "set", "dataset", "data_set", "data set")
+"""What columns of the names of parts are called, in lower case; those from part on may mean other things."""
 MOST_CATEGORIES = 100
 """Different texts of a column that becomes numbers; one with more says something else of each row."""
-_THOUSANDS = r"^-?\d{1,3}(,\d{3})+(\.\d+)?$|^-?\d+(\.\d+)?$"
+MOST_AS_NUMBERS = 12
+"""Different numbers of a column of categories (0, 1, 2, 3+); where there are more, it is one of numbers."""
+_SIGNS = r"[$\x{20ac}\x{a3}\x{a5}\x{20b9}%]"
+"""Of money and of percent: they say what numbers count, in front of them or behind."""
+_PARTED = r"^-?\d{1,3}(?:[' \x{2019}\x{a0}\x{202f}]\d{3})+(?:[.,]\d+)?$|^-?\d+(?:[.,]\d+)?$"
+"""Thousands parted as in Switzerland and France."""
+_COMMA_PARTS = r"^-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?$|^-?\d+(\.\d+)?$"
+_POINT_PARTS = r"^-?[1-9]\d{0,2}(\.\d{3})+(,\d+)?$|^-?\d+(,\d+)?$"
 _DECIMAL_COMMA = r"^-?\d+(,\d+)?$"
+_SEPARATOR = b"separator"
+"""Key of a table's metadata: what parts the columns of its file."""
 _SEPARATORS = ("\t", ";", "|", ",")
 """The first that parts all lines alike: a comma may also be within numbers, the others hardly."""
 
@@ -73,7 +105,7 @@ def read_csv(path: Path, config: DataConfig, known: Sequence[Sequence[str]]) -> 
     except pyarrow.ArrowInvalid as error:
         raise LabError(_uneven(text, separator, path) or f"{path}: {first_line(error)}") from None
     named = names or [f"column {i}" for i in range(1, len(first[0]) + 1)]
-    table = table.rename_columns(named)
+    table = table.rename_columns(named).replace_schema_metadata({_SEPARATOR: separator})
     if not classes:
         return table, [] if names else [f"{path.name} names no columns: its first line is a row"]
     labels = table.column(table.num_columns - 1).to_pylist()
@@ -214,7 +246,11 @@ def read_parquet(path: Path) -> Any:
         batches.append(batch)
         n += batch.nbytes
         require_memory(3 * n, f"{path}: read so far, and its columns take", "Name a smaller file.")
-    return pyarrow.Table.from_batches(batches).combine_chunks()
+    table = pyarrow.Table.from_batches(batches).combine_chunks()
+    for i, column in enumerate(table.schema):
+        if pyarrow.types.is_dictionary(column.type):  # pandas' categories
+            table = table.set_column(i, column.name, table.column(i).cast(column.type.value_type))
+    return table
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> Any:
@@ -257,6 +293,16 @@ def assemble(
     lead = next((part for part in tables if not is_evaluation(part)), next(iter(tables)))
     names = tables[lead].column_names
     label = find_label(names, config, paths[lead])
+    split = len(tables) == 1 and split_column(
+        names, lambda name: tables[lead].column(name).unique().to_pylist(), [label, *config.drop]
+    )
+    if split:
+        rows = by_split(tables[lead].column(split).to_pylist(), split, notes)
+        rest = tables[lead].drop_columns([split])
+        paths = dict.fromkeys(rows, paths[lead])
+        tables = {part: rest.take(at) for part, at in rows.items()}
+        lead = next(part for part in tables if part_kind(part) == "train")
+        names = rest.column_names
     if label is None and reading.predicts:
         raise no_label(names, paths[lead])
     if reading.columns:
@@ -338,6 +384,36 @@ def _kept_as_learned(
     return wanted
 
 
+def split_column(
+    names: Sequence[str], values_of: Callable[[str], Iterable[Any]], but: Sequence[Any]
+) -> str | None:
+    """The column that says to which part each row belongs, if there is one: it is called so, and some rows
+    are to train on (and, where its name may mean other things, others to be evaluated on).
+
+    Args:
+        names: of the columns.
+        values_of: a column's different values.
+        but: columns that are something else.
+    """
+    for name in names:
+        plain = name.strip().lower()
+        if plain in SPLITS and name not in but:
+            kinds = {part_kind(str(value)) for value in values_of(name)}
+            sure = SPLITS.index(plain) < SPLITS.index("part") or kinds & {"validation", "test"}
+            if "train" in kinds and sure:
+                return name
+    return None
+
+
+def by_split(values: Sequence[Any], name: str, notes: list[str]) -> dict[str, list[int]]:
+    """The numbers of the rows of each part that a column names."""
+    found: dict[str, list[int]] = {}
+    for i, value in enumerate(values):
+        found.setdefault(str(value).strip().lower(), []).append(i)
+    notes.append(f"{name} names the parts: {some([f'{part} ({len(at):,})' for part, at in found.items()])}")
+    return found
+
+
 def find_label(names: Sequence[str], config: DataConfig, path: Path) -> str | None:
     """The column that is learned; None: none is known.
 
@@ -383,8 +459,8 @@ def no_label(names: Sequence[str], path: Path) -> LabError:
 
 
 def _numbers_rows(name: str, table: Any) -> bool:
-    """Whether a column only numbers the rows: one called id, or one without a name and of whole numbers, as
-    pandas writes its index, also of some of the rows; no value is there twice."""
+    """Whether a column only numbers the rows and has no value twice: one called id, customerID or the like,
+    or one without a name and of whole numbers, as pandas writes its index, also of some of the rows."""
     import pyarrow
 
     values = table.column(name)
@@ -395,7 +471,8 @@ def _numbers_rows(name: str, table: Any) -> bool:
         whole = all(str(value).strip().isdecimal() for value in values.to_pylist())
         return whole and len(values.unique()) == table.num_rows
     floats = pyarrow.types.is_floating(values.type)
-    return plain in INDEX and not floats and len(values.unique()) == table.num_rows
+    named = next(reversed(words_of(name)), "") in INDEX
+    return named and not floats and len(values.unique()) == table.num_rows
 
 
 def complete(table: Any, path: Path, config: DataConfig, notes: list[str]) -> Any:
@@ -433,7 +510,12 @@ def _is_missing(values: Any) -> np.ndarray:
     missing = values.is_null(nan_is_null=True)
     if _is_text(values):
         plain = compute.call_function("utf8_lower", [compute.call_function("utf8_trim_whitespace", [values])])
-        known = compute.SetLookupOptions(pyarrow.array(MISSING, plain.type))
+        there = set(plain.unique().to_pylist()) - {None, *MISSING}
+        words = there & set(NO_NUMBER)
+        others = pyarrow.chunked_array([list(there - words)], pyarrow.string())
+        many = len(others) > MOST_AS_NUMBERS and _of_texts(others) is not None
+        marks = [*MISSING, *words] if words and many else [*MISSING]
+        known = compute.SetLookupOptions(pyarrow.array(marks, plain.type))
         empty = compute.call_function("is_in", [plain], known)
         missing = compute.call_function("or", [missing, compute.call_function("coalesce", [empty, False])])
     return missing.to_numpy().astype(bool)
@@ -495,16 +577,17 @@ def _inputs(
     """(n, width) float32 by part, and what became of each column: as in `learned`, if a run learned so."""
     arrays: dict[str, list[np.ndarray]] = {part: [] for part in tables}
     columns: list[Column] = []
+    comma = _has_decimal_comma(tables)
     known = {column.name: column for column in learned}
     path = next(iter(paths.values()))
     for name in kept:
         values = {part: table.column(name) for part, table in tables.items()}
-        numbers = {part: _as_number(v, notes) for part, v in values.items()}
+        numbers = _as_numbers(values, comma, notes)
         categories = known[name].categories if name in known else None
-        if all(v is not None for v in numbers.values()) and categories is None:
+        if numbers is not None and categories is None:
+            _say_sentinel(name, np.concatenate(list(numbers.values())), notes)
             for part, found in numbers.items():
-                assert found is not None
-                arrays[part].append(as_floats(found[:, None]))
+                arrays[part].append(as_floats(found[:, None], str(paths[part]), [name]))
             columns.append(Column(name=name))
             continue
         if name in known and categories is None:
@@ -539,6 +622,14 @@ def _categories(name: str, texts: Mapping[str, np.ndarray], path: Path) -> tuple
     """
     every = np.concatenate(list(texts.values()))
     categories = in_order(np.unique(every).tolist())
+    others = [text for text in categories if not _is_number(text)]
+    if len(others) <= min(3, len(categories) - 1) and len(categories) - len(others) > MOST_AS_NUMBERS:
+        n = int(np.isin(every, others).sum())
+        raise LabError(
+            f"{path}: column {name!r} holds numbers, but in {n:,} of {len(every):,} rows "
+            f"{some([repr(text[:40]) for text in others])}. Leave these cells empty (data.bad_rows=skip then "
+            f"leaves the rows out), or the column by data.drop=[{name}]."
+        )
     if len(categories) > min(MOST_CATEGORIES, max(len(every) // 2, 2)):
         odd = next((v for v in categories if not _is_number(v)), categories[0])
         raise LabError(
@@ -557,25 +648,28 @@ def targets_of(
         LabError: it is not what is to be predicted, or holds a class that is not learned.
     """
     values = {part: table.column(label) for part, table in tables.items()}
-    numbers = {part: _as_number(v, notes) for part, v in values.items()}
-    known = [v for v in numbers.values() if v is not None]
+    numbers = _as_numbers(values, _has_decimal_comma(tables), notes)
     path = next(iter(paths.values()))
-    whole = len(known) == len(values) and all((v % 1 == 0).all() for v in known)
-    if reading.predicts == "numbers" or (not reading.predicts and len(known) == len(values) and not whole):
-        if len(known) < len(values):
-            raise LabError(f"{path}: the label {label!r} holds texts, and regression predicts numbers.")
-        return {part: {"targets": as_floats(v[:, None])} for part, v in numbers.items() if v is not None}, ()
-    if len(known) == len(values) and not whole:
+    whole = numbers is not None and all((v % 1 == 0).all() for v in numbers.values())
+    if reading.predicts == "numbers" or (not reading.predicts and numbers is not None and not whole):
+        if numbers is None:
+            texts = {str(v) for column in values.values() for v in column.unique().to_pylist()}
+            odd = in_order(text for text in texts if not _is_number(text))
+            raise LabError(
+                f"{path}: the label {label!r} holds texts, and regression predicts numbers: "
+                f"{some([repr(text[:40]) for text in odd], 3)}. Correct it, or set data.label to another."
+            )
+        _say_sentinel(label, np.concatenate(list(numbers.values())), notes)
+        return {
+            part: {"targets": as_floats(v[:, None], str(paths[part]), [label])} for part, v in numbers.items()
+        }, ()
+    if numbers is not None and not whole:
         raise LabError(
             f"{path}: the label {label!r} is not whole, which no class is. Set data.label to another, or "
             "objective.name=regression."
         )
-    if whole:
-        texts = {
-            part: _as_written(values[part]) or [f"{int(n)}" for n in v]
-            for part, v in numbers.items()
-            if v is not None
-        }
+    if numbers is not None:
+        texts = {part: _as_written(values[part]) or [f"{int(n)}" for n in v] for part, v in numbers.items()}
     else:
         texts = {part: [str(v).strip() for v in column.to_pylist()] for part, column in values.items()}
     learned = set(reading.classes)
@@ -604,35 +698,139 @@ def _as_written(values: Any) -> list[str] | None:
     return texts if all(text.removeprefix("-").isdecimal() for text in texts) else None
 
 
-def _as_number(values: Any, notes: list[str] | None = None) -> np.ndarray | None:
-    """float64, if all values are numbers, or true and false."""
+def _as_numbers(
+    values: Mapping[str, Any], decimal_comma: bool, notes: list[str] | None = None
+) -> dict[str, np.ndarray] | None:
+    """float64 by part, if all values of a column are numbers, or true and false; read alike in all parts.
+
+    Args:
+        values: the column by part.
+        decimal_comma: what a comma in a number is, if that may also part its thousands.
+        notes: takes sentences on how they were read.
+    """
     import pyarrow
-    from pyarrow import compute
+
+    if all(_is_text(v) for v in values.values()):
+        chunks = [chunk.cast(pyarrow.string()) for v in values.values() for chunk in v.chunks]
+        together = _of_texts(pyarrow.chunked_array(chunks, pyarrow.string()), decimal_comma, notes)
+        if together is None:
+            return None
+        ends = np.cumsum([len(v) for v in values.values()])
+        return dict(zip(values, np.split(together, ends[:-1]), strict=True))
+    found = {part: _as_number(v, decimal_comma, notes) for part, v in values.items()}
+    known = {part: v for part, v in found.items() if v is not None}
+    return known if len(known) == len(found) else None
+
+
+def _as_number(values: Any, decimal_comma: bool = False, notes: list[str] | None = None) -> np.ndarray | None:
+    import pyarrow
 
     kind = values.type
     if pyarrow.types.is_boolean(kind) or pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind):
         return values.cast(pyarrow.float64(), safe=False).to_numpy()
     if pyarrow.types.is_decimal(kind):
         return values.cast(pyarrow.float64()).to_numpy()
-    if not _is_text(values):
-        return None
+    return _of_texts(values, decimal_comma, notes) if _is_text(values) else None
+
+
+def _of_texts(values: Any, decimal_comma: bool = False, notes: list[str] | None = None) -> np.ndarray | None:
+    """float64 of texts that all are numbers, true and false among them."""
+    import pyarrow
+    from pyarrow import compute
+
     plain = compute.call_function("utf8_trim_whitespace", [values])
     lower = compute.call_function("utf8_lower", [plain])
     words = set(lower.unique().to_pylist()[:3])
     if words and words <= {"true", "false"}:
         return compute.call_function("equal", [lower, "true"]).to_numpy().astype(np.float64)
-    with suppress(pyarrow.ArrowInvalid):
-        return plain.cast(pyarrow.float64()).to_numpy()
-    for pattern, point in ((_THOUSANDS, ""), (_DECIMAL_COMMA, ".")):
-        fits = compute.call_function("match_substring_regex", [plain], compute.MatchSubstringOptions(pattern))
-        if compute.call_function("all", [fits]).as_py():
-            swap = compute.ReplaceSubstringOptions(",", point)
-            if notes is not None:
-                notes.append("took commas within numbers for " + ("decimal points" if point else "thousands"))
-            return (
-                compute.call_function("replace_substring", [plain], swap).cast(pyarrow.float64()).to_numpy()
+    said: list[str] = []
+    found = None
+    if not (decimal_comma and _fits(plain, _POINT_PARTS)):
+        with suppress(pyarrow.ArrowInvalid):
+            return plain.cast(pyarrow.float64()).to_numpy()
+    plain = _without_signs(_replaced(plain, r"\x{2212}", "-"), said)
+    if _fits(plain, _PARTED) and not _fits(plain, r"^-?[\d.,]*$"):
+        plain = _replaced(plain, r"[^-\d.,]", "")
+        said.append("took what parts digits within numbers for thousands")
+    if not decimal_comma and _fits(plain, _COMMA_PARTS):
+        if not _fits(plain, r"^[^,]*$"):
+            said.append("took commas within numbers for thousands")
+        found = _replaced(plain, ",", "")
+    elif _fits(plain, _DECIMAL_COMMA):
+        said.append("took commas within numbers for decimal points")
+        found = _replaced(plain, ",", ".")
+    elif _fits(plain, _POINT_PARTS):
+        said.append("took commas within numbers for decimal points, points for thousands")
+        found = _replaced(_replaced(plain, r"\.", ""), ",", ".")
+    if found is None:
+        return None
+    if notes is not None:
+        notes += said
+    return found.cast(pyarrow.float64()).to_numpy()
+
+
+def _fits(texts: Any, pattern: str) -> bool:
+    """Whether a pattern finds something in every text."""
+    from pyarrow import compute
+
+    found = compute.call_function("match_substring_regex", [texts], compute.MatchSubstringOptions(pattern))
+    return bool(compute.call_function("all", [found]).as_py())
+
+
+def _replaced(texts: Any, pattern: str, by: str) -> Any:
+    from pyarrow import compute
+
+    options = compute.ReplaceSubstringOptions(pattern, by)
+    return compute.call_function("replace_substring_regex", [texts], options)
+
+
+def _without_signs(texts: Any, said: list[str]) -> Any:
+    """Texts without a sign of money or percent, if all have the same one."""
+    if not _fits(texts, rf"^-? ?{_SIGNS}[ \x{{a0}}]?-?\d|\d[ \x{{a0}}\x{{202f}}]?{_SIGNS}$"):
+        return texts
+    signs = {
+        sign for text in texts.unique().to_pylist() for sign in re.findall(r"[$\u20ac\xa3\xa5\u20b9%]", text)
+    }
+    if len(signs) != 1:
+        return texts
+    said.append(f"left out the sign {signs.pop()} of numbers")
+    return _replaced(texts, rf"[ \x{{a0}}\x{{202f}}]?{_SIGNS}[ \x{{a0}}]?", "")
+
+
+def _has_decimal_comma(tables: Mapping[str, Any]) -> bool:
+    """Whether the commas within the numbers of these tables are decimal points, where they may also part
+    thousands: some column tells, or semicolons part the columns, as programs write them for this reason."""
+    import pyarrow
+
+    separators = {(table.schema.metadata or {}).get(_SEPARATOR) for table in tables.values()}
+    names = dict.fromkeys(name for table in tables.values() for name in table.column_names)
+    for name in names:
+        there = [table.column(name) for table in tables.values() if name in table.column_names]
+        if not all(_is_text(values) for values in there):
+            continue
+        chunks = [chunk.cast(pyarrow.string()) for values in there for chunk in values.chunks]
+        texts = _without_signs(pyarrow.chunked_array(chunks, pyarrow.string()), [])
+        texts = _replaced(texts, r"^\s+|\s+$", "")
+        if _fits(texts, r"^[^,]*$"):
+            continue
+        parts, decimal = _fits(texts, _COMMA_PARTS), _fits(texts, _DECIMAL_COMMA)
+        if parts != decimal:
+            return decimal
+        if not parts and _fits(texts, _POINT_PARTS):
+            return True
+    return separators == {b";"}
+
+
+def _say_sentinel(name: str, numbers: np.ndarray, notes: list[str]) -> None:
+    """Notes a number that may say that there is none."""
+    for sentinel in SENTINELS:
+        others = numbers[numbers != sentinel]
+        if 0 < len(others) < len(numbers) and others.min() >= 0:
+            n = len(numbers) - len(others)
+            notes.append(
+                f"{name} is {sentinel} in {n:,} rows and else {others.min():g} to {others.max():g}: if that "
+                "stands for no value, leave the cells empty"
             )
-    return None
 
 
 def _is_number(cell: str) -> bool:

@@ -208,9 +208,24 @@ def read_rows(path: Path, config: DataConfig, reading: Reading) -> Raw:
         located[part] = [
             (f"{files[part]}, row {i}", row) for i, row in enumerate(_as_texts(table.to_pylist()), 1)
         ]
-    raw = assemble(located, config)
+    raw = assemble(_by_split(located, config, notes), config)
     raw.notes.extend(notes)
     return raw
+
+
+def _by_split(
+    located: dict[str, list[Located]], config: DataConfig, notes: list[str]
+) -> dict[str, list[Located]]:
+    """Rows that are all of one part, by a column of theirs that names the parts, if there is one."""
+    if len(located) > 1 or not (rows := next(iter(located.values()))):
+        return located
+    form = form_of([*rows[0][1]], config)
+    used = _forms(config)[form] if form else ()
+    split = tables.split_column([*rows[0][1]], lambda key: {str(row.get(key)) for _, row in rows}, used)
+    if split is None:
+        return located
+    parts = tables.by_split([row.get(split) for _, row in rows], split, notes)
+    return {part: [rows[i] for i in at] for part, at in parts.items()}
 
 
 def form_of(keys: Sequence[str], config: DataConfig) -> str | None:

@@ -17,7 +17,7 @@ from lab import cli, files, records, statistics
 from lab.compare import Question
 from lab.compare import compare as compare_runs
 from lab.errors import LabError
-from lab.records import columns_of, load, parse_query
+from lab.records import columns_of, load, parse_query, read_columns
 from lab.tracking import read_metrics
 from tests.lab.runs import make_run
 
@@ -149,6 +149,32 @@ def test_numbers_beyond_all_floats_are_none(tmp_path: Path) -> None:
     assert "loss" in record.series
     assert "score" not in record.series
     assert "a" not in columns_of([{"global_step": 1, "a": 10**400}], ["a"])
+
+
+@pytest.mark.parametrize("end", ["NaN", "Infinity", "-Infinity", '"nan"', "1e400"])
+def test_a_row_that_ends_in_no_number_is_no_damaged_line(tmp_path: Path, end: str) -> None:
+    """Python's json writes NaN, which JSON has not: without these rows a diverged run ends well."""
+    curve(tmp_path / "a")
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"global_step": 50, "{METRIC}": {end}}}\n')
+    record = one(tmp_path / "a")
+    assert not record.notes
+    assert record.series[METRIC].x[-1] == 50
+    assert not np.isfinite(record.series[METRIC].y[-1])
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        pytest.param([[0.5], [0.6]], [], id="lists of one"),
+        pytest.param([[1, 2], [3, 4]], [], id="lists"),
+        pytest.param([[1], 0.5, [1, 2], "x", {"a": 1}], [0.5], id="among numbers"),
+    ],
+)
+def test_values_that_are_no_numbers_do_not_count(values: list[Any], kept: list[float]) -> None:
+    found = read_columns([{"global_step": i, "a": value} for i, value in enumerate(values)], ["a"])
+    assert [y for series in found.series.values() for y in series.y] == kept
+    assert found.notes == (["4 values of a are no numbers and do not count"] if kept else [])
 
 
 def test_a_run_going_on_is_not_crashed(tmp_path: Path) -> None:

@@ -80,11 +80,33 @@ def test_what_makes_a_finished_run_worth_little_is_said(tmp_path: Path, capsys: 
     assert "2 cut off by the time limit" in text
 
 
+@pytest.mark.parametrize(
+    ("cut_off", "max_episode_frames", "human_normalized"),
+    [
+        ([False, False], 400, 1.0),  # whole games, although they might have been cut off
+        ([True, True], 108_000, 1.0),
+        ([False, True], 18_000, 1.0),  # five minutes, as Mnih et al. 2015 played
+        ([False, True], 17_999, None),
+    ],
+)
+def test_pieces_of_games_are_not_compared_with_published_scores(
+    cut_off: list[bool], max_episode_frames: int, human_normalized: float | None
+) -> None:
+    from rl.evaluate import Evaluation, score_table
+
+    found = Evaluation("pong", [9.3, 9.3], [800, 800], cut_off, 0.0, max_episode_frames)
+    assert found.human_normalized == human_normalized
+    assert ("eval/human_normalized" in found.metrics()) == (human_normalized is not None)
+    assert [who for who, _ in score_table(found)] == (
+        ["this agent"] if human_normalized is None else ["random", "human", "this agent", "Nature DQN"]
+    )
+
+
 def test_no_better_than_random_play_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rl import train
     from rl.evaluate import Evaluation
 
-    lost = Evaluation("pong", [-21.0, -21.0], [800, 800], [False, False], 0.0)
+    lost = Evaluation("pong", [-21.0, -21.0], [800, 800], [False, False], 0.0, 108_000)
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: lost)
     RLPipeline().train(settings_of(), tmp_path / "run", resume=False)
     (warning,) = record_of(tmp_path / "run")["summary"]["warnings"]  # and of no time limit

@@ -147,3 +147,12 @@ def test_nothing_waits_for_the_device(config: dict[str, Any]) -> None:
 def test_impossible_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AugmentConfig(**values)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-14, 1.0, 1e12])
+def test_numbers_are_scaled_whatever_their_unit(unit: float) -> None:
+    numbers = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    numbers[:, 1] = 0.1
+    data = (numbers * unit).float()
+    scaled = Normalize.of(data)(data)
+    assert scaled.std(0, correction=0).tolist() == pytest.approx([1, 0], abs=1e-5)

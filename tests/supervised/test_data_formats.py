@@ -661,6 +661,148 @@ def test_what_is_read_of_a_file(case: Case, tmp_path: Path) -> None:
     assert case.says in " | ".join(data.notes), data.notes
 
 
+GROUPED = [1250 + 375 * (i % 7) for i in range(N)]
+"""Numbers that, with a comma or a point before the last three digits, are also ones about a thousandth."""
+
+
+@pytest.mark.parametrize(
+    ("columns", "separator", "wanted"),
+    [
+        ((GROUPED, "{:,}"), ",", 1),
+        ((GROUPED, "{:,}.5"), ",", 1),
+        ((GROUPED, "{:,}"), ";", 1e-3),
+        ((GROUPED, "{:,}", "{:,}.25"), "\t", 1),
+        ((GROUPED, "{:,}", "0,{}"), "\t", 1e-3),
+        ((GROUPED, "{:.}", "0,{}"), ";", 1),
+        ((GROUPED, "{:.},5"), ";", 1),
+        ((GROUPED, "{:'}.5"), ",", 1),
+        ((GROUPED, "{:\u202f},5"), ";", 1),
+        ((GROUPED, "${:,}"), ",", 1),
+        ((GROUPED, "{:.} \u20ac", "0,{}"), ";", 1),
+        ((GROUPED, "{}%"), ",", 1),
+        ((GROUPED, "\u2212{}"), ",", -1),
+        ((GROUPED, "{}"), ",", 1),
+    ],
+    ids=lambda value: ascii(value[1:]) if isinstance(value, tuple) else ascii(value),
+)
+def test_numbers_as_people_write_them(
+    columns: tuple[list[int], str], separator: str, wanted: float, tmp_path: Path
+) -> None:
+    numbers, *forms = columns
+
+    def cell(form: str, number: int) -> str:
+        parted = next((mark for mark in (",", ".", "'", "\u202f") if f"{{:{mark}}}" in form), "")
+        return form.replace(f"{{:{parted}}}", f"{number:,}".replace(",", parted)).replace("{}", str(number))
+
+    body = [[*(cell(form, number) for form in forms), NAMES[i]] for i, number in enumerate(numbers)]
+    header = [*(f"c{i}" for i in range(len(forms))), "label"]
+    half = [body[:30], body[30:]]
+    for name, part in zip(("train", "test"), half, strict=True):
+        (tmp_path / f"{name}.csv").write_bytes(as_csv([header, *part], delimiter=separator))
+    data = read(tmp_path)
+    found = torch.cat([data.train.tensors["inputs"], data.test.tensors["inputs"]])[:, 0]
+    more = 0.5 if forms[0].endswith("5") else 0
+    assert torch.allclose(found, (torch.tensor(GROUPED).float() + more) * wanted)
+
+
+def test_a_comma_means_the_same_in_all_parts_and_columns(tmp_path: Path) -> None:
+    for part, weights in (("train", [f"{i},{i}50" for i in range(1, 9)]), ("test", ["1,5", "2,25"])):
+        table = [["kg", "label"], *([w, i % 2] for i, w in enumerate(weights))]
+        (tmp_path / f"{part}.csv").write_bytes(as_csv(table))
+    data = read(tmp_path)
+    assert data.train.tensors["inputs"].max() < 10
+    assert data.test.tensors["inputs"].flatten().tolist() == [1.5, 2.25]
+
+
+@pytest.mark.parametrize("mark", ["n.a.", "-", "None", "#DIV/0!", "#NV"])
+def test_marks_where_a_number_is_missing(mark: str, tmp_path: Path) -> None:
+    table = [["age", "label"], *([20 + i if i % 8 else mark, i % 2] for i in range(N))]
+    (tmp_path / "a.csv").write_bytes(as_csv(table))
+    assert "5 of 40 rows lack a value" in error(tmp_path / "a.csv")
+    assert len(read(tmp_path / "a.csv", bad_rows="skip").train) == 28
+
+
+def test_a_column_of_numbers_with_some_texts_is_no_column_of_categories(tmp_path: Path) -> None:
+    def table(ages: int, odd: str) -> Path:
+        body = [[odd if i % 9 == 0 else i % ages, i / 2, i % 2] for i in range(20 * N)]
+        (tmp_path / "a.csv").write_bytes(as_csv([["age", "b", "label"], *body]))
+        return tmp_path / "a.csv"
+
+    said = error(table(60, "over 60"))
+    assert "'age' holds numbers, but in 89 of 800 rows 'over 60'" in said
+    assert read(table(4, "4+")).train.tensors["inputs"].shape[1] == 6
+    notes = read(table(60, "-999")).notes
+    assert any("age is -999 in 89 rows and else 0 to 59" in note for note in notes)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["table", "texts", "pairs"])
+def test_a_column_of_parts_is_obeyed(form: str, kind: str, tmp_path: Path) -> None:
+    parts = ["train", "train", "Test", "validation"]
+    inside = {
+        "table": lambda i: {"a": i / 2, "label": i % 2},
+        "texts": lambda i: {"text": f"text {i}", "label": i % 2},
+        "pairs": lambda i: {"source": f"one {i}", "target": f"eins {i}"},
+    }[form]
+    body = [{**inside(i), "split": parts[i % 4]} for i in range(N)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        path.write_bytes(as_csv([[*body[0]], *([*row.values()] for row in body)]))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in body))
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(body), path)
+    data = read(path, Reading(predicts="classes" if form == "table" else ""))
+    assert (len(data.train), len(data.test), data.part) == (20, 10, "validation")
+    assert any("split names the parts: train (20), test (10), validation (10)" in n for n in data.notes)
+    if form == "table":
+        assert data.train.tensors["inputs"].shape[1] == 1
+        assert data.train.tensors["inputs"].flatten().tolist()[:4] == [0, 0.5, 2, 2.5]
+    assert len(load(DataConfig(source=str(path)), part="").test) == 10
+
+
+def test_a_column_called_set_may_mean_other_things(tmp_path: Path) -> None:
+    body = [[("train", "car")[i % 2], i, i // 2 % 2] for i in range(N)]
+    (tmp_path / "a.csv").write_bytes(as_csv([["set", "a", "label"], *body]))
+    assert read(tmp_path / "a.csv").train.tensors["inputs"].shape == (32, 3)
+
+
+@pytest.mark.parametrize("name", ["PassengerId", "customer_id", "ID", "row index"])
+def test_a_column_that_numbers_the_rows_is_left_out(name: str, tmp_path: Path) -> None:
+    body = [[f"{7 * i}-x" if name == "customer_id" else i, i % 5, i % 2] for i in range(N)]
+    (tmp_path / "a.csv").write_bytes(as_csv([[name, "a", "label"], *body]))
+    data = read(tmp_path / "a.csv")
+    assert data.train.tensors["inputs"].shape[1] == 1
+    assert any(f"left out {name}, which only numbers the rows" in note for note in data.notes)
+
+
+def test_categories_of_pandas_are_texts(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    names = pyarrow.array(NAMES.tolist()).dictionary_encode()
+    parquet.write_table(pyarrow.table({"a": names, "label": names}), tmp_path / "a.parquet")
+    data = read(tmp_path / "a.parquet")
+    assert (data.classes, data.train.tensors["inputs"].shape[1]) == (("cat", "dog"), 2)
+
+
+@pytest.mark.parametrize("kind", ["csv", "npz"])
+@pytest.mark.parametrize("column", ["input", "target"])
+def test_numbers_that_32_bits_cannot_tell_apart_are_refused(column: str, kind: str, tmp_path: Path) -> None:
+    large, small = 1.7e12 + 1e4 * TABLE[:, :1], TABLE[:, 1:2]
+    x, y = (large, small) if column == "input" else (small, large)
+    if kind == "csv":
+        (tmp_path / "a.csv").write_bytes(as_csv([["a", "target"], *np.hstack([x, y]).tolist()]))
+    else:
+        np.savez(tmp_path / "a.npz", x=x, y=y)
+    said = error(tmp_path / f"a.{kind}", NUMBERS)
+    assert "lie around 1.7e+12 and differ by" in said
+    assert "Subtract a constant" in said
+
+
 # ---- what is refused, and how ----
 
 
