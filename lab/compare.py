@@ -136,17 +136,21 @@ class Group:
     median: float
     """Over runs, averaged over tasks."""
     estimates: Mapping[statistics.Aggregate, Interval]
-    """iqm, mean, median and optimality_gap over tasks, with bootstrap intervals corrected for few runs."""
+    """iqm, mean, median and optimality_gap over tasks, with bootstrap intervals corrected for few runs.
+    Where less is better there is no optimality gap: it is what scores fall short of a goal."""
     difference: Difference | None
     """Its mean less the baseline's; None of the baseline itself."""
     auc: float
+    """Mean height of the runs' curves, averaged over tasks; NaN if one of them holds NaN or infinities."""
     threshold_steps: statistics.ThresholdSteps | None
     threshold_seconds: statistics.ThresholdSteps | None
     win_rate: Interval | None
     """Of a single run that gives its win rate with an interval over its prompts: that."""
     curve_x: Array
     curve: Band | None
-    """Mean over the runs, and over tasks; None if there is no curve."""
+    """Mean over the runs, and over tasks, in the unit of the scores; None if there is no curve."""
+    run_curves: dict[str, Series]
+    """By the ids of the records: each run's curve, in the same unit."""
     profile: Band | None
     """Share of runs above each of the comparison's `thresholds`."""
     note: str | None
@@ -248,6 +252,9 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
     less, why_direction = _lower_is_better(taking_part, q)
     grouping.check_keys(taking_part, q.by, "--by")
     grouping.check_keys(taking_part, [q.task] if q.task else [], "--task")
+    taking_part, seed_keys = grouping.with_seeds(taking_part, {*q.by, q.task})
+    if seed_keys:
+        say(f"taken for the seed: {named(seed_keys)}")
     once = grouping.without_repeats(taking_part, q.metric)
     _say_repeats(once, say)
     tasks_by = q.task or grouping.task_key(once.records, q.by)
@@ -265,6 +272,7 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
     )
     _say_seeds(members, scores, say)
     _say_conditions(once.records, q, say)
+    _say_percent(scores, q, say)
     if any(difference.method == "seeds" for difference in found.values()):
         say(_what_pairs_share(once.records))
     axis_mixed = _mixed_axes(taking_part, q)
@@ -445,6 +453,11 @@ class _Scores:
         series = record.over(self.question.metric, axis)
         return Series(series.x[kept], series.y[kept]) if series.x.size == kept.size else series
 
+    def scaled(self, record: Record, series: Series) -> Series:
+        """A run's values in the unit in which its score is compared."""
+        less, by = self.scales[task_of(record, self.key)]
+        return Series(series.x, (series.y - less) / by) if self.normalized else series
+
     def _budget(self, records: Sequence[Record], say: _Notes) -> Budget:
         q = self.question
         found = budget(records, q.metric)
@@ -469,7 +482,7 @@ class _Scores:
             )
         elif found.without_steps:
             say(
-                f"says its value once, without a step{where}, and others log it: runs count to their own ends",
+                f"says its value once, without a step{where}, others log it: runs count to their own ends",
                 named(found.without_steps),
             )
         elif found.uneven:
@@ -634,6 +647,20 @@ def _say_conditions(records: Sequence[Record], question: Question, say: _Notes) 
             say(f"`lab evaluate` measured the runs with different {key}: {named(values)}")
 
 
+def _say_percent(scores: _Scores, question: Question, say: _Notes) -> None:
+    """Where some groups seem to give a share as a fraction and others in percent."""
+    if not same_unit(question.metric) or {"normalized", "normalised"} & set(words_of(question.metric)):
+        return
+    of = {label: np.concatenate(_full(tasks)) for label, tasks in scores.of.items() if _full(tasks)}
+    fractions = [label for label, values in of.items() if ((values >= 0) & (values <= 1)).all()]
+    percents = [label for label, values in of.items() if ((values > 1) & (values <= 100)).all()]
+    if not scores.normalized and fractions and percents:
+        say(
+            f"{named(fractions)}: all values from 0 to 1; {named(percents)}: all above 1. "
+            "If these are fractions and those percent, the difference between them says nothing"
+        )
+
+
 def _say_order(groups: Sequence[Group], less: bool, say: _Notes) -> None:
     """Where single outliers decide the order over several tasks."""
     iqm = {g.label: g.estimates["iqm"].point for g in groups if len(g.scores) > 1 and "iqm" in g.estimates}
@@ -697,13 +724,15 @@ def _group(
     steps = seconds = None
     if q.threshold is not None:
         steps, seconds = (_threshold(members, scores, q.threshold, axis) for axis in (q.axis, "time"))
-    curve_x, curve = _curve(members, q, scores.key) if curves else (np.empty(0), None)
-    areas = [score_of(scores.curve(record, q.axis), "auc") for record in members]
-    areas = [area for area in areas if math.isfinite(area)]
+    run_curves = {r.id: scores.scaled(r, r.over(q.metric, q.axis)) for r in members}
+    curve_x, curve = _curve(members, run_curves, q, scores.key) if curves else (np.empty(0), None)
     note = statistics.few_seeds_note(min(task.size for task in tasks), len(tasks)) if tasks else None
     if note:
         say(note, label)
     nothing = Interval(math.nan, math.nan, math.nan)
+    aggregates: list[statistics.Aggregate] = [
+        n for n in statistics.AGGREGATES if n != "optimality_gap" or not scores.less
+    ]
     variances = [task.var(ddof=1) for task in tasks if task.size > 1]
     raw = _raw_means(members, scores)
     return Group(
@@ -722,17 +751,18 @@ def _group(
         std=math.sqrt(float(np.mean(variances))) if variances else math.nan,
         median=float(np.mean([np.median(task) for task in tasks])) if tasks else math.nan,
         estimates=(
-            statistics.stratified_bootstrap(tasks, gamma=q.gamma, few_seeds=True, **bootstrap)
+            statistics.stratified_bootstrap(tasks, aggregates, gamma=q.gamma, few_seeds=True, **bootstrap)
             if tasks
             else {}
         ),
         difference=difference,
-        auc=float(np.mean(areas)) if areas else math.nan,
+        auc=_area(members, scores),
         threshold_steps=steps,
         threshold_seconds=seconds,
         win_rate=_win_rate(members, q, say),
         curve_x=curve_x,
         curve=curve,
+        run_curves=run_curves,
         profile=statistics.performance_profile(tasks, thresholds, **bootstrap) if tasks else None,
         note=note,
     )
@@ -753,6 +783,15 @@ def _raw_means(members: Sequence[Record], scores: _Scores) -> dict[str, float]:
         if math.isfinite(scores.by_run[record.id]):
             by_task[task_of(record, scores.key)].append(scores.by_run[record.id])
     return {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
+
+
+def _area(members: Sequence[Record], scores: _Scores) -> float:
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for record in members:
+        curve = scores.scaled(record, scores.curve(record, scores.question.axis))
+        if curve.x.size > 1:
+            by_task[task_of(record, scores.key)].append(score_of(curve, "auc"))
+    return float(np.mean([np.mean(areas) for areas in by_task.values()])) if by_task else math.nan
 
 
 def _threshold(
@@ -786,16 +825,17 @@ def _win_rate(members: Sequence[Record], question: Question, say: _Notes) -> Int
         say(f"gives no interval over its prompts ({question.metric}_low and _high)", record.name)
         return None
     say(f"gives no interval of its own; Wilson's counts each of its {prompts} prompts once", record.name)
-    return statistics.wilson_interval(float(rate.y[-1]) * prompts, prompts, question.confidence)
+    return statistics.wilson_interval(float(rate.y[-1]) * prompts, prompts)
 
 
-def _curve(members: Sequence[Record], question: Question, key: str) -> tuple[Array, Band | None]:
+def _curve(
+    members: Sequence[Record], run_curves: Mapping[str, Series], question: Question, key: str
+) -> tuple[Array, Band | None]:
     """The group's mean curve on the x that all its runs have."""
     by_task: dict[str, list[Series]] = defaultdict(list)
     for record in members:
-        series = record.over(question.metric, question.axis)
-        if series.x.size > 1:
-            by_task[task_of(record, key)].append(series)
+        if run_curves[record.id].x.size > 1:
+            by_task[task_of(record, key)].append(run_curves[record.id])
     curves = [curve for task in by_task.values() for curve in task]
     if not curves:
         return np.empty(0), None

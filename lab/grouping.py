@@ -21,8 +21,59 @@ from lab.records import Record, Series
 
 SEEDS = ("seed", "random_seed", "rng_seed", "args.seed", "train.seed", "training.seed", "trainer.seed")
 """Config keys of a run's seed, the first of which counts that it has."""
-TASKS = ("env.game", "env_id", "env.id", "task", "dataset", "data.name")
+SEED_WORDS = frozenset(
+    ("seed", "random_seed", "rng_seed", "manual_seed", "global_seed", "torch_seed", "random_state")
+)
+"""The last part of a key that is the seed where a run has none of `SEEDS`: see `with_seeds`."""
+TASKS = (
+    *("env.game", "env_id", "env.id", "task", "dataset", "data.name", "env_name", "env.name", "env.env_id"),
+    *("env.env_name", "gym_id", "environment", "environment.name", "game", "env", "task_name", "task.name"),
+)
 """Config keys that name the task, the first of which counts that differs between runs."""
+OUTPUTS = frozenset(
+    {
+        *(
+            "out",
+            "output",
+            "outputs",
+            "save",
+            "saved",
+            "log",
+            "logs",
+            "logging",
+            "logdir",
+            "result",
+            "results",
+        ),
+        *(
+            "tmp",
+            "temp",
+            "cache",
+            "video",
+            "videos",
+            "monitor",
+            "tensorboard",
+            "tb",
+            "work",
+            "workdir",
+            "root",
+        ),
+        *(
+            "run",
+            "runs",
+            "exp",
+            "experiment",
+            "record",
+            "export",
+            "best",
+            "figure",
+            "figures",
+            "plots",
+            "dump",
+        ),
+    }
+)
+"""Words in the key of a path that a run writes to."""
 FIELDS = ("group", "name", "job_type", "state", "id")
 """What runs can be grouped by besides the keys of their config."""
 SECTIONS = ("tracking", "device", "wandb", "film")
@@ -142,6 +193,34 @@ def seed_of(record: Record) -> str:
     return ""
 
 
+def with_seeds(records: Sequence[Record], kept: Iterable[str] = ()) -> tuple[list[Record], list[str]]:
+    """The runs, each with the key `seed`, and the keys that were taken for it.
+
+    Where a config has none of `SEEDS`, the seed is what is called so deeper in it, if it differs between
+    runs: one that is the same everywhere (of how the data were split) makes no run another's rerun.
+
+    Args:
+        kept: keys that stay as they are.
+    """
+    lacking = [record for record in records if not seed_of(record)]
+    values: dict[str, set[str]] = defaultdict(set)
+    for record in lacking:
+        for key, value in record.config.items():
+            if key.rpartition(".")[2] in SEED_WORDS and value is not None:
+                values[key].add(canonical(value))
+    keys = sorted(key for key, found in values.items() if len(found) > 1 and key not in kept)
+    return [record if seed_of(record) else _seeded(record, keys) for record in records], keys
+
+
+def _seeded(record: Record, keys: Sequence[str]) -> Record:
+    own = {key: record.config[key] for key in keys if record.config.get(key) is not None}
+    if not own:
+        return record
+    different = list({canonical(value): value for value in own.values()}.values())
+    config = {key: value for key, value in record.config.items() if key not in own}
+    return replace(record, config=config | {"seed": different[0] if len(different) == 1 else different})
+
+
 def value_of(record: Record, key: str) -> str | None:
     """A config's value as canonical JSON, or a field of the run; None if there is none."""
     if key in FIELDS and key not in record.config:
@@ -149,13 +228,15 @@ def value_of(record: Record, key: str) -> str | None:
     return canonical(record.config[key]) if key in record.config else None
 
 
-def settings(records: Sequence[Record], aside: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+def settings(records: Sequence[Record], aside: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """The config keys that may make groups, and those that differ as no setting does.
 
     The latter are, where no two runs share a value: paths but those of `INPUTS`, times, and dumps of objects;
     where a value belongs to a seed: dumps and keys called after the seed; and dumps that a program keeps for
     itself (`_last_obs`).
     Numbers and words are settings even if no two runs share one, since a random search draws such.
+    So are paths that alone tell runs of one seed apart, unless they are called like a place to write to: the
+    runs read different files.
     """
     keys = sorted({key for record in records for key in record.config} - set(aside))
     seeds = [seed_of(record) for record in records]
@@ -170,7 +251,27 @@ def settings(records: Sequence[Record], aside: Iterable[str] = ()) -> tuple[list
             unused.append(key)
         else:
             usable.append(key)
-    return usable, unused
+    marks = [(*(canonical(r.config.get(key)) for key in (*usable, *aside)), seed_of(r)) for r in records]
+    for key in [key for key in unused if _may_be_read(key, records)]:
+        files: dict[Any, set[str]] = defaultdict(set)
+        for record, mark in zip(records, marks, strict=True):
+            if key in record.config and mark[-1]:
+                files[mark].add(_file_name(record.config[key]))
+        if any(len(names) > 1 for names in files.values()):
+            unused.remove(key)
+            usable.append(key)
+    return sorted(usable), unused
+
+
+def _may_be_read(key: str, records: Sequence[Record]) -> bool:
+    """Whether a key names paths, and does not say that they are written to."""
+    values = [record.config[key] for record in records if key in record.config]
+    words = re.split(r"[^a-z0-9]+", key.rpartition(".")[2].lower())
+    return not OUTPUTS & set(words) and all(isinstance(v, str) and _PATH.search(v) for v in values)
+
+
+def _file_name(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def _no_setting(key: str, values: Sequence[Any], marks: Sequence[str], seeds: Sequence[str]) -> bool:
@@ -187,7 +288,7 @@ def _no_setting(key: str, values: Sequence[Any], marks: Sequence[str], seeds: Se
     if not alone:
         return False
     if texts:
-        files = {re.split(r"[/\\]", text.rstrip("/\\"))[-1] for text in texts}
+        files = {_file_name(text) for text in texts}
         if last in INPUTS and len(files) > 1 and len(set(seeds)) < len(seeds):
             return False
         return all(_PATH.search(text) for text in texts)
@@ -210,7 +311,8 @@ def check_keys(records: Sequence[Record], keys: Sequence[str], option: str) -> N
 def task_key(records: Sequence[Record], by: Sequence[str]) -> str:
     """The config key that names the runs' tasks; empty if they have but one."""
     for key in TASKS:
-        if key not in by and len({canonical(r.config[key]) for r in records if key in r.config}) > 1:
+        names = {r.config[key] for r in records if isinstance(r.config.get(key), str)}
+        if key not in by and len({canonical(name) for name in names}) > 1:
             return key
     return ""
 

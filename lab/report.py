@@ -34,15 +34,44 @@ class _Csv:
         return self._out.getvalue()
 
 
-def number(value: float) -> str:
-    """Short, with the digits that matter."""
+def number(value: float, within: float = 0.0) -> str:
+    """Short, with the digits that matter: three, or as many as show what the value is known `within`."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if (digits := _digits(value, within)) > 3:
+        return (
+            f"{value:,.{max(0, digits - 1 - _exponent(value))}f}"
+            if abs(value) < 1e7
+            else f"{value:.{digits}g}"
+        )
     if value and (abs(value) >= 1e7 or abs(value) < 1e-3):
         return f"{value:.3g}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+MOST_DIGITS = 10
+"""Of a number; what differs beyond them differs by rounding."""
+
+
+def _digits(value: float, within: float) -> int:
+    """Significant digits that show `within` by its first two, or that a share close to 1 is not 1."""
+    if not value:
+        return 0
+    if within > 0 and math.isfinite(within):
+        digits = _exponent(value) - _exponent(within) + 2
+        return digits if digits <= MOST_DIGITS else 0
+    return next((n for n in (3, 4, 5, 6) if float(f"{value:.{n}g}") != 1), 3) if 0.99 < value < 1 else 0
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
+
+
+def percent(share: float) -> str:
+    """0.95 as 95%, 0.995 as 99.5%."""
+    return f"{100 * share:.10g}%"
 
 
 def interval(of: Interval | None) -> str:
@@ -51,7 +80,8 @@ def interval(of: Interval | None) -> str:
         return "-"
     if math.isnan(of.low):
         return number(of.point)
-    return f"{number(of.point)} [{number(of.low)}, {number(of.high)}]"
+    point, low, high = (number(value, (of.high - of.low) / 2) for value in of)
+    return f"{point} [{low}, {high}]"
 
 
 def reached(steps: ThresholdSteps | None) -> str:
@@ -66,15 +96,16 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Column heads and a row of texts per group."""
     q, groups = comparison.question, comparison.groups
     several_tasks = len(comparison.tasks) > 1
-    percent = f"{q.confidence:.0%}"
+    level = percent(q.confidence)
+    gap = several_tasks and not comparison.lower_is_better
     compared = len(groups) > 1 and not comparison.comparable
     base = comparison.baseline if len(comparison.baseline) <= 20 else "the baseline"
     win_rates = any(group.win_rate for group in groups)
-    heads = ["group", "runs", f"mean [{percent}]", "std", "median"]
+    heads = ["group", "runs", f"mean [{level}]", "std", "median"]
     if compared:
-        heads += [f"difference to {base} [{percent}]", "verdict", "pairs won"]
+        heads += [f"difference to {base} [{level}]", "verdict", "pairs won"]
     if several_tasks:
-        heads += [f"IQM [{percent}]", f"optimality gap to {q.gamma:g}"]
+        heads += [f"IQM [{level}]"] + [f"optimality gap to {q.gamma:g}"] * gap
     heads.append("area")
     if win_rates:
         heads.append("over its prompts [95%]")
@@ -82,11 +113,14 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         heads += [f"{comparison.x_label} to {q.threshold:g}", f"seconds to {q.threshold:g}"]
     rows = []
     for group in groups:
-        row = [group.label, runs(group), interval(group.interval), number(group.std), number(group.median)]
+        mean, median = interval(group.interval), number(group.median, group.std)
+        row = [group.label, runs(group), mean, number(group.std), median]
         if compared:
             row += _against(group, comparison)
         if several_tasks:
-            row += [interval(group.estimates.get(name)) for name in ("iqm", "optimality_gap")]
+            row.append(interval(group.estimates.get("iqm")))
+        if gap:
+            row.append(interval(group.estimates.get("optimality_gap")))
         row.append(number(group.auc))
         if win_rates:
             row.append(interval(group.win_rate))
@@ -148,8 +182,11 @@ def headline(comparison: Comparison) -> str:
 def _of_two(other: Group, base: Group, difference: Difference, comparison: Comparison) -> str:
     less = comparison.lower_is_better
     if not difference.settled:
+        gap = abs(difference.point)
         scores = " and ".join(
-            f"{group.label} {number(group.mean)}" for group in comparison.groups if group in (other, base)
+            f"{group.label} {number(group.mean, gap)}"
+            for group in comparison.groups
+            if group in (other, base)
         )
         return f"Not settled: {scores}{_how(difference, comparison)}. {_remedy(difference)}"
     winner, loser = (other, base) if verdict(difference, less) == "better" else (base, other)
@@ -191,7 +228,7 @@ def _evidence(difference: Difference, comparison: Comparison) -> str:
     of = turned(difference) if difference.point < 0 else difference
     parts = []
     if not math.isnan(of.low):
-        parts.append(f"{comparison.question.confidence:.0%} {number(of.low)} to {number(of.high)}")
+        parts.append(f"{percent(comparison.question.confidence)} {number(of.low)} to {number(of.high)}")
     tasks = f" over {difference.tasks} {comparison.task_key or 'tasks'}" if difference.tasks > 1 else ""
     methods = {
         "welch": f"Welch{tasks}",
@@ -209,13 +246,15 @@ def _remedy(difference: Difference) -> str:
     """What would settle it."""
     if difference.why:
         return f"For a verdict there are too few runs: {difference.why}."
+    if not difference.point:
+        return "Their means are equal."
     if math.isnan(difference.low):
         return "Too few runs for scores that are all alike."
     if difference.runs_needed is None:
         return f"More than {MOST_RUNS:,} seeds each would be needed to show a difference of this size."
     return (
         f"About {difference.runs_needed} seeds each would show a difference of this size "
-        f"(with {POWER:.0%} power)."
+        f"(with {percent(POWER)} power)."
     )
 
 
@@ -334,7 +373,7 @@ def groups_csv(comparisons: Sequence[Comparison]) -> str:
     rows.writerow(
         ["metric", "group", "runs", "seeds", "unfinished", "without_value", "diverged"]
         + ["mean", "mean_low", "mean_high", "std", "median"]
-        + [f"{name}{end}" for name in estimates for end in ("_over_tasks", "_low", "_high")]
+        + [f"{name}_over_tasks{end}" for name in estimates for end in ("", "_low", "_high")]
         + ["baseline", "difference", "difference_low", "difference_high", "p_holm", "verdict", "method"]
         + ["runs_needed", "pairs_won", "pairs", "area_under_curve"]
         + ["win_rate", "win_rate_low", "win_rate_high"]

@@ -12,7 +12,7 @@ from lab.compare import Comparison, Group
 from lab.escape import markup, script_data
 from lab.records import Series
 from lab.report import headline, number, question, table, task_table
-from lab.report_plot import has_profile, palette, runs_are_few, score_label
+from lab.report_plot import has_profile, palette, runs_are_few, score_label, unit
 
 POINTS_DRAWN = 40_000
 """Of all curves of single runs together at most, so that a page can be mailed; the numbers are of all."""
@@ -76,7 +76,10 @@ def _section(index: int, comparison: Comparison, colors: _Colors) -> str:
     if task_rows:
         parts.append(_table("mean of each task", task_heads, task_rows))
     figures = [
-        ("curves", f"{q.metric} over {comparison.x_label}: mean of each group, its interval, single runs"),
+        (
+            "curves",
+            f"{unit(comparison)} over {comparison.x_label}: mean of each group, its interval, single runs",
+        ),
         ("scores", score_label(comparison)),
     ]
     if has_profile(comparison):
@@ -142,7 +145,7 @@ def _runs(comparison: Comparison, colors: _Colors) -> str:
     rows, marks, labels = [], [], []
     for group in comparison.groups:
         for record in group.records:
-            score = number(group.by_run[record.id])
+            score = number(group.by_run[record.id], 0 if comparison.normalized else group.std)
             rows.append([record.name, group.label, str(record.seed), record.state, score, record.source])
             marks.append(f"{group.label} {record.name} {record.state}")
             labels.append(group.label)
@@ -158,7 +161,7 @@ def _comparison(comparison: Comparison, colors: _Colors) -> dict[str, Any]:
     points = max(LEAST_DRAWN, POINTS_DRAWN // max(1, drawn))
     profile = has_profile(comparison)
     return {
-        "metric": comparison.question.metric,
+        "metric": unit(comparison),
         "xLabel": comparison.x_label,
         "thresholds": _numbers(comparison.thresholds) if profile else [],
         "groups": [_group(group, comparison, colors, points, profile) for group in comparison.groups],
@@ -168,11 +171,11 @@ def _comparison(comparison: Comparison, colors: _Colors) -> dict[str, Any]:
 def _group(
     group: Group, comparison: Comparison, colors: _Colors, points: int, profile: bool
 ) -> dict[str, Any]:
-    q, few = comparison.question, runs_are_few(comparison)
+    few = runs_are_few(comparison)
     runs = []
     for record in group.records:
         run: dict[str, Any] = {"name": record.name, "score": _number(group.compared.get(record.id, math.nan))}
-        series = record.over(q.metric, q.axis)
+        series = group.run_curves[record.id]
         if few and series.x.size > 1:
             kept = thinned(series, points)
             run |= {"x": _numbers(kept.x), "y": _numbers(kept.y)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lab.compare import Comparison, Group
 from lab.figure import drawn, shown
+from lab.report import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,10 +49,15 @@ def has_profile(comparison: Comparison) -> bool:
     return len(comparison.tasks) > 1 or max(group.n for group in comparison.groups) > 4
 
 
+def unit(comparison: Comparison) -> str:
+    """What the plots are of: the metric, as it is or scaled."""
+    metric = comparison.question.metric
+    return f"{metric}, scaled by each {comparison.task_key}'s range" if comparison.normalized else metric
+
+
 def score_label(comparison: Comparison) -> str:
     """What the plot of scores shows."""
-    q = comparison.question
-    return f"{q.metric}: single runs, mean, {q.confidence:.0%} interval"
+    return f"{unit(comparison)}: single runs, mean, {percent(comparison.question.confidence)} interval"
 
 
 def shortened(label: str, length: int = LABEL_LENGTH) -> str:
@@ -98,14 +104,13 @@ def _style(number: int | None) -> tuple[str, str | tuple[int, tuple[int, ...]]]:
 def _draw_curves(axes: "Axes", comparison: Comparison, colors: dict[str, int | None]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    q = comparison.question
     grey = 0
     for group in reversed(comparison.groups):  # the best on top
         number = colors[group.label]
         color, dash = _style(number)
         grey += number is None and group.curve is not None
         for record in group.records if runs_are_few(comparison) else ():
-            series = record.over(q.metric, q.axis)
+            series = group.run_curves[record.id]
             axes.plot(series.x, series.y, color=color, alpha=0.25, lw=0.8)
         if group.curve is None:
             continue
@@ -114,7 +119,7 @@ def _draw_curves(axes: "Axes", comparison: Comparison, colors: dict[str, int | N
         axes.plot(x, mean, color=color, ls=dash, lw=width, alpha=1 if number is not None else 0.6)
         if number is not None:
             axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-    axes.set(xlabel=shown(comparison.x_label), ylabel=shown(q.metric))
+    axes.set(xlabel=shown(comparison.x_label), ylabel=shown(unit(comparison)))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     said = "color as in the plot of scores" + (f"; {grey} groups in grey" if grey else "")
     if all(group.curve is None for group in comparison.groups):

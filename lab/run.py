@@ -169,7 +169,10 @@ class Run:
         if path is None and which == "best":
             path = checkpoint.find(self.checkpoints, "latest")
         if path is None:
-            names = [step.name for step in checkpoint.steps(self.checkpoints)]
+            names = [
+                name for name in ("best", "latest") if checkpoint.find(self.checkpoints, name) is not None
+            ]
+            names += [step.name for step in checkpoint.steps(self.checkpoints)]
             there = f"It has {', '.join(names)}." if names else "It has none yet: let it train further."
             raise LabError(f"{self.folder}: no checkpoint {which!r}. {there}")
         return path

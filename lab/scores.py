@@ -134,8 +134,8 @@ _DIVERGED = re.compile(r"non-?finite|not finite|\bnan\b|\binf(inite|inity)?\b|di
 def budget(records: Sequence[Record], metric: str) -> Budget:
     """How far runs of one task can be compared: to the largest step that all of them reached.
 
-    Runs that diverged do not count: they had their chance. Nor do runs of which all have one value. Where some
-    say their value without a step, all count to their own ends.
+    Runs that diverged do not count: they had their chance. Nor do runs of which all have one value. Where
+    some say their value without a step, all count to their own ends.
     """
     counting = [r for r in records if metric in r.series and not diverged(r, metric)]
     ends = [(float(r.series[metric].x[-1]), r) for r in counting if r.series[metric].has_steps]

@@ -24,6 +24,8 @@ RANGES = ("uniform", "int_uniform", "q_uniform", "log_uniform_values", "q_log_un
 DISTRIBUTIONS = (*RANGES, "categorical", "constant")
 DIGITS = 4
 """Significant digits of a number drawn from a range: what a folder is called is exactly what was run."""
+MOST_EXPONENT = 700
+"""Of e, in a float."""
 ATTEMPTS = 200
 """Draws in which nothing new comes up, after which what is left is tried in order."""
 
@@ -157,13 +159,12 @@ def _read_parameter(key: str, spec: Mapping[str, Any], where: str) -> Parameter:
     known = ("value", "values", "min", "max", "q", "distribution")
     distribution = spec.get("distribution")
     if distribution is not None and distribution not in DISTRIBUTIONS:
-        hint = did_you_mean(str(distribution), DISTRIBUTIONS)
-        if distribution == "log_uniform":  # W&B's takes exponents of e, which nobody means
-            hint = " Did you mean 'log_uniform_values'?"
-        raise LabError(
-            f"{where}: distribution = {distribution!r} is not supported.{hint} Known: "
-            f"{', '.join(DISTRIBUTIONS)}."
+        hint = _instead(distribution, spec) or (
+            f"{did_you_mean(str(distribution), DISTRIBUTIONS)} Known: {', '.join(DISTRIBUTIONS)}."
         )
+        raise LabError(f"{where}: distribution = {distribution!r} is not supported.{hint}")
+    if "probabilities" in spec:
+        raise LabError(f"{where}: probabilities: all values are drawn alike. Leave them out.")
     for name in spec:
         if name not in known:
             raise LabError(
@@ -199,6 +200,30 @@ def _read_parameter(key: str, spec: Mapping[str, Any], where: str) -> Parameter:
         if first > last:
             raise LabError(f"{where}: no multiple of q = {q} lies between min {low} and max {high}.")
     return Parameter(key=key, distribution=distribution, low=low, high=high, q=q)
+
+
+def _instead(distribution: Any, spec: Mapping[str, Any]) -> str:
+    """What to write for a distribution that W&B has and the lab has not; empty for any other."""
+    if distribution in ("log_uniform", "q_log_uniform", "inv_log_uniform"):
+        # Ends as exponents of e, which many take for the ends themselves: so they are not guessed.
+        given = [spec.get(name) for name in ("min", "max")]
+        sign = -1 if distribution.startswith("inv") else 1
+        ends = sorted(
+            sign * end for end in given if isinstance(end, int | float) and abs(end) < MOST_EXPONENT
+        )
+        words = [f"{name}: {math.exp(end):.4g}" for name, end in zip(("min", "max"), ends, strict=False)]
+        other = "q_log_uniform_values" if distribution.startswith("q") else "log_uniform_values"
+        same_as = f", here {', '.join(words)}" if len(words) == 2 else ""
+        return f" Its ends are exponents of e. Write {other} with the numbers themselves{same_as}."
+    if distribution == "inv_log_uniform_values":
+        return " It draws the same as log_uniform_values: write that."
+    if distribution in ("normal", "q_normal", "log_normal", "q_log_normal"):
+        plain = "q_" * distribution.startswith("q_")
+        plain += "log_uniform_values" if "log" in distribution else "uniform"
+        return f" It has no ends. Write {plain} with min and max, for example two sigma on either side of mu."
+    if distribution == "categorical_w_probabilities":
+        return " All values are drawn alike. Write categorical, without probabilities."
+    return ""
 
 
 def _read_choices(key: str, spec: Mapping[str, Any], where: str) -> Parameter:

@@ -34,7 +34,7 @@ def identity(row: Mapping[str, Any]) -> int:
 
 
 def _plain(value: Any) -> str:
-    """A value as text: not-a-number is equal to itself, and a number within a list to what W&B makes of it."""
+    """A value as text: not-a-number is equal to itself, a number within a list to what W&B makes of it."""
     if isinstance(value, Mapping):
         return json.dumps({_valid(str(key)): _plain(item) for key, item in value.items()}, sort_keys=True)
     if isinstance(value, list | tuple):

@@ -104,7 +104,7 @@ def check(game: str) -> str:
     """Returns the game's canonical name.
 
     `MsPacman`, `ms-pacman`, `ALE/MsPacman-v5`, `MsPacmanNoFrameskip-v4` and `MsPacmanDeterministic-v4` are
-    understood. The protocol is that of the config's keys, whatever name is used.
+    understood. The protocol is that of the config's keys, whatever name is used; see `sticky_actions_of`.
 
     Raises:
         LabError: there is no such game, or it is no Atari game for one player; what is supported is said.
@@ -134,6 +134,11 @@ def check(game: str) -> str:
         )
     other = "is no Atari game, and other environments are not supported" if version else "no such game"
     raise LabError(f"{here} {other}. `lab list games` shows the {len(known)} there are.")
+
+
+def sticky_actions_of(game: str) -> float | None:
+    """The probability of a repeated action in Gymnasium's game of this name; None: it has no version."""
+    return {"-v4": 0.0, "-v5": 0.25}.get(game[-3:])
 
 
 def _plain(name: str) -> str:

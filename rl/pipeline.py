@@ -1,5 +1,6 @@
 """What `lab train`, `evaluate`, `play` and `export` do for an Atari run."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -87,6 +88,13 @@ class RLPipeline:
                 + ("not for the images of a game." if name in backbones.names() else "no such backbone.")
                 + f"{did_you_mean(name, fitting)} There are {', '.join(backbones.image_names())}; with "
                 f"{', '.join(backbones.RECURRENT)} dqn remembers."
+            )
+        meant, found = games.sticky_actions_of(config_.env.game), settings.env.sticky_actions
+        if meant not in (None, found):
+            print(
+                f"note    {config_.env.game} elsewhere has sticky actions of {meant:g}; here "
+                f"env.sticky_actions = {found:g} holds",
+                file=sys.stderr,
             )
         folder = folder or Path("runs") / folder_name(settings.run_name)
         values = config.to_dict(settings)

@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_is_refused_by_every_command_that_would_load_it(
 
 def test_a_checkpoint_or_run_record_that_is_gone_is_one_line(lab_command: LabCommand, tiny_run: Path) -> None:
     result = lab_command("evaluate", tiny_run, "--checkpoint", "step_7", cwd=tiny_run.parent)
-    refuse(result, "no checkpoint 'step_7'. It has step_000000000384, step_000000000512.")
+    refuse(result, "no checkpoint 'step_7'. It has best, latest, step_000000000384, step_000000000512.")
     shutil.rmtree(tiny_run / "checkpoints")
     refuse(lab_command("evaluate", tiny_run, cwd=tiny_run.parent), "It has none yet")
     (tiny_run / "run.json").write_text("{")

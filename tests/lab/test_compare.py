@@ -179,7 +179,7 @@ def test_less_is_better_for_losses() -> None:
         *((name, "maximize") for name in ("eval/mean_reward", "eval/win_rate", "testAccuracy", "eval/mAP50")),
         *((name, "maximize") for name in ("rollout/ep_rew_mean", "explained_variance", "summary/best_acc")),
         *((name, "") for name in ("eval/error_free_rate", "distance_travelled", "loss_scale", "grad_norm")),
-        *((name, "") for name in ("rewards/rejected", "steps_to_success", "reward_variance", "accuracy_drop")),
+        *((name, "") for name in ("rewards/rejected", "steps_to_success", "reward_variance", "acc_drop")),
         *((name, "") for name in ("reward_loss", "rollout/ep_len_mean", "evaluate/std_reward", "x")),
     ],
 )  # fmt: skip

@@ -1,8 +1,9 @@
 """What is compared is comparable: groups, budgets, seeds, tasks and axes, each as untidy as runs are."""
 
+import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab import grouping, report
+from lab import grouping, report, report_page
 from lab.compare import Comparison, Question, compare
 from lab.errors import LabError
 from lab.records import Record, Series, _definitions, load, read_columns
@@ -202,6 +203,75 @@ def test_runs_of_different_files_are_no_reruns(places: list[str], n_groups: int)
     compared = ask(records)
     assert len(compared.groups) == n_groups
     assert said(compared, "repeat the seed") == (n_groups == 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "n_groups"),
+    [
+        *(("corpus", 2), ("train_path", 2), ("model.reward_model", 2), ("tokenizer_file", 2)),
+        *(("my_output", 1), ("run_dir", 1), ("best_ckpt", 1), ("video_folder", 1)),
+    ],
+)
+def test_a_file_of_any_name_that_a_run_reads_is_a_setting(key: str, n_groups: int) -> None:
+    """Two runs of one seed on other data counted as one run, the second left out as its repetition."""
+    records = [run(name, {"seed": 0, key: f"/data/{name}.txt"}, [1.0]) for name in ("a", "b")]
+    assert len(ask(records).groups) == n_groups
+    # Where the seeds or the settings tell the runs apart, a path of each run's own is where it writes to.
+    grid = [
+        run(f"{lr}{s}", {"seed": s, "lr": lr, key: f"/x/{lr}{s}.txt"}, [1.0])
+        for lr in (1, 2)
+        for s in range(3)
+    ]
+    assert [group.n for group in ask(grid).groups] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(lambda s: {"experiment.seed": s}, id="nested"),
+        pytest.param(lambda s: {"manual_seed": s}, id="another word"),
+        pytest.param(lambda s: {"hparams.random_state": s, "seed": None}, id="beside a seed of null"),
+        pytest.param(lambda s: {"env.seed": s, "eval.seed": s + 1000}, id="two"),
+        pytest.param(lambda s: {"train_cfg.seed": s, "split.random_state": 42}, id="beside a constant"),
+    ],
+)
+def test_a_seed_of_another_name_is_the_seed(seed: Callable[[int], dict[str, Any]]) -> None:
+    """Else each run is a group of its own."""
+    records = [run(f"{lr}{s}", {"lr": lr, **seed(s)}, [lr + s]) for lr in (1, 2) for s in range(3)]
+    compared = ask(records)
+    assert [(group.label, group.seeds) for group in compared.groups] == [("lr=2", 3), ("lr=1", 3)]
+    assert said(compared, "taken for the seed: ")
+    again = [run(f"again{r.name}", r.config, [1.0]) for r in records]
+    assert said(ask(records + again), "6 runs repeat the seed of one with the same config")
+
+
+def test_a_constant_called_seed_makes_no_reruns() -> None:
+    """The runs' own seeds are not in their configs: they are different runs."""
+    records = [run(f"r{i}", {"data.seed": 42, "lr": 1}, [float(i)]) for i in range(4)]
+    (group,) = ask(records).groups
+    assert group.n == 4
+
+
+def test_a_seed_that_is_asked_for_stays_a_key() -> None:
+    records = [run(f"r{i}", {"data.seed": i}, [float(i)]) for i in range(3)]
+    groups = ask(records, by=("data.seed",)).groups
+    assert [group.label for group in groups] == [f"seed={i}" for i in (2, 1, 0)]
+
+
+@pytest.mark.parametrize("key", ["env_name", "gym_id", "env", "environment.name", "task_name"])
+def test_games_are_not_pooled_whatever_their_key_is_called(key: str) -> None:
+    records = [
+        run(f"{a}{g}{s}", {"algo": a, key: g, "seed": s}, [scale * (1 + (a == "pqn") / 9) + s])
+        for a in ("dqn", "pqn")
+        for g, scale in (("Pong", 20), ("Breakout", 400))
+        for s in range(3)
+    ]
+    for by in ((), ("algo",)):
+        compared = ask(records, by=by)
+        assert compared.task_key == key
+        assert compared.tasks == ("Breakout", "Pong")
+        assert len(compared.groups) == 2
+        assert compared.normalized
 
 
 def test_a_run_continued_in_another_folder_is_one_run() -> None:
@@ -524,6 +594,102 @@ def test_a_stock_trainers_steps_are_those_it_told_wandb(tmp_path: Path) -> None:
     assert (comparison.lower_is_better, comparison.x_label) == (True, "train/global step")
 
 
+# ---- units ----
+
+
+def two_games(metric: str) -> list[Record]:
+    """A run a seed of two agents on two games, whose scores differ by a factor of 20."""
+    return [
+        run(
+            f"{alg}{game}{seed}",
+            {"agent.algorithm": alg, "env.game": game, "seed": seed},
+            [scale * (step / 10) * better + seed * scale / 100 for step in range(11)],
+            metric=metric,
+        )
+        for alg, better in (("dqn", 1.0), ("pqn", 1.2))
+        for game, scale in (("pong", 20.0), ("breakout", 400.0))
+        for seed in range(3)
+    ]
+
+
+def test_what_is_scaled_is_scaled_in_the_curves_too(tmp_path: Path) -> None:
+    comparison = ask(two_games(METRIC), score="last")
+    for group in comparison.groups:
+        assert group.curve is not None
+        assert group.curve.point[-1] == pytest.approx(group.mean)
+        for record in group.records:
+            assert group.run_curves[record.id].y[-1] == pytest.approx(group.compared[record.id])
+        areas = [np.trapezoid(c.y, c.x) / np.ptp(c.x) for c in group.run_curves.values()]
+        assert group.auc == pytest.approx(np.mean(areas))
+    text = "eval/mean_reward, scaled by each env.game"
+    assert report_page.page([comparison], "t", "c").count(text) >= 3
+    report.write([comparison], tmp_path, "t", "c")
+    assert text in (tmp_path / "comparison.svg").read_text()
+    plain = ask(two_games(METRIC), score="last", normalize="none").groups[0]
+    assert plain.auc == pytest.approx(sum(1.2 * s / 2 + s / 100 for s in (20.0, 400.0)) / 2)
+
+
+def test_where_less_is_better_there_is_no_optimality_gap() -> None:
+    """It would be the smaller, the worse a group is."""
+    less, more = (compare(two_games(metric), Question(metric=metric)) for metric in ("eval/loss", METRIC))
+    assert "optimality gap to 1" not in report.table(less)[0]
+    assert "optimality gap to 1" in report.table(more)[0]
+    assert "optimality_gap" not in less.groups[0].estimates
+    rows = list(csv.DictReader(report.groups_csv([less]).splitlines()))
+    assert [row["optimality_gap_over_tasks"] for row in rows] == ["nan", "nan"]
+
+
+def test_an_area_with_a_hole_is_not_that_of_the_other_runs() -> None:
+    records = [run(f"a{s}", {"seed": s}, [1.0, math.nan if s == 0 else 2.0, 3.0]) for s in range(3)]
+    (group,) = ask(records).groups
+    assert math.isnan(group.auc)
+
+
+def test_fractions_beside_percent_are_said() -> None:
+    metric = "eval/accuracy"
+    records = [*seeds("a", {"x": "a"}, [0.91, 0.92, 0.9], metric=metric)]
+    records += seeds("b", {"x": "b"}, [93.0, 92.0, 94.0], metric=metric)
+    assert said(ask(records, metric=metric), "x=a: all values from 0 to 1; x=b: all above 1")
+    assert not said(ask(records[:3], metric=metric), "all above 1")
+
+
+def test_the_columns_of_a_csv_file_have_a_name_each() -> None:
+    comparison = ask(two_games(METRIC))
+    for text in (report.groups_csv, report.runs_csv, report.curves_csv):
+        heads = next(csv.reader(text([comparison]).splitlines()))
+        assert len(heads) == len(set(heads))
+
+
+@pytest.mark.parametrize(
+    ("value", "within", "text"),
+    [
+        *((0.9996, 0.0, "0.9996"), (0.99961, 3e-5, "0.999610"), (0.781, 0.2, "0.781"), (1.0, 0.0, "1")),
+        *((12345.12, 0.3, "12,345.12"), (12345.12, 40.0, "12,345"), (0.5, 1e-17, "0.5"), (0.0, 0.1, "0")),
+        *((22.04, 0.0, "22"), (-0.91234, 0.0011, "-0.9123"), (3e8, 2e4, "3e+08"), (0.25, math.nan, "0.25")),
+        *((0.99999999, 0.0, "1"), (5e-05, 1e-6, "5e-05"), (300000123.0, 20.0, "300000123")),
+    ],
+)
+def test_a_number_has_the_digits_that_show_how_well_it_is_known(
+    value: float, within: float, text: str
+) -> None:
+    assert report.number(value, within) == text
+
+
+@pytest.mark.parametrize(
+    ("confidence", "text"), [(0.95, "95%"), (0.995, "99.5%"), (0.9, "90%"), (0.999, "99.9%")]
+)
+def test_a_confidence_is_said_as_it_is(confidence: float, text: str) -> None:
+    records = [*seeds("a", {"x": "a"}, [1.0, 2, 3]), *seeds("b", {"x": "b"}, [7.0, 9, 8])]
+    comparison = ask(records, confidence=confidence)
+    assert f"mean [{text}]" in report.table(comparison)[0]
+    assert f"({text} " in report.headline(comparison)
+
+
+def test_equal_means_need_no_more_seeds() -> None:
+    records = [*seeds("a", {"x": "a"}, [1.0, 2, 3]), *seeds("b", {"x": "b"}, [3.0, 1, 2])]
+    assert report.headline(ask(records)).endswith("Their means are equal.")
+
+
 # ---- what was measured afterwards ----
 
 
@@ -569,7 +735,7 @@ def test_a_value_said_once_is_compared_with_the_end_of_those_that_log_it(tmp_pat
     question = Question(metric=METRIC, by=("algorithm",), score=score, threshold=10.5)
     comparison = compare(load([str(tmp_path)], [METRIC]).records, question)
     assert {group.label: group.mean for group in comparison.groups} == pytest.approx({"a": 11.0, "b": 6.0})
-    assert said(comparison, "b0, b1, b2: says its value once, without a step, and others log it")
+    assert said(comparison, "b0, b1, b2: says its value once, without a step, others log it")
 
 
 def test_a_run_that_lacks_the_metric_is_named_with_what_it_has_instead() -> None:

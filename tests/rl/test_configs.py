@@ -28,6 +28,7 @@ from rl.config import (
     unseen_seed,
 )
 from rl.drqn import RecurrentExtractor
+from rl.pipeline import RLPipeline
 from rl.policy import BackboneExtractor
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "rl").glob("*.yaml"))
@@ -151,3 +152,32 @@ def test_what_is_no_atari_game_for_one_player_is_said(game: str, said: str) -> N
 @pytest.mark.parametrize("game", ["PongDeterministic-v4", "ALE/Pong-v5", "PongNoFrameskip-v4"])
 def test_names_of_gym_are_understood(game: str) -> None:
     assert games.check(game) == "pong"
+
+
+@pytest.mark.parametrize(
+    ("game", "sticky", "said"),
+    [
+        (
+            "ALE/Pong-v5",
+            0.0,
+            "sticky actions of 0.25; here env.sticky_actions = 0 holds",
+        ),
+        (
+            "PongNoFrameskip-v4",
+            0.25,
+            "sticky actions of 0; here env.sticky_actions = 0.25 holds",
+        ),
+        ("ALE/Pong-v5", 0.25, ""),
+        ("pong", 0.25, ""),
+    ],
+)
+def test_a_name_that_means_other_actions_than_the_config_is_said(
+    game: str, sticky: float, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").touch()  # the folder of a run, which is refused
+    settings = RunConfig(agent=DQNConfig(), env=EnvConfig(game=game, sticky_actions=sticky))
+    with pytest.raises(LabError, match="already holds"):
+        RLPipeline().train(settings, tmp_path, resume=False)
+    found = capsys.readouterr().err
+    assert said in found
+    assert bool(said) == bool(found)
