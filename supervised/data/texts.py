@@ -367,8 +367,11 @@ def _rows_of_object(whole: dict[str, Any], path: Path) -> list[Any]:
     their names, as pandas' `to_json` writes them (orient columns, index, split, table); or it is a row."""
     values = [*whole.values()]
     names, data = whole.get("columns"), whole.get("data")
-    split = isinstance(names, list) and isinstance(data, list)
-    if split and all(isinstance(row, list) and len(row) == len(names) for row in data):
+    if (
+        isinstance(names, list)
+        and isinstance(data, list)
+        and all(isinstance(row, list) and len(row) == len(names) for row in data)
+    ):
         return [dict(zip(map(str, names), row, strict=True)) for row in data]
     if len(whole) > 1 and all(isinstance(v, list) for v in values):
         if len({len(v) for v in values}) > 1:
