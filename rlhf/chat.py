@@ -203,8 +203,12 @@ def chat(folder: Path, options: argparse.Namespace) -> None:
 
 def _language_model(folder: Path) -> Path:
     place = find_model(folder)
-    architecture, *_ = read_json(place / "config.json", "a model's config").get("architectures") or [""]
-    if architecture.endswith("ForSequenceClassification"):
+    if (place / "config.json").exists():
+        architecture, *_ = read_json(place / "config.json", "a model's config").get("architectures") or [""]
+        scores = architecture.endswith("ForSequenceClassification")
+    else:
+        scores = read_json(place / "adapter_config.json", "an adapter's").get("task_type") == "SEQ_CLS"
+    if scores:
         raise LabError(f"{folder}: is a reward model, which scores answers and gives none.")
     return place
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def examine(config: ModelConfig) -> heads.Facts | None:
     """
     if config.path == "labgpt":
         return None
-    name = _base_of(Path(config.path)) if _is_adapter(Path(config.path)) else config.path
+    name = base_of(Path(config.path)) if is_adapter(Path(config.path)) else config.path
     return heads.examine(_config(name), name)
 
 
@@ -196,8 +197,8 @@ def open_tokenizer(name: str) -> Any:
 def _read_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    if _is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").is_file():
-        name = _base_of(Path(name))
+    if is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").is_file():
+        name = base_of(Path(name))
     try:
         return from_pretrained(AutoTokenizer, name, padding_side="left")
     except LabError:
@@ -226,8 +227,8 @@ def _open_causal_lm(name: str, tokenizer: Any, keep_format: bool = False) -> Any
     from transformers import AutoModelForCausalLM
 
     folder = Path(name)
-    if _is_adapter(folder):
-        return _merged(folder, _open_causal_lm(_base_of(folder), tokenizer, keep_format))
+    if is_adapter(folder):
+        return _merged(folder, _open_causal_lm(base_of(folder), tokenizer, keep_format))
     if _is_labgpt(folder):
         return _trained_in_fp32(labgpt.load(name), tokenizer, name)
     config = _config(name)
@@ -367,7 +368,8 @@ def _mend_generation_config(model: Any, name: str) -> None:
 # ---- adapters ----
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter alone, and no model."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
@@ -388,7 +390,7 @@ def _name_base(adapter: Path, base: str) -> None:
     (adapter / "base.json").write_text(json.dumps(record, indent=2))
 
 
-def _base_of(adapter: Path) -> str:
+def base_of(adapter: Path) -> str:
     """The folder, or the name on the Hub, of the model an adapter was trained on.
 
     Raises:
@@ -418,12 +420,19 @@ def _hash(folder: Path) -> str | None:
     return None
 
 
-def _merged(adapter: Path, model: Any) -> Any:
+def with_adapter(adapter: Path, model: Any) -> Any:
+    """PEFT's model of a model and an adapter's folder."""
     from peft import PeftModel
 
+    with warnings.catch_warnings():  # PEFT reads what transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, str(adapter))
+
+
+def _merged(adapter: Path, model: Any) -> Any:
     own, path = model.saved_format, model.config.name_or_path
     try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        merged = with_adapter(adapter, model).merge_and_unload()
     except Exception as error:  # whatever PEFT, torch or safetensors raise
         raise LabError(f"{adapter}: the adapter does not fit {path}: {first_line(error)[:200]}") from None
     merged.saved_format, merged.config.name_or_path = own, path

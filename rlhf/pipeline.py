@@ -380,7 +380,7 @@ def _put_aside(recipe: Recipe, stages: Sequence[str], found: sharing.Found) -> N
 
 
 def find_model(folder: Path) -> Path:
-    """The model of a run folder, of a recipe's folder (its last stage's), or a transformers folder itself.
+    """The model of a run folder, of a recipe's folder (its last stage's), or transformers' or PEFT's folder.
 
     Raises:
         LabError: there is none, or it was taken from a recipe that is gone.
@@ -394,6 +394,8 @@ def find_model(folder: Path) -> Path:
     for place in (*places, folder / "model", folder):
         if (place / "config.json").exists():
             return place
+    if (folder / "adapter_config.json").exists():
+        return folder
     raise LabError(f"{folder}: no language model in it. Name a run of `lab rlhf` or a transformers folder.")
 
 

@@ -72,9 +72,9 @@ def train_reward(
     if not done:
         return None
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    if demonstrations is not None and "completion" in demonstrations.column_names:
+    if demonstrations is not None:
         demonstrations = rendered("demonstrations", demonstrations, tokenizer, settings.data)
-        center(trained, tokenizer, _some_that_fit(demonstrations, tokenizer, settings))
+        center(trained, tokenizer, some_that_fit(demonstrations, tokenizer, settings))
     # Scored whole, whatever training does about those that are too long.
     fitting = fitting_answers(held_out.to_list(), tokenizer, settings.data.max_length)
     if not fitting:
@@ -110,12 +110,13 @@ def train_reward(
     return trained, tokenizer
 
 
-def _some_that_fit(demonstrations: Any, tokenizer: Any, settings: RLHFRun) -> list[Any]:
+def some_that_fit(demonstrations: Any, tokenizer: Any, settings: RLHFRun) -> list[Any]:
     """At most `AT_MOST` demonstrations, chosen by the seed, of those that are not too long."""
     some: list[Any] = []
     shuffled = demonstrations.shuffle(seed=settings.seed)
     for begin in range(0, len(shuffled), AT_MOST):
-        rows = shuffled.select(range(begin, min(begin + AT_MOST, len(shuffled)))).to_list()
+        part = shuffled.select(range(begin, min(begin + AT_MOST, len(shuffled))))
+        rows = [_answered(row) for row in part.to_list()]
         counted = tokenize_rows([(row["prompt"], row["completion"], True) for row in rows], tokenizer)
         some += [
             row
@@ -125,6 +126,13 @@ def _some_that_fit(demonstrations: Any, tokenizer: Any, settings: RLHFRun) -> li
         if len(some) >= AT_MOST:
             break
     return some[:AT_MOST]
+
+
+def _answered(row: Any) -> Any:
+    """A demonstration as prompt and completion: of a conversation its last answer, of a text all of it."""
+    if "messages" in row:
+        return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+    return {"prompt": "", "completion": row["text"]} if "text" in row else row
 
 
 def _scale(model: Any, tokenizer: Any, held_out: list[Any]) -> None:

@@ -249,6 +249,11 @@ def tokenize_conversation(
     return ids, mask, True
 
 
+def tokenize_whole(messages: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """A conversation to its end as the chat template writes it, and what that puts behind an end token."""
+    return _encode(tokenizer, [_render(tokenizer, messages)])[0]
+
+
 def tokenize_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """A whole text, with exactly one end token behind it."""
     end = end_id(tokenizer, conversation=False)

@@ -174,7 +174,11 @@ def _load_file(path: Path) -> ModuleType:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModel(Scorer):
-    """Another reward model: a folder that transformers loads as a sequence classifier."""
+    """Another reward model: a folder that transformers loads as a sequence classifier, or an adapter's.
+
+    One that was not trained here knows conversations whole, as its chat template writes them, with what that
+    puts behind the end of a turn (Qwen's a line break): there its score is read, as its makers read it.
+    """
 
     kind = "reward"
     target = "folder"
@@ -190,24 +194,35 @@ class RewardModel(Scorer):
 
     @cached_property
     def _instrument(self) -> Any:
-        if not (Path(self.folder) / "config.json").exists():
+        folder = Path(self.folder)
+        if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             raise LabError(
                 f"{self.folder}: no reward model: there is no config.json in it. Correct the path."
             )
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         import rlhf.labgpt  # noqa: F401 (registers our own models)
+        from rlhf import models
         from rlhf.scoring import RewardScorer
 
+        adapts = models.is_adapter(folder)
         try:
             model, report = from_pretrained(
                 AutoModelForSequenceClassification,
-                self.folder,
+                models.base_of(folder) if adapts else self.folder,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                **({"num_labels": 1} if adapts else {}),
             )
-            tokenizer = from_pretrained(AutoTokenizer, self.folder, local_files_only=True)
+            if adapts:
+                adapted = models.with_adapter(folder, model)
+                if "score" in (adapted.peft_config["default"].modules_to_save or ()):
+                    report["missing_keys"] = set(report["missing_keys"]) - {"score.weight"}
+                model = adapted.merge_and_unload()
+            own = (folder / "tokenizer_config.json").exists() or not adapts
+            place = self.folder if own else models.base_of(folder)
+            tokenizer = from_pretrained(AutoTokenizer, place, local_files_only=True)
             model = model.to(self.device).eval()
         except LabError:
             raise
@@ -216,12 +231,28 @@ class RewardModel(Scorer):
         # transformers would fill what is missing with random numbers, and they would rank.
         if report["missing_keys"] or model.config.num_labels != 1:
             raise LabError(f"{self.folder}: holds no reward model. Name a classifier with one label.")
+        if not hasattr(model, "score"):
+            raise LabError(
+                f"{self.folder}: {type(model).__name__} reads in both directions, and reward models that do "
+                "are not supported. Name one made of a causal model (Llama, Qwen, Gemma ...)."
+            )
         return RewardScorer(model, tokenizer)
 
     def _score(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+        from rlhf.tokenization import tokenize_whole
+
         completions = [completion(*each) for each in zip(prompts, answers, strict=True)]
+        scorer = self._instrument
+        if not hasattr(scorer.config, "reward_scale"):  # which `rlhf.reward` leaves
+            whole = [
+                tokenize_whole([*prompt, *answer], scorer.tokenizer)
+                for prompt, answer in zip(prompts, completions, strict=True)
+                if not isinstance(prompt, str) and not isinstance(answer, str)
+            ]
+            if len(whole) == len(answers):
+                return scorer.score_ids([[]] * len(whole), whole).tolist()
         finished = [answer.finished for answer in answers]
-        return self._instrument.score_texts(list(prompts), completions, finished).tolist()
+        return scorer.score_texts(list(prompts), completions, finished).tolist()
 
 
 def _told(error: Exception) -> str:

@@ -314,6 +314,75 @@ def test_a_reward_model_scores_the_last_token_of_prompt_and_answer(tiny_models: 
     assert scores[0] != pytest.approx(scores[1], abs=1e-3), "whether an answer ended makes a difference"
 
 
+def test_a_strangers_reward_model_is_read_where_its_chat_template_ends(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    """Behind what follows the end of a turn (here "was"), as its makers use it; one of ours at that end."""
+    import json
+    import shutil
+
+    import torch
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+    folder = tmp_path / "reward"
+    shutil.copytree(tiny_models / "reward", folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}the {{ m.content }} <eos> was {% endfor %}"
+        "{% if add_generation_prompt %}the {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    asked = [{"role": "user", "content": "pizza"}]
+    answers = [Answer("great"), Answer("awful", finished=False)]
+    talks = [[*asked, {"role": "assistant", "content": answer.text}] for answer in answers]
+    with torch.no_grad():
+        whole = [
+            model(torch.tensor([tokenizer.apply_chat_template(talk, return_dict=False)])).logits.item()
+            for talk in talks
+        ]
+    assert scorer(f"reward:{folder}").scores([asked] * 2, answers) == pytest.approx(whole, abs=1e-6)
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"reward_shift": 0.0, "reward_scale": 1.0}))
+    with torch.no_grad():
+        cut = model(torch.tensor([[3, 4, 1, 5, 3, 6, 1]])).logits.item()
+    assert scorer(f"reward:{folder}").scores([asked], answers[:1]) == pytest.approx([cut], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by PEFT
+def test_a_reward_models_adapter_scores_on_its_base(tiny_models: Path, tmp_path: Path) -> None:
+    import peft
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    base = LlamaForSequenceClassification.from_pretrained(tiny_models / "language", num_labels=1)
+    told = {"modules_to_save": ["score"], "task_type": "SEQ_CLS", "init_lora_weights": False}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], **told))  # type: ignore[arg-type]
+    adapted.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=torch.tensor([[3, 4, 5, 6, 1]])).logits.item()
+    scores = scorer(f"reward:{tmp_path}").scores(["the pizza"], [Answer("was great")])
+    assert scores == pytest.approx([expected], abs=1e-6)
+
+
+def test_a_reward_model_that_reads_both_ways_is_refused_by_name(tmp_path: Path) -> None:
+    import transformers as hf
+
+    config = hf.BertConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        vocab_size=8,
+    )
+    config.num_labels = 1
+    hf.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\nc\n")
+    hf.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    assert "BertForSequenceClassification reads in both directions" in refuses(f"reward:{tmp_path}")
+
+
 @pytest.mark.parametrize("name", ["language", "two_labels"])
 def test_a_folder_without_a_scoring_layer_is_refused(tiny_models: Path, name: str) -> None:
     """transformers would draw the missing layer at random and let it rank."""

@@ -18,6 +18,7 @@ from benchmarks.family_stages import tokenizer
 from lab.errors import LabError
 from rlhf import heads, labgpt, models
 from rlhf.config import ModelConfig
+from rlhf.pipeline import find_model
 from rlhf.sft import lora
 
 pytestmark = pytest.mark.filterwarnings(
@@ -230,6 +231,11 @@ def test_ours_opens_an_adapter_where_the_whole_run_was_moved(run: Path, tmp_path
     adapter = str(moved / "ppo/model/adapter")
     started = models.start(ModelConfig(path=adapter), models.open_tokenizer(adapter), 0)
     torch.testing.assert_close(logits(started), merged, rtol=1e-4, atol=1e-5)
+
+
+def test_lab_chat_takes_an_adapters_folder(run: Path) -> None:
+    adapter = run / "ppo" / "model" / "adapter"
+    assert find_model(adapter) == adapter
 
 
 def test_an_adapter_is_not_put_on_another_model(run: Path) -> None:

@@ -24,6 +24,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from lab.errors import LabError
 from rlhf import ranking
+from rlhf.config import RLHFRun
 from rlhf.ranking import (
     RankingTrainer,
     center,
@@ -32,6 +33,7 @@ from rlhf.ranking import (
     pair_weights,
     ranking_loss,
 )
+from rlhf.reward import some_that_fit
 from rlhf.scoring import RewardScorer, held_out_report, score_reading_of, sequence_classifier, tokenize
 from tests.host_reads import HostReads
 from tests.rlhf.test_scoring import EOS, PAD, VOCAB, gpt2, ids, labgpt, llama, word_tokenizer
@@ -490,6 +492,26 @@ def test_demonstrations_score_zero_from_the_saved_folder(tmp_path: Path, make: C
     torch.testing.assert_close(scores(opened), raw - raw.mean(), atol=1e-5, rtol=1e-5)
     with pytest.raises(LabError, match="demonstrations: there are none"):
         center(model, tokenizer, [])
+
+
+FORMS: dict[str, Any] = {
+    "a text": {"text": "is it good"},
+    "messages": {
+        "messages": [{"role": "user", "content": "is it "}, {"role": "assistant", "content": "good"}]
+    },
+    "prompt and completion": {"prompt": "is it ", "completion": "good"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_demonstrations_of_every_form_are_centred_on(form: str) -> None:
+    model, tokenizer = llama(), word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = some_that_fit(Dataset.from_list([FORMS[form]] * 2), tokenizer, RLHFRun())
+    whole = torch.tensor([[*tokenizer("is it good").input_ids, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        expected = model.eval()(whole).logits.item()
+    assert center(model, tokenizer, rows) == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_is_no_reward_model_is_refused() -> None:
