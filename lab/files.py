@@ -18,10 +18,14 @@ from lab.errors import LONGEST_VALUE, LabError, cut
 
 @contextlib.contextmanager
 def explain_write_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turns an `OSError` while writing `what` into one clear line that ends with `remedy`."""
+    """Turns an `OSError` while writing `what` into one clear line that ends with `remedy`, or with what helps
+    where a folder is missing."""
     try:
         yield
     except OSError as error:
+        folder = Path(what).parent
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not folder.is_dir():
+            remedy = f"There is no folder {folder}. Make it first, or name another."
         reason = error.strerror or str(error)
         raise LabError(f"{what}: cannot be written: {reason}. {remedy}") from error
 

@@ -323,6 +323,8 @@ def _read_info(folder: Path) -> dict[str, Any]:
 
 
 def _nearest_run(folder: Path) -> str:
+    if around := next((path for path in folder.parents if (path / "run.json").exists()), None):
+        return f" It is within a run: name that, {around}."
     if folder.is_file():
         return " It is a file, and a run is a folder."
     runs = sorted(str(path.parent) for path in folder.parent.glob("*/run.json"))

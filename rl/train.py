@@ -80,6 +80,11 @@ def _check_rollout(agent: PQNConfig, env: EnvConfig) -> None:
         )
 
 
+def _whole_iterations(settings: RunConfig, agent: QLearner) -> int:
+    """The steps that will be taken: what is asked for, rounded up to whole iterations."""
+    return -(-settings.total_steps // agent.steps_per_iteration) * agent.steps_per_iteration
+
+
 def train(
     settings: RunConfig, folder: Path, run: Run | None, saved: Checkpoint | None, mode: str, why: str
 ) -> Run:
@@ -97,6 +102,12 @@ def train(
     """
     compute = resolve(settings.device, run.info["compute"] if run is not None else None)
     agent = make_agent(settings, compute)
+    if run is not None and saved is not None:
+        taken, total = saved.state["agent"]["num_timesteps"], _whole_iterations(settings, agent)
+        if taken > total:
+            run.refuse(
+                f"has taken {taken:,} steps, and total_steps now allows {total:,}. Set as many or more."
+            )
     # A checkpoint has all weights: those the run once began with may be gone.
     begun = saved is None and settings.agent.start_from is not None
     parents = [pretrained.begin(agent)] if begun else []
@@ -152,8 +163,7 @@ class _Session:
         minutes. What is due is done between iterations alone, so a stop changes none of it.
         """
         s, agent = self.settings, self.agent
-        # Whole iterations: what is asked for is rounded up to them.
-        total = -(-s.total_steps // agent.steps_per_iteration) * agent.steps_per_iteration
+        total = _whole_iterations(s, agent)
         with StopRequest() as stop, Progress(total) as progress:
             try:
                 if saved is not None:

@@ -176,6 +176,10 @@ def _by_role(
 ) -> dict[str, tuple[str, str | None]]:
     """The names of inputs and, if there are any, labels by part."""
     roles: dict[tuple[str, str], str] = {}
+    if isinstance(config.label, list):
+        raise LabError(
+            f"data.label = {config.label}: {path} holds arrays, of which one is the label. Name it."
+        )
     if config.label is not None:
         if str(config.label) not in arrays:
             raise LabError(
@@ -359,6 +363,9 @@ def _as_labels(
                 "objective.name=regression."
             )
         notes.append("took whole labels that are stored as floats for classes")
+    if {int(value) for v in flat.values() for value in np.unique(v)} == {-1, 1}:  # of support vector machines
+        notes.append("took the labels -1 and 1 for names of classes")
+        return {part: {"labels": (v == 1).astype(np.int64)} for part, v in flat.items()}, ("-1", "1")
     return {part: {"labels": v.astype(np.int64)} for part, v in flat.items()}, ()
 
 

@@ -52,9 +52,10 @@ class DataConfig:
     format: str = "auto"
     """Of a file or folder: idx, image_folder, npz (also .npy), text, aligned (a language a file), rows
     (JSONL, JSON, CSV, TSV or Parquet: texts, pairs, tasks, tables, or what pictures beside them show)."""
-    label: str | int | None = None
-    """Of a table, the column that is learned: its name, or its number (0: the first, -1: the last); of an
-    .npz the array. null: the one called label, target, class or y."""
+    label: list[str] | str | int | None = None
+    """Of a table, the column that is learned: its name, or its number (0: the first, -1: the last), or a list
+    of columns, one a class or one a number to predict; of an .npz the array. null: the one called label,
+    target, class or y, or those whose names so begin (label_cat, label_dog)."""
     header: bool | None = None
     """Whether the first line of CSV names the columns; null: as it looks."""
     drop: list[str] = field(default_factory=list)
@@ -111,6 +112,11 @@ class DataConfig:
             self.label is None or not isinstance(self.label, bool),
             "data.label",
             f"{self.label} must be the name or the number of a column",
+        )
+        require(
+            not isinstance(self.label, list) or len({*self.label}) == len(self.label) > 1,
+            "data.label",
+            f"{self.label} must be two different columns or more; name one without brackets",
         )
         require_at_most(
             self,

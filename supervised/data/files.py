@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lab.errors import LabError
-from lab.unpack import PICKLE, read_bytes, what_is
+from lab.unpack import PICKLE, bare_suffix, read_bytes, what_is
 
 _REMEDIES = {
     "a zip archive": "Unpack it, and name what was in it.",
@@ -16,6 +16,11 @@ _REMEDIES = {
     PICKLE: "Opening it would run code, so it is never loaded. Save its arrays as .npz, or its rows as .csv.",
 }
 """What to do with a file that is not read, by what it is."""
+_PROGRAMS = {
+    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods", ".numbers"), "Excel or the like"),
+    **{".dta": "Stata", ".sav": "SPSS", ".sas7bdat": "SAS", ".rds": "R", ".rdata": "R"},
+}
+"""Whose files of a suffix are, where they are tables that their program can write as CSV."""
 
 
 def read_text(path: Path, errors: str = "strict", *, asked: bool = False) -> str:
@@ -62,6 +67,8 @@ def require_text(data: bytes, path: Path) -> None:
         LabError: they do.
     """
     name = what_is(data[:512])
+    if program := _PROGRAMS.get(bare_suffix(path)):
+        raise LabError(f"{path}: is a file of {program}, which is not read. Save it there as CSV (UTF-8).")
     if name is None and (at := data.find(b"\0")) >= 0:
         raise LabError(
             f"{path}: is no text: byte {at + 1:,} is 0. Name a file of a kind that is read, or set "

@@ -14,7 +14,7 @@ from lab.hub import hub_or_cache
 from supervised.data.config import DataConfig
 from supervised.data.images import open_picture, read_pictures
 from supervised.data.raw import Columns, Raw
-from supervised.data.texts import assemble
+from supervised.data.texts import assemble, by_language
 
 
 def read_hub(name: str, config: DataConfig) -> Raw:
@@ -92,8 +92,7 @@ def _images(rows: Any, column: str, config: DataConfig, where: str) -> np.ndarra
 
 def _flat(row: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
     """A row with languages as its own keys, and classes by name."""
-    row = {**row, **row["translation"]} if isinstance(row.get("translation"), dict) else row
     return {
         key: names[key].int2str(v) if key in names and v is not None and v >= 0 else v
-        for key, v in row.items()
+        for key, v in by_language(row).items()
     }

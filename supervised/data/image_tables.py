@@ -8,7 +8,7 @@ Nothing but the pictures below the folder is ever opened, whatever a table names
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -122,6 +122,12 @@ def read_image_tables(source: Path, config: DataConfig, reading: Reading) -> Raw
     lead = chosen.get("train")
     if lead is None:
         return None
+    if of_classes := tables.label_columns(lead.rows, config, reading):
+        chosen = {
+            part: replace(t, rows=tables.of_one_column(t.rows, of_classes, t.path, config, notes))
+            for part, t in chosen.items()
+        }
+        lead, config = chosen["train"], replace(config, label=tables.ONE_LABEL)
     in_classes = source.is_dir() and _lie_in_classes(pictures.paths)
     label = tables.find_label(lead.rows.column_names, config, lead.path)
     if label is None:
@@ -231,7 +237,8 @@ def _one_a_part(found: list[_Table], folder: Path, config: DataConfig, notes: li
 def _has_label(table: _Table, config: DataConfig) -> bool:
     names = table.rows.column_names
     if config.label is not None:
-        return config.label in names or isinstance(config.label, int)
+        asked = {*config.label} if isinstance(config.label, list) else {config.label}
+        return asked <= {*names} or isinstance(config.label, int)
     return any(name.strip().lower() in tables.LABELS for name in names)
 
 

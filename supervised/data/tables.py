@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from supervised.data.raw import (
 )
 
 LABELS = ("label", "labels", "target", "targets", "class", "y")
+_OF_A_CLASS = re.compile(rf"(?:{'|'.join(LABELS)})(?:[ _.:-]+|\[)(.+?)\]?$", re.IGNORECASE)
+"""The name of a column of a class: label_cat, Target.dog, y[0]."""
 MISSING = (
     *("", "na", "n/a", "n.a.", "nan", "-nan", "<na>", "nat", "null", "(null)", "?"),
     *("#n/a", "#nv", "#n/v", "#value!", "#wert!", "#div/0!", "#ref!", "#num!"),
@@ -89,6 +92,8 @@ def read_csv(path: Path, config: DataConfig, known: Sequence[Sequence[str]]) -> 
     if not text.strip():
         raise LabError(f"{path}: has no rows. Name a file with some.")
     require_memory(8 * len(text), f"{path}: to read it takes about", "Name a smaller file.")
+    said: list[str] = []
+    text = _without_preamble(text, path, said)
     separator, first = _look_at(text, path)
     names, classes = _header(first, text, separator, path, config, known)
     options = arrow.ReadOptions(
@@ -107,14 +112,14 @@ def read_csv(path: Path, config: DataConfig, known: Sequence[Sequence[str]]) -> 
     named = names or [f"column {i}" for i in range(1, len(first[0]) + 1)]
     table = table.rename_columns(named).replace_schema_metadata({_SEPARATOR: separator})
     if not classes:
-        return table, [] if names else [f"{path.name} names no columns: its first line is a row"]
+        return table, [*said, *([] if names else [f"{path.name} names no columns: its first line is a row"])]
     labels = table.column(table.num_columns - 1).to_pylist()
     if table.num_rows != int(first[0][0]) or not set(labels) <= {str(i) for i in range(len(classes))}:
         raise _unclear(path, first[0])
     table = table.set_column(
         table.num_columns - 1, "label", pyarrow.array([classes[int(label)] for label in labels])
     )
-    notes = [f"{path.name} begins with its numbers of rows and columns and the classes' names"]
+    notes = [*said, f"{path.name} begins with its numbers of rows and columns and the classes' names"]
     return table, notes
 
 
@@ -127,6 +132,36 @@ def is_table(text: str, config: DataConfig, forms: Mapping[str, Sequence[str]]) 
     asked = config.label is not None or config.header is not None
     named = {cell.strip().lower() for cell in records[0]} & set(LABELS)
     return asked or bool(named) or any(map(_is_number, itertools.chain(*records[1:])))
+
+
+def _without_preamble(text: str, path: Path, said: list[str]) -> str:
+    """Lines of a table alone: without Excel's `sep=;` and comments in front of them, and with tabs for blanks
+    where nothing else parts them."""
+    first, _, rest = text.partition("\n")
+    if re.fullmatch(r"\ufeff?\"?sep=.\"?\r?", first):
+        return rest
+    lines = text.split("\n")
+    n_comments = next((i for i, line in enumerate(lines) if not line.startswith(("#", "%"))), 0)
+    beginning = [line.strip() for line in lines[n_comments : n_comments + 100] if line.strip()]
+    if n_comments and not _is_parted(lines[: n_comments + 20]):
+        said.append(f"passed over {n_comments:,} lines of comments at the beginning of {path.name}")
+        lines = lines[n_comments:]
+    if (
+        not _is_parted(lines[:20])
+        and len({len(line.split()) for line in beginning}) == 1
+        and " " in beginning[0]
+    ):
+        said.append(f"blanks part the columns of {path.name}")
+        lines = ["\t".join(line.split()) for line in lines]
+    return "\n".join(lines)
+
+
+def _is_parted(lines: Sequence[str]) -> bool:
+    """Whether a separator parts lines into as many cells."""
+    records = [_records("\n".join(lines), separator, len(lines)) for separator in _SEPARATORS]
+    return any(
+        len({len(record) for record in found}) == 1 and len(found[0]) > 1 for found in records if found
+    )
 
 
 def _look_at(text: str, path: Path) -> tuple[str, list[list[str]]]:
@@ -184,9 +219,10 @@ def _header(
     rows = first[1:]
     numbers = [_is_number(cell) for cell in cells]
     names: list[str] | None = cells
+    asked = {*config.label} if isinstance(config.label, list) else {config.label}
     if config.header is not None:
         names = cells if config.header else None
-    elif any(set(keys) <= set(cells) for keys in known) or config.label in cells or lower & set(LABELS):
+    elif any(set(keys) <= set(cells) for keys in known) or asked <= set(cells) or lower & set(LABELS):
         pass
     elif any(cell.lower().endswith(PICTURES) for cell in cells):
         names = None  # the name of a picture is no name of a column
@@ -291,6 +327,12 @@ def assemble(
         LabError: columns differ between parts, one cannot be used, or no column is known for the label.
     """
     lead = next((part for part in tables if not is_evaluation(part)), next(iter(tables)))
+    tables = {part: _spread(table, paths[part], config) for part, table in tables.items()}
+    if isinstance(config.label, list) and reading.predicts == "numbers":
+        return _of_several(tables, paths, config, reading, notes)
+    of_classes = label_columns(tables[lead], config, reading)
+    tables = {part: of_one_column(t, of_classes, paths[part], config, notes) for part, t in tables.items()}
+    config = replace(config, label=ONE_LABEL) if of_classes else config
     names = tables[lead].column_names
     label = find_label(names, config, paths[lead])
     split = len(tables) == 1 and split_column(
@@ -335,7 +377,7 @@ def assemble(
             )
     texts = _texts_alone(kept, label, whole[lead])
     if texts is not None:
-        return _classify_texts(whole, label or "", texts)
+        return _classify_texts(whole, label or "", texts, notes)
     inputs, columns = _inputs(kept, whole, paths, notes, reading.columns)
     labels: dict[str, Columns] = {part: {} for part in whole}
     classes: tuple[str, ...] = ()
@@ -343,6 +385,136 @@ def assemble(
         labels, classes = targets_of(label, whole, paths, reading, notes)
     parts: dict[str, Columns] = {part: {"inputs": inputs[part], **labels[part]} for part in whole}
     return Raw(kind="table", parts=parts, classes=classes, columns=columns, notes=list(dict.fromkeys(notes)))
+
+
+def _of_several(
+    tables: Mapping[str, Any],
+    paths: Mapping[str, Path],
+    config: DataConfig,
+    reading: Reading,
+    notes: list[str],
+) -> Raw:
+    """As `assemble`, of several columns of numbers to predict: the others are left out for each in turn."""
+    assert isinstance(config.label, list)
+    for path, table in ((paths[part], table) for part, table in tables.items()):
+        if lacking := [name for name in config.label if name not in table.column_names]:
+            hint = did_you_mean(lacking[0], table.column_names)
+            raise LabError(
+                f"data.label: {path} has no column {lacking[0]!r}.{hint} Name some that are there."
+            )
+    rows = {part: complete(table, paths[part], config, notes) for part, table in tables.items()}
+    each = []
+    for name in config.label:
+        others = [*config.drop, *(other for other in config.label if other != name)]
+        one = replace(config, label=name, drop=others)
+        each.append(assemble(rows, paths, one, reading, notes))
+    parts = {
+        part: {**columns, "targets": np.hstack([raw.parts[part]["targets"] for raw in each])}
+        for part, columns in each[0].parts.items()
+    }
+    return replace(each[0], parts=parts, notes=list(dict.fromkeys(notes)))
+
+
+# ---- one column a class ----
+
+ONE_LABEL = "label"
+"""What the column is called that columns of classes become."""
+
+
+def label_columns(table: Any, config: DataConfig, reading: Reading) -> dict[str, str]:
+    """The class by its column, where each class has a column of 0 and 1: those that `data.label` lists, or
+    whose names begin with one of a label; none, where one column is the label."""
+    if isinstance(config.label, list):
+        return {name: name for name in config.label}
+    names = table.column_names
+    if config.label is not None or reading.predicts == "numbers":
+        return {}
+    if any(name.strip().lower() in LABELS for name in names):
+        return {}
+    found = {name: match[1] for name in names if (match := _OF_A_CLASS.match(name.strip()))}
+    numbers = {name: _as_number(table.column(name)) for name in found}
+    return found if len(found) > 1 and all(_is_0_or_1(v) for v in numbers.values()) else {}
+
+
+def of_one_column(
+    table: Any, classes: Mapping[str, str], path: Path, config: DataConfig, notes: list[str]
+) -> Any:
+    """A table with one column of names in place of the columns of classes.
+
+    Raises:
+        LabError: a column is not there or not of 0 and 1, or a row is of several classes or of none.
+    """
+    import pyarrow
+
+    there = [name for name in classes if name in table.column_names]
+    if not there:
+        return table
+    if lacking := [name for name in classes if name not in there]:
+        raise LabError(
+            f"{path}: has no column {lacking[0]!r}, of a class."
+            f"{did_you_mean(lacking[0], table.column_names)} Name those that are there by data.label."
+        )
+    columns = [_as_number(table.column(name)) for name in there]
+    for name, values in zip(there, columns, strict=True):
+        if not _is_0_or_1(values):
+            raise LabError(f"{path}: column {name!r} of a class is not 0 or 1 in all rows. Correct it.")
+    numbers = np.array(columns).T
+    odd = np.flatnonzero(numbers.sum(1) != 1)
+    if len(odd) and config.bad_rows == "error":
+        n = int(numbers[odd[0]].sum())
+        raise LabError(
+            f"{path}: {len(odd):,} of {len(numbers):,} rows are not of one class, the first of them row "
+            f"{int(odd[0]) + 1}, of {n} ({some(list(classes.values()))}). data.bad_rows=skip leaves "
+            "them out; several classes of one sample are not learned."
+        )
+    if len(odd):
+        notes.append(
+            f"left out {len(odd):,} of {len(numbers):,} rows of {path.name} that are not of one class"
+        )
+    notes.append(f"took the column that is 1 of {some(there)} for the class of each row")
+    names = [*classes.values()]
+    found = pyarrow.array([names[i] for i in numbers.argmax(1).tolist()], pyarrow.string())
+    table = table.drop_columns(there).append_column(ONE_LABEL, found)
+    return table.filter(pyarrow.array(numbers.sum(1) == 1))
+
+
+def _is_0_or_1(values: np.ndarray | None) -> bool:
+    return values is not None and bool(np.isin(values, (0, 1)).all())
+
+
+def _spread(table: Any, path: Path, config: DataConfig) -> Any:
+    """A table with one column for each number of a column of lists.
+
+    Raises:
+        LabError: the lists are of different lengths.
+    """
+    import pyarrow
+    from pyarrow import compute
+
+    for name in table.column_names:
+        values = table.column(name)
+        kind = values.type
+        lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+        lists = lists or pyarrow.types.is_fixed_size_list(kind)
+        if not lists or not len(values) or name in config.drop:
+            continue
+        inner = kind.value_type
+        numbers = pyarrow.types.is_integer(inner) or pyarrow.types.is_floating(inner)
+        lengths = compute.call_function("list_value_length", [values]).unique().to_pylist()
+        if not numbers or len(lengths) != 1 or not lengths[0]:
+            what = f"of {some([*map(str, lengths)], 3)} values" if numbers else f"of {inner}"
+            raise LabError(
+                f"{path}: column {name!r} holds lists {what}, and only lists of equally many numbers are "
+                f"read. Correct it, or leave it out by data.drop=[{name}]."
+            )
+        flat = compute.call_function("list_flatten", [values]).to_numpy().reshape(len(values), -1)
+        table = table.drop_columns([name])
+        for i, column in enumerate(flat.T):
+            table = table.append_column(f"{name}[{i}]", pyarrow.array(column))
+    return table
+
+
+# ---- columns ----
 
 
 def _kept(table: Any, label: str | None, config: DataConfig, notes: list[str]) -> list[str]:
@@ -425,6 +597,7 @@ def find_label(names: Sequence[str], config: DataConfig, path: Path) -> str | No
             raise LabError(f"data.label = {config.label}: {path} has {len(names)} columns. Count from 0.")
         return names[config.label]
     if config.label is not None:
+        assert isinstance(config.label, str), "several are one by now"
         if config.label in names:
             return config.label
         raise LabError(
@@ -545,7 +718,7 @@ def _texts_alone(kept: list[str], label: str | None, table: Any) -> str | None:
     return kept[0] if _as_number(values) is None and len(values.unique()) > MOST_CATEGORIES // 2 else None
 
 
-def _classify_texts(tables: Mapping[str, Any], label: str, text: str) -> Raw:
+def _classify_texts(tables: Mapping[str, Any], label: str, text: str, notes: list[str]) -> Raw:
     """The task form classification."""
     values = {part: table.column(text).to_pylist() for part, table in tables.items()}
     labels = {part: [str(v) for v in table.column(label).to_pylist()] for part, table in tables.items()}
@@ -563,7 +736,7 @@ def _classify_texts(tables: Mapping[str, Any], label: str, text: str) -> Raw:
         parts=parts,
         classes=classes,
         form="classification",
-        notes=[f"took {text} for texts, {label} for their classes"],
+        notes=[*notes, f"took {text} for texts, {label} for their classes"],
     )
 
 

@@ -1,5 +1,7 @@
 """Texts, pairs of texts and tasks from files: plain text, aligned lines, rows of JSON, CSV, TSV, Parquet."""
 
+import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -189,7 +191,7 @@ def read_rows(path: Path, config: DataConfig, reading: Reading) -> Raw:
     for part, file in files.items():
         found = rows_of(file, config, notes)
         if isinstance(found, list):
-            located[part] = found
+            located[part] = [(place, by_language(row)) for place, row in found]
         else:
             columns[part] = found
     if not any(located.values()) and not any(table.num_rows for table in columns.values()):
@@ -211,6 +213,12 @@ def read_rows(path: Path, config: DataConfig, reading: Reading) -> Raw:
     raw = assemble(_by_split(located, config, notes), config)
     raw.notes.extend(notes)
     return raw
+
+
+def by_language(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose sentences stand under `translation`, as on the Hub, with the languages as its own keys."""
+    inside = row.get("translation")
+    return {**row, **inside} if isinstance(inside, dict) else row
 
 
 def _by_split(
@@ -238,11 +246,10 @@ def _forms(config: DataConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _are_numbers(rows: list[Located]) -> bool:
-    """Whether rows are those of a table: the first has numbers, and nothing nested."""
-    values = rows[0][1].values() if rows else ()
-    return any(isinstance(value, int | float) for value in values) and not any(
-        isinstance(value, dict | list) for value in values
-    )
+    """Whether rows are those of a table: the first has numbers, or lists of them, and nothing else nested."""
+    values = [*rows[0][1].values()] if rows else []
+    flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
+    return any(isinstance(v, int | float) for v in flat) and not any(isinstance(v, dict | list) for v in flat)
 
 
 def _as_texts(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -262,7 +269,8 @@ def assemble(located: dict[str, list[tuple[str, dict[str, Any]]]], config: DataC
         hint = did_you_mean(next(iter(first), ""), [*config.pair, "text", "premise", "first", "context"])
         raise LabError(
             f"{place}: has the keys {', '.join(first) or 'none'}, where one of these sets "
-            f"is known: {known}.{hint} Of a table, data.label names the column to learn."
+            f"is known: {known}.{hint} Of a table, data.label names the column to learn; of pairs, data.pair "
+            "the two keys."
         )
     for rows in located.values():
         for place, row in rows:
@@ -336,12 +344,11 @@ def _json(path: Path) -> list[Located]:
 
 
 def _unfolded(whole: Any, path: Path) -> list[Located]:
-    if isinstance(whole, dict) and len(whole) > 1 and all(isinstance(v, list) for v in whole.values()):
-        if len({len(values) for values in whole.values()}) > 1:
-            raise LabError(f"{path}: its lists are of different lengths, and are no columns. Correct it.")
-        whole = [dict(zip(whole, row, strict=True)) for row in zip(*whole.values(), strict=True)]
+    """The rows of a JSON value: a list of them, one alone, a list for each column, or a form of pandas'."""
     if isinstance(whole, dict):
-        whole = [whole]
+        whole = _rows_of_object(whole, path)
+    if isinstance(whole, list) and whole and all(isinstance(row, list) for row in whole):
+        whole = [{f"column {i}": value for i, value in enumerate(row, 1)} for row in whole]
     if not isinstance(whole, list):
         raise LabError(
             f"{path}: is of type {type(whole).__name__}, where a list of rows is wanted. Correct it."
@@ -353,6 +360,32 @@ def _unfolded(whole: Any, path: Path) -> list[Located]:
                 "set data.format=text."
             )
     return [(f"{path}, row {i}", row) for i, row in enumerate(whole, 1)]
+
+
+def _rows_of_object(whole: dict[str, Any], path: Path) -> list[Any]:
+    """What an object of JSON holds: a list for each column; rows under one of its keys; columns or rows by
+    their names, as pandas' `to_json` writes them (orient columns, index, split, table); or it is a row."""
+    values = [*whole.values()]
+    names, data = whole.get("columns"), whole.get("data")
+    if (
+        isinstance(names, list)
+        and isinstance(data, list)
+        and all(isinstance(row, list) and len(row) == len(names) for row in data)
+    ):
+        return [dict(zip(map(str, names), row, strict=True)) for row in data]
+    if len(whole) > 1 and all(isinstance(v, list) for v in values):
+        if len({len(v) for v in values}) > 1:
+            raise LabError(f"{path}: its lists are of different lengths, and are no columns. Correct it.")
+        return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
+    of_rows = [v for v in values if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
+    if len(of_rows) == 1:
+        return of_rows[0]
+    alike = len({frozenset(v) if isinstance(v, dict) else None for v in values}) == 1
+    if alike and len(whole) > 1 and isinstance(values[0], dict) and values[0]:
+        if all(key.isdecimal() for key in values[0]):  # a number for each row
+            return [{name: column[row] for name, column in whole.items()} for row in values[0]]
+        return values
+    return [whole]
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Located]:
@@ -376,13 +409,10 @@ def _why(error: Exception) -> str:
 
 
 def _tsv(path: Path, text: str, config: DataConfig, notes: list[str]) -> Iterator[Located]:
-    """Rows of cells parted by tabs, without quotes. The first line names them, or there are pairs."""
+    """Rows of cells parted by tabs. The first line names them, or there are pairs."""
     header: list[str] | None = None
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, cells in _cells(text):
         place = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        cells = line.rstrip("\r").split("\t")
         if header is None:
             named = form_of(cells, config) is not None
             header = cells if named else list(config.pair)
@@ -397,6 +427,26 @@ def _tsv(path: Path, text: str, config: DataConfig, notes: list[str]) -> Iterato
         if set(TASKS["similarity"]) <= set(row):
             row["label"] = _score(row["label"])
         yield place, row
+
+
+def _cells(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each line that is not empty, behind its number.
+
+    Quotes are part of the text, unless all of them stand where a writer of CSV puts them: where what it would
+    write is the text as it is.
+    """
+    if '"' in text:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+        with suppress(csv.Error):
+            found = [(reader.line_num, record) for record in reader]
+            again = io.StringIO(newline="")
+            csv.writer(again, delimiter="\t", lineterminator="\n").writerows(record for _, record in found)
+            if again.getvalue().rstrip("\n") == text.replace("\r\n", "\n").rstrip("\n"):
+                yield from ((number, record) for number, record in found if record)
+                return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.rstrip("\r").split("\t")
 
 
 def _score(cell: str) -> str | float:

@@ -17,7 +17,12 @@ from supervised.objectives.base import Batch, Loss, Objective, Players, require_
 
 
 class Regression(Objective):
-    """Mean squared error; judged by the share of the variance that is explained, R^2."""
+    """Mean squared error, of targets in their standard deviations; judged by the share of the variance that
+    is explained, R^2.
+
+    Of several targets it is the mean of each one's, as scikit-learn's `r2_score` has it. Of a single one the
+    errors `rmse` and `mae` are in its own unit.
+    """
 
     headline = "r2"
     higher_is_better = True
@@ -46,10 +51,18 @@ class Regression(Objective):
     def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
         pairs = [self._pair(players["model"], batch) for batch in batches]
         found, targets = (torch.cat(column) for column in zip(*pairs, strict=True))
-        error = (found - targets).square().mean()
-        variance = (targets - targets.mean(0)).square().mean()
+        found, targets = found.double().cpu(), targets.double().cpu()
+        error = (found - targets).square().mean(0)
+        variance = (targets - targets.mean(0)).square().mean(0)
         # Of targets that are all alike nothing can be explained, and the logs take finite numbers only.
-        return {"r2": float(1 - error / variance.clamp_min(1e-12)), "loss": float(error)}
+        varies = variance > 1e-12 if bool((variance > 1e-12).any()) else torch.ones_like(variance).bool()
+        r2 = (1 - error / variance.clamp_min(1e-12))[varies].mean()
+        numbers = {"r2": float(r2), "loss": float(error.mean())}
+        if len(error) == 1:
+            unit = self.targets.std[0]
+            numbers["rmse"] = float(error[0].sqrt()) * unit
+            numbers["mae"] = float((found - targets).abs().mean()) * unit
+        return numbers
 
     def warnings(self, numbers: Mapping[str, float]) -> list[str]:
         if numbers["r2"] > 0:

@@ -197,6 +197,10 @@ def test_a_resume_with_another_config_is_refused(lab_command: LabCommand, tiny_r
 def test_a_near_miss_of_a_run_folder_names_the_run(lab_command: LabCommand, tiny_run: Path) -> None:
     for command in ("evaluate", "play", "export"):
         refuse(lab_command(command, tiny_run.with_name("runn"), cwd=tiny_run.parent), f"{str(tiny_run)!r}?")
+    within = tiny_run / "checkpoints" / "best"
+    refuse(
+        lab_command("evaluate", within, cwd=tiny_run.parent), f"It is within a run: name that, {tiny_run}."
+    )
 
 
 @pytest.mark.parametrize("out", ["agent.pt", "agent", "agent.zip.txt"])
@@ -204,6 +208,8 @@ def test_an_export_is_a_zip(lab_command: LabCommand, tiny_run: Path, out: str) -
     before = snapshot(tiny_run.parent)
     result = lab_command("export", tiny_run, "--out", out, cwd=tiny_run.parent)
     refuse(result, f"--out {out}: Stable-Baselines3 saves a .zip file. Name it so.")
+    result = lab_command("export", tiny_run, "--out", "nowhere/agent.zip", cwd=tiny_run.parent)
+    refuse(result, "There is no folder nowhere. Make it first, or name another.")
     assert snapshot(tiny_run.parent) == before
 
 

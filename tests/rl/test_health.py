@@ -125,6 +125,10 @@ def test_keys_that_change_nothing_that_is_learned_may_change_on_resuming(tmp_pat
     for key, value in (("agent.learning_rate", 1e-5), ("eval.seed", 3), ("env.n_envs", 4)):
         with pytest.raises(LabError, match="was started with " + key.replace(".", r"\.")):
             RLPipeline().train(settings_of(**{**changed, key: value}), tmp_path / "run", resume=True)
+    before = (tmp_path / "run/run.json").read_bytes()
+    with pytest.raises(LabError, match="has taken 128 steps, and total_steps now allows 112"):
+        RLPipeline().train(settings_of(**{**changed, "total_steps": 105}), tmp_path / "run", resume=True)
+    assert (tmp_path / "run/run.json").read_bytes() == before
 
 
 def test_a_run_of_another_device_goes_on_and_is_evaluated_here(tmp_path: Path) -> None:

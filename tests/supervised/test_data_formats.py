@@ -803,6 +803,129 @@ def test_numbers_that_32_bits_cannot_tell_apart_are_refused(column: str, kind: s
     assert "Subtract a constant" in said
 
 
+COLUMNS = {"a": TABLE[:, 0].tolist(), "b": TABLE[:, 1].tolist(), "label": KINDS.tolist()}
+BODY = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)]
+PER_ROW = {name: {str(i): v for i, v in enumerate(values)} for name, values in COLUMNS.items()}
+JSON: dict[str, Any] = {
+    "columns": COLUMNS,
+    "records": BODY,
+    "orient columns": PER_ROW,
+    "orient index": {str(i): row for i, row in enumerate(BODY)},
+    "orient split": {"columns": [*COLUMNS], "index": [*range(N)], "data": [[*row.values()] for row in BODY]},
+    "orient table": {"schema": {"fields": [{"name": "a"}]}, "data": BODY},
+    "under a key": {"version": "1.0", "data": BODY},
+    "lists of inputs": {"x": TABLE[:, :2].tolist(), "y": KINDS.tolist()},
+    "lists in rows": [{"features": [row["a"], row["b"]], "label": row["label"]} for row in BODY],
+    "a list for the class": [
+        {"a": row["a"], "b": row["b"], "label": [1 - row["label"], row["label"]]} for row in BODY
+    ],
+}
+
+
+@pytest.mark.parametrize("form", JSON.values(), ids=JSON)
+def test_json_in_all_forms_is_the_same_table(form: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(form))
+    (tmp_path / "a.csv").write_bytes(as_csv([[*COLUMNS], *([*row.values()] for row in BODY)]))
+    found, wanted = (read(tmp_path / name) for name in ("a.json", "a.csv"))
+    assert found.classes == wanted.classes == ("0", "1")
+    for name, tensor in wanted.train.parts():
+        assert torch.equal(dict(found.train.parts())[name], tensor)
+
+
+def one_hot(names: Sequence[str], spoil: bool = False) -> bytes:
+    """A table of three classes, one column each, of which the last row may be of two."""
+    body = [[i / 2, *(int(i % 3 == k) for k in range(3))] for i in range(N)]
+    if spoil:
+        body[-1][1:] = [1, 1, 0]
+    return as_csv([["a", *names], *body])
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (["label_cat", "label_dog", "label_owl"], None),
+        (["Target.cat", "Target.dog", "Target.owl"], None),
+        (["cat", "dog", "owl"], ["cat", "dog", "owl"]),
+    ],
+)
+def test_a_column_a_class(names: list[str], label: list[str] | None, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(one_hot(names))
+    data = read(tmp_path / "a.csv", label=label)
+    assert data.classes == ("cat", "dog", "owl")
+    rows_ = (2 * data.train.tensors["inputs"][:, 0]).long()
+    assert torch.equal(data.train.tensors["labels"], rows_ % 3)
+    (tmp_path / "a.csv").write_bytes(one_hot(names, spoil=True))
+    assert "1 of 40 rows are not of one class, the first of them row 40, of 2" in error(
+        tmp_path / "a.csv", label=label
+    )
+    data = read(tmp_path / "a.csv", label=label, bad_rows="skip")
+    assert len(data.train) + len(data.test) == N - 1
+
+
+def test_a_column_a_class_beside_pictures(tmp_path: Path) -> None:
+    body = [[f"{i}.png", int(i % 2 == 0), int(i % 2 == 1)] for i in range(N)]
+    case = pictured({"train.csv": as_csv([["image", "sick", "well"], *body])})
+    data = read(write(tmp_path, case.files), label=["sick", "well"])
+    assert (data.kind, data.classes, len(data.train)) == ("images", ("sick", "well"), 32)
+
+
+def test_several_numbers_to_predict(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(as_csv(rows()))
+    data = read(tmp_path / "a.csv", NUMBERS, label=["c", "a"], drop=["label"])
+    assert (data.train.tensors["inputs"].shape[1], data.train.tensors["targets"].shape[1]) == (1, 2)
+    kept = {tuple(row) for row in TABLE.astype(np.float32)[:, [2, 0]].tolist()}
+    assert {tuple(row) for row in data.train.tensors["targets"].tolist()} <= kept
+
+
+@pytest.mark.parametrize(
+    ("before", "separator"),
+    [("sep=;\r\n", ";"), ("# of an instrument\n# 2024\n", ","), ("", "  ")],
+    ids=["sep", "comments", "blanks"],
+)
+def test_what_stands_before_a_table_or_between_its_columns(
+    before: str, separator: str, tmp_path: Path
+) -> None:
+    lines = ["a b label", *(f"{i / 2} {i} {i % 2}" for i in range(N))]
+    (tmp_path / "a.csv").write_text(before + "\n".join(lines).replace(" ", separator) + "\n")
+    data = read(tmp_path / "a.csv")
+    assert (len(data.train), data.train.tensors["inputs"].shape[1]) == (32, 2)
+
+
+def test_quotes_of_a_tsv_are_text_unless_a_writer_put_them(tmp_path: Path) -> None:
+    texts = [f'She said "{i}"\nand left' if i % 2 else f"no {i}" for i in range(N)]
+    table = [["text", "label"], *([text, i % 2] for i, text in enumerate(texts))]
+    (tmp_path / "a.tsv").write_bytes(as_csv(table, delimiter="\t"))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text, "label": i % 2}) + "\n" for i, text in enumerate(texts))
+    )
+    found, wanted = (read(tmp_path / name, Reading()) for name in ("a.tsv", "a.jsonl"))
+    assert found.sha256 == wanted.sha256
+    plain = "text\tlabel\n" + "".join(f'"quoted {i}" she said\t{i % 2}\n' for i in range(N))
+    (tmp_path / "b.tsv").write_text(plain)
+    data = read(tmp_path / "b.tsv", Reading())
+    assert data.tokenizer.decode(data.train.sequences["ids"][0]).count('"') == 2
+
+
+def test_pairs_by_language(tmp_path: Path) -> None:
+    lines = [json.dumps({"translation": {"en": f"one {i}", "de": f"eins {i}"}}) for i in range(N)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert read(tmp_path / "a.jsonl", Reading(), pair=["en", "de"]).kind == "pairs"
+    assert "data.pair the two keys" in error(tmp_path / "a.jsonl", Reading())
+
+
+def test_labels_of_minus_one_and_one(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=TABLE, y=2 * KINDS - 1)
+    data = read(tmp_path / "a.npz")
+    assert data.classes == ("-1", "1")
+    assert data.train.tensors["labels"].unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["a.xlsx", "a.XLS", "a.dta"])
+def test_files_of_programs_say_what_to_do(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK\3\4" + bytes(100))
+    assert "Save it there as CSV" in error(tmp_path / name)
+
+
 # ---- what is refused, and how ----
 
 

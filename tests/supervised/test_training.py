@@ -460,6 +460,41 @@ def test_other_data_of_a_table_are_read_by_the_names_of_columns_and_categories(t
         evaluate_run(run, saved, source=write("texts.csv", [{**row, "age": "old"} for row in new]))
 
 
+@pytest.mark.parametrize("n_targets", [1, 3])
+def test_numbers_of_regression_are_those_of_scikit_learn(n_targets: int, tmp_path: Path) -> None:
+    from sklearn import metrics
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 4))
+    y = (x @ rng.normal(size=(4, 3)) + rng.normal(size=(90, 3)) * [0.1, 1, 4])[:, :n_targets] * [
+        1000,
+        1,
+        1e-9,
+    ][:n_targets]
+    y[60:] *= 1.7  # other deviations than training's
+    np.savez(tmp_path / "a.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    values = {
+        "objective": {"name": "regression"},
+        "data": {"source": str(tmp_path / "a.npz")},
+        "model": {"backbone": "mlp", "spec": {"hidden": [8]}},
+        "batch_size": 8,
+        "device": {"precision": "fp32"},
+    }
+    run = trained(settings_of(values), tmp_path / "run")
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    numbers = evaluate_run(run, saved)["eval"]
+    opened = open_objective(run, saved, torch.device("cpu"))
+    with torch.inference_mode():
+        found = opened.players["model"](opened.inputs(torch.from_numpy(x[60:])))  # type: ignore[attr-defined]
+        found = opened.targets.undo(found).double().numpy()  # type: ignore[attr-defined]
+    assert numbers["r2"] == pytest.approx(metrics.r2_score(y[60:], found), rel=1e-4)
+    if n_targets > 1:
+        assert "rmse" not in numbers
+        return
+    assert numbers["rmse"] == pytest.approx(metrics.root_mean_squared_error(y[60:], found), rel=1e-4)
+    assert numbers["mae"] == pytest.approx(metrics.mean_absolute_error(y[60:], found), rel=1e-4)
+
+
 @pytest.mark.parametrize("label", ["y", "targets"])
 def test_other_data_are_scaled_as_those_that_were_learned_from(label: str, tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(60, 3))
