@@ -13,6 +13,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -687,7 +688,7 @@ def _goal(summary: Any, goal: Any) -> str:
 
 def _join(parts: Sequence[_Fragment], wanted: Collection[str]) -> Record:
     first, last = parts[0], parts[-1]
-    rows = [row for part in parts for row in part.rows]
+    rows = _continued([part.rows for part in parts])
     states = {None: "crashed", 0: "finished", INTERRUPTED: "interrupted"}
     names = frozenset(key for row in (*rows[:100], *rows[-100:]) for key in row)
     laid, goals, summary = ({k: v for part in parts for k, v in of(part).items()} for of in _DEFINED)
@@ -708,6 +709,46 @@ def _join(parts: Sequence[_Fragment], wanted: Collection[str]) -> Record:
         metrics=names,
         notes=tuple(note for part in parts for note in part.notes),
     )
+
+
+_COUNTERS = frozenset(
+    {
+        *("epoch", "epochs", "step", "steps", "iter", "iters", "iteration", "iterations", "batch", "batches"),
+        *("update", "updates", "timestep", "timesteps", "frame", "frames", "episode", "episodes", "tokens"),
+    }
+)
+"""Last words of what counts a run's progress."""
+
+
+def _continued(sessions: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of a run's sessions, W&B's own count of them going on.
+
+    Offline it begins at 0 in every session. That a session goes on with the one before, and does not begin
+    the run again, another counter tells (`epoch`): then what it says anew is left out of the one before.
+    """
+    done: list[dict[str, Any]] = []
+    for rows in sessions:
+        firsts = {key: value for row in reversed(rows) for key, value in _counts(row).items()}
+        begun = {key: value for row in reversed(done) for key, value in _counts(row).items()}
+        common = firsts.keys() & begun.keys()
+        own, start = (next((row["_step"] for row in of if "_step" in row), 0) for of in (rows, done))
+        if own <= start and common and all(firsts[key] > begun[key] for key in common):
+            done = [row for row in done if all(v < firsts[k] for k, v in _counts(row).items() if k in common)]
+            past = max((row["_step"] for row in done if "_step" in row), default=-1) + 1 - own
+            rows = [row | {"_step": row["_step"] + past} if "_step" in row else row for row in rows]
+        done += rows
+    return done
+
+
+def _counts(row: Mapping[str, Any]) -> dict[str, float]:
+    """The counters in a row, but W&B's own."""
+    return {
+        key: value
+        for key, value in row.items()
+        if isinstance(value, int | float)
+        and not key.startswith("_")
+        and re.split(r"[^a-z0-9]+", key.lower())[-1] in _COUNTERS
+    }
 
 
 _DEFINED = (lambda part: part.laid, lambda part: part.goals, lambda part: part.summary)

@@ -17,7 +17,7 @@ from lab import cli, files, records, statistics
 from lab.compare import Question
 from lab.compare import compare as compare_runs
 from lab.errors import LabError
-from lab.records import columns_of, load, parse_query, read_columns
+from lab.records import _continued, columns_of, load, parse_query, read_columns
 from lab.tracking import read_metrics
 from tests.lab.runs import make_run
 
@@ -270,6 +270,36 @@ def test_steps_always_rise_and_the_last_word_on_each_counts(steps: list[int]) ->
     for step, index in zip(x, y, strict=True):
         assert steps[int(index)] == step
         assert all(later > step for later in steps[int(index) + 1 :])
+
+
+def session(first: int, last: int, own: int = 0, scale: int = 1) -> list[dict[str, Any]]:
+    """Rows of a session by epoch, with W&B's own count from `own`."""
+    return [
+        {"_step": own + scale * i, "epoch": epoch, "acc": epoch / 10}
+        for i, epoch in enumerate(range(first, last))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sessions", "steps", "accuracies"),
+    [
+        pytest.param([session(0, 5), session(3, 8)], range(8), range(8), id="goes on"),
+        pytest.param([session(0, 5), session(5, 7), session(6, 8)], range(8), range(8), id="three"),
+        pytest.param([session(0, 5), session(0, 8)], range(8), range(8), id="begun again"),
+        pytest.param(
+            [session(0, 5, 0, 10), session(3, 8, 30, 10)], range(0, 80, 10), range(8), id="own steps"
+        ),
+        pytest.param([[], session(0, 3), []], range(3), range(3), id="empty"),
+    ],
+)
+def test_sessions_of_an_offline_run_go_on(
+    sessions: list[list[dict[str, Any]]], steps: range, accuracies: range
+) -> None:
+    """W&B counts each from 0: a run that was stopped was compared by its last session alone."""
+    rows = _continued(sessions)
+    found = columns_of(rows, ["acc"])["acc"]
+    assert found.x.tolist() == list(steps)
+    assert found.y.tolist() == [i / 10 for i in accuracies]
 
 
 def test_rows_of_other_programs_count_wandbs_own_steps_and_texts_are_no_numbers() -> None:
