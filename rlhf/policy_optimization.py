@@ -14,7 +14,7 @@ from lab.device import Compute
 from lab.errors import LabError
 from lab.files import write_atomic
 from rlhf import models
-from rlhf.agreement import make_probe, tolerance
+from rlhf.agreement import BF16_TOLERANCE, make_probe, tolerance
 from rlhf.check import check_model
 from rlhf.config import RLHFRun
 from rlhf.labelers import Answer, Scorer
@@ -135,7 +135,7 @@ def train_policy(
         """The critic as an adapter of the policy; and so the reward model, whose own weights can go."""
         judge = AdapterClassifier(owner, "reward", reward).to(compute.device)
         judge.set_trainable(False)
-        _check_same_scores(reward_of_ids.scorer, RewardScorer(judge, tokenizer), reward)
+        check_same_scores(reward_of_ids.scorer, RewardScorer(judge, tokenizer), reward)
         reward_of_ids.scorer = RewardScorer(judge, tokenizer)
         critic = AdapterClassifier(owner, "critic", reward).to(compute.device)
         critic.set_trainable(True)
@@ -211,12 +211,18 @@ def ppo_arguments(settings: RLHFRun, compute: Compute, folder: Path) -> PPOConfi
     )
 
 
-def _check_same_scores(merged: RewardScorer, shared: RewardScorer, folder: Path) -> None:
-    """The reward model as an adapter of the policy must score as the one in its folder does."""
+def check_same_scores(merged: RewardScorer, shared: RewardScorer, folder: Path) -> None:
+    """The reward model as an adapter of the policy must score as the one in its folder does.
+
+    That one is merged, and rounded to the format of the base: of a base in bf16 it is as far off as bf16 is.
+    """
     probe = make_probe(merged.config)
     ours, own = (scorer.score_ids(probe.prompts, probe.answers) for scorer in (shared, merged))
-    apart = float((ours - own).abs().max())
-    if not apart <= tolerance(merged.model, [own]) * max(1.0, float(own.std(correction=0))):
+    apart, spread = float((ours - own).abs().max()), float(own.std(correction=0))
+    within = tolerance(merged.model, [own]) * max(1.0, spread)
+    if getattr(merged.model, "saved_format", torch.float32) != torch.float32:
+        within = max(within, BF16_TOLERANCE * max(1.0, spread))
+    if not apart <= within:
         raise LabError(
             f"{folder}: as an adapter of the policy the reward model scores otherwise than by itself (by "
             f"{apart:.2g}). Train both stages from one model, or set model.lora_rank to 0."

@@ -13,7 +13,7 @@ from lab import config
 from lab.errors import LabError
 from rlhf import models, reviews
 from rlhf.config import ModelConfig, RLHFRun
-from rlhf.policy_optimization import RewardOfIds, in_reward_units
+from rlhf.policy_optimization import RewardOfIds, check_same_scores, in_reward_units
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ranking import init_head
 from rlhf.roles import AdapterClassifier, active_adapter, own_parameters
@@ -113,6 +113,31 @@ def test_the_adapters_scores_are_the_whole_reward_models(
     assert expected.std() > 0.01
     torch.testing.assert_close(scores(judge, tokenizer), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores(critic, tokenizer), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_model_merged_into_bf16_is_the_adapter_but_for_rounding(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Where all is computed in fp32, too; else PPO is refused after the stages before have trained."""
+    from peft import get_peft_model
+
+    base, left = tmp_path / "base", tmp_path / "reward"
+    model, tokenizer = models.open_policy(save_tiny("llama"))
+    model.saved_format = torch.bfloat16
+    models.save(model, tokenizer, base)
+    reward, _ = models.open_reward(base)
+    init_head(reward, seed=7)
+    adapted: Any = get_peft_model(reward, lora(LORA, "SEQ_CLS", reward))
+    shake(adapted, "lora_", seed=8)
+    models.save(adapted, tokenizer, left)
+    policy: Any = get_peft_model(models.open_policy(base)[0], lora(LORA, "CAUSAL_LM", reward))
+    judge = RewardScorer(AdapterClassifier(policy, "reward", left), tokenizer)
+    whole = RewardScorer(models.open_reward(left)[0], tokenizer)
+    assert (judge.score_ids(PROMPTS, ANSWERS) - whole.score_ids(PROMPTS, ANSWERS)).abs().max() > 1e-4
+    check_same_scores(whole, judge, left)
+    shake(policy, "q_proj.base_layer", seed=1)
+    with pytest.raises(LabError, match="scores otherwise than by itself"):
+        check_same_scores(whole, judge, left)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
