@@ -124,7 +124,9 @@ def evaluate_run(
             else ""
         )
         notes += [f"{data.name} is not what it was when the run learned from it{judged}", *data.notes]
-    elif data.part == data.chosen_by and saved.path.name == "best":
+    else:
+        notes += data.shared
+    if not is_other(data, saved) and data.part == data.chosen_by and saved.path.name == "best":
         notes.append(
             f"{data.part} also chose this checkpoint among the run's: on other data it may do a little worse"
         )

@@ -230,7 +230,8 @@ class _Session:
             f"{self.data.name} with {s.model.backbone} ({n_parameters:,} parameters): {verb} step {t.step:,} "
             f"of {t.total_steps:,}, {t.steps_per_epoch:,} an epoch\n"
             + "".join(
-                f"note    {note}\n" for note in (*self.data.notes, *self.data.choice, *self.data.coverage)
+                f"note    {note}\n"
+                for note in (*self.data.notes, *self.data.choice, *self.data.coverage, *self.data.shared)
             )
             + f"run     {self.run.folder}\n"
             f"{self.compute.line()}\n"

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class DataSet:
     """What was left out or converted, a sentence each."""
     coverage: tuple[str, ...] = field(default=())
     """On classes that are not learned or not evaluated, a sentence each."""
+    shared: tuple[str, ...] = field(default=())
+    """On samples that are both learned from and evaluated, where there are any, a sentence."""
     choice: tuple[str, ...] = field(default=())
     """On which part chooses the weights, where others could, a sentence."""
     train_sha256: str = ""
@@ -135,7 +137,7 @@ def load(
             splits = [_tokens(part["text"], tokenizer) for part in (train, test)]
         elif raw.kind == "pairs":
             kept = _pairs(train, tokenizer, config.context)
-            if left_out := n_rows(train) - len(kept):
+            if (left_out := n_rows(train) - len(kept)) and name != ALL:
                 notes.append(f"left out {left_out:,} empty pairs or pairs of over {config.context} tokens")
             splits = [kept, _pairs(test, tokenizer)]
             others = (columns for part, columns in raw.parts.items() if is_evaluation(part))
@@ -145,7 +147,7 @@ def load(
             keep_end = raw.form == "choice"
             read = [_tasks(part, tokenizer, config.context, keep_end) for part in (train, test)]
             splits = [split for split, _ in read]
-            if n_cut := sum(n for _, n in read):
+            if n_cut := sum(n for _, n in read[name == ALL :]):
                 notes.append(
                     f"cut the texts of {n_cut:,} samples, held-out ones too, to {config.context} tokens"
                 )
@@ -169,6 +171,7 @@ def load(
         longest=longest,
         notes=tuple(notes),
         coverage=coverage,
+        shared=_shared(splits[0], splits[1], name) if name not in ("train", ALL) else (),
         choice=tuple(choice),
         part=name,
         chosen_by=chosen_by,
@@ -372,6 +375,34 @@ def _coverage(train: Columns, test: Columns, classes: tuple[str, ...], part: str
             n = f"{len(rows):,} class{'es have' if len(rows) > 1 else ' has'}"
             said.append(f"{n} no sample {where}: {some(rows)}")
     return tuple(said)
+
+
+def _shared(train: Split, test: Split, part: str) -> tuple[str, ...]:
+    """On samples to evaluate whose inputs are also learned from: they show what was memorised."""
+    inputs = (_inputs(train), _inputs(test))
+    if inputs[0] is None or inputs[1] is None:
+        return ()
+    learned = set(map(hash, inputs[0]))
+    n, shared = 0, 0
+    for sample in inputs[1]:
+        n += 1
+        shared += hash(sample) in learned
+    return (
+        (f"{shared:,} of {n:,} samples of {part} are also learned from, with the same input",)
+        if shared
+        else ()
+    )
+
+
+def _inputs(split: Split) -> Iterator[bytes] | None:
+    """The bytes of each sample's input; None: the split is one long text, or play."""
+    if isinstance(split, TensorSplit):
+        return (row.tobytes() for row in split.tensors["inputs"].numpy())
+    if isinstance(split, SequenceSplit):
+        ragged = split.sequences.get("source") or split.sequences["ids"]
+        flat, ends = ragged.flat.numpy(), ragged.offsets[:: ragged.group].tolist()
+        return (flat[a:b].tobytes() for a, b in pairwise(ends))
+    return None
 
 
 def _check_shapes(train: Columns, test: Columns, source: str) -> None:

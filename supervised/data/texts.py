@@ -485,6 +485,7 @@ def _task(form: str, located: dict[str, list[tuple[str, dict[str, Any]]]]) -> Ra
     every = [row[key] for rows in located.values() for _, row in rows]
     as_number = form == "similarity" and any(isinstance(label, float) for label in every)
     to_learn = [row for part, rows in located.items() if not is_evaluation(part) for row in rows]
+    to_learn = to_learn or [row for rows in located.values() for row in rows]
     classes = () if as_number else _classes(form, to_learn, key)
     parts: dict[str, Columns] = {}
     for part, rows in located.items():

@@ -1237,6 +1237,33 @@ def test_classes_without_samples_are_said(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["table", "images", "pairs", "tasks"])
+def test_samples_that_are_learned_from_and_evaluated_are_counted(kind: str, tmp_path: Path) -> None:
+    """Rows 0 to 29 are to learn from; of those to evaluate three are among them."""
+    for part, at in (("train", [*range(30)]), ("test", [*range(27, 40)])):
+        if kind in ("table", "images"):
+            inputs = TABLE if kind == "table" else IMAGES
+            np.savez(tmp_path / f"{part}.npz", x=inputs[at], y=KINDS[at])
+        else:
+            keys = ("source", "target") if kind == "pairs" else ("text", "label")
+            lines = [json.dumps(dict(zip(keys, (f"text {i}", str(i % 2)), strict=True))) for i in at]
+            (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    said = "3 of 13 samples of test are also learned from, with the same input"
+    assert read(tmp_path, CLASSES if kind in ("table", "images") else Reading()).shared == (said,)
+    assert load(DataConfig(source=str(tmp_path)), part="train").shared == ()
+
+
+def test_a_context_that_cuts_is_counted_once_where_all_is_evaluated(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "long " * i, "label": str(i % 2)}) for i in range(N)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = DataConfig(source=str(tmp_path / "a.jsonl"), context=52)
+    assert any("cut the texts of 29 samples" in note for note in load(config, part="all").notes)
+    lines = [json.dumps({"source": "long " * i, "target": "a"}) for i in range(1, N)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = load(config, part="all")
+    assert (len(data.test), data.notes) == (N - 1, ())
+
+
 def test_classes_are_numbered_alike_in_folders_rows_and_arrays(tmp_path: Path) -> None:
     names = [*map(str, range(12)), "a"]
     write(tmp_path / "folders", folders(*names, n=2))
