@@ -127,7 +127,7 @@ def _keys_by_row(dataset: "Dataset") -> Iterator[list[str]]:
 
 
 def _key(prompt: Text) -> str:
-    """Equal for prompts that ask the same: a text, or a user who says just that; whatever is learned of it."""
+    """Equal for prompts that ask the same: a text, or a user who says just that, whatever is learned."""
     if isinstance(prompt, str):
         return data.key_of(prompt)
     if len(prompt) == 1 and prompt[0]["role"] == "user" and not prompt[0].get("tools"):
