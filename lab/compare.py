@@ -21,14 +21,15 @@ from lab.grouping import LABEL_LENGTH, seed_of, task_of
 from lab.records import AXES, EVALUATE, Record, Series
 from lab.scores import (
     GOALS,
+    SAME_BUDGET,
     SCORES,
     Budget,
     budget,
     direction,
     diverged,
+    places,
     same_unit,
     score_of,
-    thinned,
     upto,
     words_of,
 )
@@ -447,11 +448,11 @@ class _Scores:
         task = task_of(record, self.key)
         steps = record.over(self.question.metric, "step")
         until = self.budgets[task].until
-        kept = steps.x <= until if steps.has_steps else np.full(steps.x.size, math.isinf(until))
-        if steps.has_steps and (grid := self.grids[task]) is not None and axis == "step":
-            return thinned(Series(steps.x[kept], steps.y[kept]), grid)
+        kept = np.flatnonzero(steps.x <= until if steps.has_steps else np.isinf(np.full(steps.x.size, until)))
+        if steps.has_steps and (grid := self.grids[task]) is not None:
+            kept = kept[places(steps.x[kept], grid)]
         series = record.over(self.question.metric, axis)
-        return Series(series.x[kept], series.y[kept]) if series.x.size == kept.size else series
+        return Series(series.x[kept], series.y[kept]) if series.x.size == steps.x.size else series
 
     def scaled(self, record: Record, series: Series) -> Series:
         """A run's values in the unit in which its score is compared."""
@@ -491,19 +492,23 @@ class _Scores:
         return found
 
     def _grid(self, records: Sequence[Record], task: str, say: _Notes) -> Array | None:
-        """Of the best of unequal numbers of evaluations: the steps of the run with the fewest."""
+        """Of unequal numbers of evaluations: the steps of the run with the fewest.
+
+        The best of more is better by chance, and the mean over the last tenth of a curve that still falls is
+        the larger, the more of its values are early ones. Runs that diverged have few, and do not count here.
+        """
         q, until = self.question, self.budgets[task].until
-        curves = [upto(r.series[q.metric], until) for r in records if q.metric in r.series]
-        curves = [curve for curve in curves if curve.has_steps]
+        there = [r for r in records if q.metric in r.series and not diverged(r, q.metric)]
+        curves = [curve for r in there if (curve := upto(r.series[q.metric], until)).has_steps]
         sizes = [curve.x.size for curve in curves]
         if len(_kinds_of_steps(records, q.metric)) > 1 or not sizes or max(sizes) < 1.5 * min(sizes):
             return None
-        where = f" on {task}" if task else ""
-        told = f"evaluated {min(sizes)} to {max(sizes)} times{where}"
-        if q.score != "best":
+        told = f"evaluated {min(sizes)} to {max(sizes)} times{f' on {task}' if task else ''}"
+        ends = [float(curve.x[-1]) for curve in curves]
+        if math.isinf(until) and max(ends) - min(ends) > SAME_BUDGET * abs(max(ends)):
             say(f"{told}: the runs with fewer are the noisier")
             return None
-        say(f"{told}: the best of as many counts of each run, those at the steps of the one with the fewest")
+        say(f"{told}: all count at the steps of the one with the fewest, as if evaluated only then")
         return min(curves, key=lambda curve: curve.x.size).x
 
     def _score(self, records: Sequence[Record], task: str, say: _Notes) -> None:
@@ -759,7 +764,7 @@ def _group(
         auc=_area(members, scores),
         threshold_steps=steps,
         threshold_seconds=seconds,
-        win_rate=_win_rate(members, q, say),
+        win_rate=_win_rate(members, scores, say),
         curve_x=curve_x,
         curve=curve,
         run_curves=run_curves,
@@ -805,20 +810,25 @@ def _threshold(
     return statistics.median_steps_to_threshold(curves, threshold, lower_is_better=scores.less)
 
 
-def _win_rate(members: Sequence[Record], question: Question, say: _Notes) -> Interval | None:
-    """A single run's win rate with the interval that it gives itself, over its prompts.
+def _win_rate(members: Sequence[Record], scores: _Scores, say: _Notes) -> Interval | None:
+    """A single run's last win rate within its budget, with the interval that it gives over its prompts.
 
     Comparisons of several runs are not put together: how much runs differ is not in them. Nor is the number
     of comparisons a sample size, since answers to one prompt are alike: without `METRIC_low` and
     `METRIC_high` the number of prompts is.
     """
+    question = scores.question
     if len(members) != 1 or f"{question.metric}_n" not in members[0].series:
         return None
     (record,) = members
-    rate, low, high = (record.series.get(f"{question.metric}{end}") for end in ("", "_low", "_high"))
-    if rate is None:
+    until = scores.budgets[task_of(record, scores.key)].until
+    rate, low, high = (
+        upto(record.series.get(f"{question.metric}{end}", Series(np.empty(0), np.empty(0))), until)
+        for end in ("", "_low", "_high")
+    )
+    if not rate.x.size:
         return None
-    if low is not None and high is not None:
+    if low.x.size and high.x.size:
         return Interval(float(rate.y[-1]), float(low.y[-1]), float(high.y[-1]))
     prompts = record.config.get("eval.prompts")
     if not isinstance(prompts, int) or prompts < 1 or not 0 <= rate.y[-1] <= 1:

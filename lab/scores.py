@@ -113,11 +113,10 @@ def upto(series: Series, until: float) -> Series:
     return series if kept.all() else Series(series.x[kept], series.y[kept])
 
 
-def thinned(series: Series, at: npt.NDArray[np.float64]) -> Series:
-    """What a run had said last at each of these steps: as if it had been evaluated only then."""
-    places = np.unique(np.searchsorted(series.x, at, "right") - 1)
-    places = places[places >= 0]
-    return Series(series.x[places], series.y[places])
+def places(steps: npt.NDArray[np.float64], at: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Which values a run had said last at each of the steps `at`: as if it had been evaluated only then."""
+    found = np.unique(np.searchsorted(steps, at, "right") - 1)
+    return found[found >= 0]
 
 
 def diverged(record: Record, metric: str) -> bool:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import stdev
 from typing import Any
 
 import yaml
@@ -133,12 +133,14 @@ def _conclude(sweep: Sweep, record: Record, left: bool, again: str) -> int:
     """
     states = [trial.state for trial in record.trials]
     failed = [trial for trial in record.trials if trial.state == "failed"]
-    scored = [candidate for candidate in record.candidates if candidate.scores]
-    scored.sort(key=lambda one: mean(one.scores), reverse=sweep.goal == "maximize")
+    worst = record.worst(sweep.goal)
+    means = [(value, one) for one in record.candidates if (value := one.mean(worst)) is not None]
+    means.sort(key=lambda pair: pair[0], reverse=sweep.goal == "maximize")
+    scored = [candidate for _, candidate in means]
     if not scored and not left:
         raise LabError(f"{record.folder}: none of {len(states)} runs finished. The first: {failed[0].error}")
     if scored:
-        _show(sweep, scored)
+        _show(sweep, means, worst)
     print(
         f"{states.count('finished')} of {record.total(sweep)} runs finished"
         + (f", {len(failed)} failed: {again} --retry does them again" if failed else "")
@@ -152,22 +154,27 @@ def _conclude(sweep: Sweep, record: Record, left: bool, again: str) -> int:
     return 0
 
 
-def _show(sweep: Sweep, scored: Sequence[Candidate]) -> None:
+def _show(sweep: Sweep, scored: Sequence[tuple[float, Candidate]], worst: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
     varying = [parameter.key for parameter in sweep.parameters if len(parameter.values) != 1]
+    some_failed = any(candidate.failed for _, candidate in scored)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("", "mean", "std", "n", *short_names(varying).values()):
+    heads = ["", "mean", "std", "n", *["failed"] * some_failed, *short_names(varying).values()]
+    for title in heads:
         table.add_column(title, justify="right", overflow="fold")
-    for rank, candidate in enumerate(scored[:SHOWN], 1):
-        scores = candidate.scores
-        spread = f"{stdev(scores):.4g}" if len(scores) > 1 else "-"
+    for rank, (value, candidate) in enumerate(scored[:SHOWN], 1):
+        values = [*candidate.scores, *[worst] * candidate.failed]
+        spread = f"{stdev(values):.4g}" if len(values) > 1 else "-"
+        counts = [str(len(values)), *[str(candidate.failed)] * some_failed]
         settings = [word(candidate.setting[key]) for key in varying]
-        table.add_row(str(rank), f"{mean(scores):.6g}", spread, str(len(scores)), *settings)
+        table.add_row(str(rank), f"{value:.6g}", spread, *counts, *settings)
     console = Console(highlight=False, markup=False)
     console.print(f"{sweep.metric} (last value of each run, {sweep.goal}d)", style="bold")
     console.print(table)
+    if some_failed:
+        print(f"A run that failed counts with the worst value of all, {worst:.6g}.")
     if len(scored) > SHOWN:
         print(f"and {len(scored) - SHOWN} more in sweep.json")
     if len(scored) > 1:

@@ -19,7 +19,7 @@ from lab import config
 from lab.errors import LabError, did_you_mean
 from lab.files import check_contained, explain_write_errors, read_json, write_json
 from lab.run import Run, folder_name, is_plain_name
-from lab.search import Setting, Tried, same_name
+from lab.search import Goal, Setting, Tried, same_name
 from lab.sweep_file import Sweep, short_names, word
 from lab.tracking import read_metrics
 
@@ -71,10 +71,21 @@ class Candidate:
         """Whether a run has not come to its end."""
         return any(trial.state not in ("finished", "failed") for trial in self.trials)
 
-    def tried(self) -> Tried:
+    @property
+    def failed(self) -> int:
+        """Runs that failed, or whose metric was no number at the end."""
+        return sum(trial.state == "failed" for trial in self.trials)
+
+    def mean(self, worst: float) -> float | None:
+        """Over the seeds, those that failed at the worst value of all runs; None if there is no value.
+
+        Without them the mean would be the better, the more of a setting's runs diverge.
+        """
+        return mean([*self.scores, *[worst] * self.failed]) if self.scores else None
+
+    def tried(self, worst: float) -> Tried:
         """For the search: the mean over the seeds, once all have ended."""
-        scores = self.scores
-        return Tried(self.setting, mean(scores) if scores and not self.pending else None, self.pending)
+        return Tried(self.setting, None if self.pending else self.mean(worst), self.pending)
 
 
 @dataclass
@@ -97,6 +108,16 @@ class Record:
     def trials(self) -> list[Trial]:
         """All runs."""
         return [trial for candidate in self.candidates for trial in candidate.trials]
+
+    def worst(self, goal: Goal) -> float:
+        """The worst value of all runs: what a failed one counts as. 0 if there is none."""
+        values = [trial.value for trial in self.trials if trial.value is not None]
+        return (min if goal == "maximize" else max)(values, default=0.0)
+
+    def tried(self, goal: Goal) -> list[Tried]:
+        """All settings, for the search."""
+        worst = self.worst(goal)
+        return [candidate.tried(worst) for candidate in self.candidates]
 
     def total(self, sweep: Sweep) -> int:
         """How many runs there are to be; a sweep that was longer before keeps those."""

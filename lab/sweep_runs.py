@@ -86,7 +86,7 @@ class Runner:
                     self._say(f"{'waiting':11} {trial.name}: another process is running it")
                     self._left_alone.add(trial.name)
                 self._waiting_for = trial.name
-        setting = self.sweep.ask([candidate.tried() for candidate in self.record.candidates])
+        setting = self.sweep.ask(self.record.tried(self.sweep.goal))
         if setting is None:
             return None
         candidate = self.record.add(self.sweep, setting)

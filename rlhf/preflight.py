@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -103,6 +103,7 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
     for one, loaded in found.items():
         if said := loaded.left_out.notes():
             notes.append(f"{one}, as {one.kind}: {'; '.join(said)}")
+    notes += mixed_forms(found)
     whole = len(found) == len(needed)
     if whole and not problems and "eval" in stages:
         unseen = attempt(lambda: splits.unseen_prompts(settings))
@@ -148,6 +149,23 @@ def check(settings: RLHFRun, stages: Sequence[str], folder: Path, policy: Path |
         listed = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, 1))
         raise LabError(f"{len(problems)} things must be put right before a stage can begin:{listed}")
     return Found(notes, counts)
+
+
+def mixed_forms(found: Mapping[Needed, data.Loaded]) -> Iterator[str]:
+    """Says where some data are texts and others conversations: the stages then speak two languages."""
+    form: dict[bool, dict[str, str]] = {False: {}, True: {}}
+    for one, loaded in found.items():
+        first = next(iter(loaded.rows[0].values()))
+        form[not isinstance(first, str)].setdefault(one.source, one.kind)
+    if form[False] and form[True]:
+        texts, talks = (
+            " and ".join(f"{source} ({kind})" for source, kind in form[converses].items())
+            for converses in (False, True)
+        )
+        yield (
+            f"warning: texts in {texts}, conversations in {talks}: texts are asked and learned without "
+            "the chat template, so that what one teaches may not hold for the other. Write all in one form"
+        )
 
 
 def _counts(left_out: data.Dropped, lengths: Lengths) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lab.errors import LabError
 from rlhf import data, sources
 from rlhf.config import RLHFRun
+from rlhf.forms import Text
 from rlhf.reviews import Split
 
 if TYPE_CHECKING:
@@ -115,11 +116,20 @@ def prompt_keys(dataset: "Dataset") -> Iterator[str]:
 def _keys_by_row(dataset: "Dataset") -> Iterator[list[str]]:
     if "prompt" in dataset.column_names:
         for prompt in dataset["prompt"][:]:
-            yield [data.key_of(prompt)]
+            yield [_key(prompt)]
     elif "messages" in dataset.column_names:
         for turns in dataset["messages"][:]:
             answers = [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
-            yield [data.key_of(turns[:i]) for i in answers]
+            yield [_key(turns[:i]) for i in answers]
     else:
         for text in dataset["text"][:]:
-            yield [data.key_of(text)]
+            yield [_key(text)]
+
+
+def _key(prompt: Text) -> str:
+    """Equal for prompts that ask the same: a text, or a user who says just that, whatever is learned."""
+    if isinstance(prompt, str):
+        return data.key_of(prompt)
+    if len(prompt) == 1 and prompt[0]["role"] == "user" and not prompt[0].get("tools"):
+        return data.key_of(prompt[0]["content"])
+    return data.key_of([{key: value for key, value in turn.items() if key != "weight"} for turn in prompt])

@@ -238,7 +238,9 @@ def prompt_text(prompt: Prompt) -> str:
     """A prompt as text to read: messages become `role: content`, a blank line between two."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n\n".join(
+        f"{message['role']}: {message['content']}{message.get('tool_calls') or ''}" for message in prompt
+    )
 
 
 def completion(prompt: Prompt, answer: Answer) -> Text:

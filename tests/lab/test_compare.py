@@ -255,6 +255,13 @@ def test_a_win_rate_has_the_interval_of_its_prompts_and_runs_are_not_pooled(
     question = Question(metric="eval/win_rate")
     (single,) = compare([win_rate(0, 0.8)], question).groups
     assert single.win_rate == expected
+    # What was said behind the last step that counts is not the rate there.
+    longer = win_rate(0, 0.8)
+    for end, value in {"": 0.1, "_low": 0.05, "_high": 0.15, "_n": 300.0}.items():
+        before = longer.series.get(f"eval/win_rate{end}", Series(np.empty(0), np.empty(0)))
+        longer.series[f"eval/win_rate{end}"] = Series(np.append(before.x, 9.0), np.append(before.y, value))
+    (single,) = compare([longer], Question(metric="eval/win_rate", until="5")).groups
+    assert single.win_rate == expected
     (group,) = compare([win_rate(0, 0.8), win_rate(1, 0.9)], question).groups
     assert group.win_rate is None
     assert group.interval.low < 0.8 < 0.9 < group.interval.high

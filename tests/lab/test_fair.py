@@ -397,8 +397,43 @@ def test_the_best_of_more_evaluations_is_no_better() -> None:
     comparison = ask(often + seldom, score="best")
     assert "Not settled" in report.headline(comparison)
     assert abs(comparison.groups[0].mean - comparison.groups[1].mean) < 1.5
-    assert said(comparison, "evaluated 5 to 101 times: the best of as many counts")
-    assert said(ask(often + seldom), "evaluated 5 to 101 times: the runs with fewer are the noisier")
+    assert said(comparison, "evaluated 5 to 101 times: all count at the steps of the one with the fewest")
+    # A run that diverged early has few values, and says nothing of where the others are to be measured.
+    gone = run("gone", {"lr": 1, "seed": 99}, [0.0, math.nan], xs=[0, 10])
+    with_it = ask([*often, *seldom, gone], score="best")
+    before, after = ({k: v for g in of.groups for k, v in g.compared.items()} for of in (comparison, with_it))
+    assert {**after, **before} == after
+
+
+@pytest.mark.parametrize("score", ["final", "last", "best", "auc"])
+def test_one_curve_logged_more_often_is_no_other_curve(score: str) -> None:
+    """The mean of the last tenth of a falling loss lags, if the tenth holds more than its last value."""
+    metric, steps = "train/loss", np.arange(1000.0)
+    often = [
+        run(f"a{s}", {"x": "a", "seed": s}, list(5 - steps / 250), xs=list(steps), metric=metric)
+        for s in range(3)
+    ]
+    seldom = [
+        run(
+            f"b{s}",
+            {"x": "b", "seed": s},
+            list(5 - steps[99::100] / 250),
+            xs=list(steps[99::100]),
+            metric=metric,
+        )
+        for s in range(3)
+    ]
+    a, b = ask(often + seldom, metric=metric, score=score).groups
+    assert a.mean == pytest.approx(b.mean)
+    assert a.auc == pytest.approx(b.auc)
+
+
+def test_runs_to_their_own_ends_are_not_cut_by_the_one_with_the_fewest_values() -> None:
+    long = [run(f"a{s}", {"x": "a", "seed": s}, list(range(101))) for s in range(3)]
+    short = [run(f"b{s}", {"x": "b", "seed": s}, [0.0, 1.0]) for s in range(3)]
+    for score in ("best", "final", "last"):
+        compared = ask(long + short, score=score, until="end")
+        assert {group.label: group.mean for group in compared.groups}["x=a"] >= 95
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

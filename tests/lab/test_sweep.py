@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from lab import config, search
 from lab.errors import LabError
 from lab.run import Run
-from lab.search import read_parameters
+from lab.search import Goal, Tried, read_parameters
 from lab.sweep import wandb_config
 from lab.sweep_file import read_sweep, short_names, word
-from lab.sweep_record import Record, last_value, runs_of, setting_name
+from lab.sweep_record import Candidate, Record, Trial, last_value, runs_of, setting_name
 from lab.sweep_runs import Runner
 from lab.tracking import read_metrics
 from tests.conftest import PONG, REPO, TINY, LabCommand
@@ -130,6 +130,7 @@ class Pipeline:
                     raise RuntimeError("the toy is broken")
                 score = -((c.agent.x - 2) ** 2) - 0.1 * abs(c.agent.n - 3) + 0.01 * c.seed + step - c.steps
                 score = float("nan") if c.agent.kind == "nan" else score
+                score = float("nan") if c.agent.kind == "seed 0 diverges" and c.seed == 0 else score
                 tracker.log(step, {"eval/score": score, "threads": os.environ.get("OMP_NUM_THREADS", "")})
             else:
                 run.end("finished")
@@ -415,6 +416,42 @@ def test_a_failing_run_is_counted_and_can_be_done_again(write: Write, lab: Lab, 
     result = lab("--retry")
     assert states(tmp_path / "runs" / "sweep") == ["finished", "finished", "failed"]
     assert "resumed     kind=broken__s0" in result.stderr
+
+
+@pytest.mark.parametrize("goal", ["maximize", "minimize"])
+def test_a_setting_is_not_better_for_its_failures(goal: Goal, tmp_path: Path) -> None:
+    """The mean of the runs that are left would rank a setting first of which two of three diverged."""
+    sign = 1 if goal == "maximize" else -1
+
+    def candidate(x: int, *values: float | None) -> Candidate:
+        trials = [
+            Trial(f"x={x}__s{s}", s, "finished" if v is not None else "failed", v if v is None else sign * v)
+            for s, v in enumerate(values)
+        ]
+        return Candidate({"x": x}, trials)
+
+    unstable, steady, gone = (
+        candidate(1, None, 9.0, None),
+        candidate(2, 5.0, 4.0, 6.0),
+        candidate(3, None, None),
+    )
+    record = Record(tmp_path, {}, "score", [unstable, steady, gone])
+    assert record.worst(goal) == sign * 4
+    assert [one.value for one in record.tried(goal)] == [pytest.approx(sign * 17 / 3), sign * 5.0, None]
+    unstable.trials[0].state = "running"
+    assert record.tried(goal)[0] == Tried({"x": 1}, None, True)
+    steady.trials[1].value = sign * 1.0
+    assert record.worst(goal) == sign * 1
+
+
+@pytest.mark.slow
+def test_failures_are_in_the_table_of_a_sweep(write: Write, lab: Lab) -> None:
+    write(parameters={"agent.kind": {"values": ["seed 0 diverges", "good"]}, "agent.x": {"values": [1, 2]}})
+    text = lab().stdout
+    assert "A run that failed counts with the worst value of all, -2" in text
+    rows = [line.split() for line in text.splitlines() if re.match(r" *\d+ +-", line)]
+    assert sorted(row[4] for row in rows) == ["0", "0", "1", "1"], text
+    assert rows[0][3:6] == ["2", "0", "good"], text
 
 
 def test_when_nothing_finished_that_is_an_error(write: Write, lab: Lab) -> None:

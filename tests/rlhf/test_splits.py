@@ -81,3 +81,39 @@ def test_evaluating_on_the_demonstrations_is_refused_or_leaves_those_that_are_he
     everything = settings_of(demonstrations="data", eval_prompts="data/train.jsonl")
     with pytest.raises(LabError, match=r"all 8 prompts of data/train\.jsonl to evaluate on are among those"):
         preflight.check(everything, STAGES, here / "run")
+
+
+def test_a_prompt_that_is_trained_on_as_a_text_is_not_unseen_as_a_conversation(here: Path) -> None:
+    asked = [*WORDS, *NEW]
+    talks = [{"prompt": [{"role": "user", "content": word}]} for word in asked]
+    write(here / "talks.jsonl", talks)
+    settings = settings_of(demonstrations="data/train.jsonl", eval_prompts="talks.jsonl")
+    unseen, dropped = splits.unseen_prompts(settings)
+    left = {prompt[0]["content"] for prompt in unseen["prompt"]}
+    assert left == {*asked} - trained_on(settings)
+    assert dropped == len(asked) - len(left) > 0
+
+    weighted = [
+        {"messages": [*talk["prompt"], {"role": "assistant", "content": "yes", "weight": weight}] * 2}
+        for talk, weight in zip(talks, [0, 1] * len(talks), strict=False)
+    ]
+    write(here / "weighted.jsonl", weighted)
+    keys = [set(splits.prompt_keys(splits.load(settings, "demonstrations", "weighted.jsonl").rows))]
+    for row in weighted:
+        for turn in row["messages"]:
+            turn.pop("weight", None)
+    write(here / "weighted.jsonl", weighted)
+    keys.append(set(splits.prompt_keys(splits.load(settings, "demonstrations", "weighted.jsonl").rows)))
+    assert keys[0] == keys[1]
+
+
+def test_that_some_data_are_texts_and_others_conversations_is_said(here: Path) -> None:
+    write(here / "talks.jsonl", [{"prompt": [{"role": "user", "content": word}]} for word in NEW])
+    found = {
+        preflight.Needed(kind, source): splits.load(settings_of(), kind, source)
+        for kind, source in (("demonstrations", "data/train.jsonl"), ("prompts", "talks.jsonl"))
+    }
+    (said,) = preflight.mixed_forms(found)
+    assert "texts in data/train.jsonl (demonstrations), conversations in talks.jsonl (prompts)" in said
+    (one, *_) = found
+    assert not [*preflight.mixed_forms({one: found[one]})]
