@@ -351,4 +351,22 @@ def evaluate_run(folder: Path, options: Namespace) -> dict[str, Any]:
     chosen = {
         key: getattr(options, key) for key in ("prompts", "samples") if getattr(options, key) is not None
     }
-    return evaluate_recipe(Recipe.open(settings, root), compute, chosen, seed=options.seed)
+    recipe = Recipe.open(settings, root)
+    result = evaluate_recipe(recipe, compute, chosen, seed=options.seed)
+    if changed := _changed_since(recipe):
+        result["warnings"].append(
+            f"{' and '.join(changed)} held other rows when the stages were trained: prompts that count as "
+            "unseen may have been trained on"
+        )
+    return result
+
+
+def _changed_since(recipe: Recipe) -> list[str]:
+    """The data that are not those which a stage was trained on."""
+    known = {
+        parent["data"]: parent["sha256"]
+        for stage in ("sft", "reward", "ppo")
+        for parent in recipe.info(stage)["parents"]
+        if "data" in parent
+    }
+    return [source for source, sha256 in known.items() if sources.sha256(source) != sha256]

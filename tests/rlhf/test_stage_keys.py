@@ -298,6 +298,18 @@ def test_a_model_that_is_fine_tuned_already_is_taken_as_it_is(lab: Lab, a: Path,
     assert "eval/loss" in Run.open(here / "runs" / "b" / "sft").info["summary"]
 
 
+def test_an_evaluation_says_where_the_data_have_changed_since(a: Path, here: Path, capsys: Any) -> None:
+    """Which prompts are unseen follows from the data."""
+    rows = (here / "demonstrations.jsonl").read_text().splitlines()
+    said = "demonstrations.jsonl held other rows when the stages were trained"
+    for kept, found in ((rows, False), (rows[1:], True)):
+        (here / "demonstrations.jsonl").write_text("".join(f"{row}\n" for row in kept))
+        capsys.readouterr()
+        assert main(["evaluate", "runs/a", "--prompts", "1", "--samples", "2", "--json", "--trust"]) == 0
+        warnings = json.loads(capsys.readouterr().out)["warnings"]
+        assert any(said in line for line in warnings) == found
+
+
 def test_options_that_mean_nothing_here_are_refused(lab: Lab, a: Path, capsys: Any) -> None:
     for arguments, word in (
         (["evaluate", "runs/a", "--checkpoint", "latest"], "--checkpoint"),
