@@ -61,7 +61,8 @@ class DataConfig:
     drop: list[str] = field(default_factory=list)
     """Columns of a table that are left out."""
     bad_rows: str = "error"
-    """What becomes of a table's rows that lack a value: error, or skip to leave them out."""
+    """What becomes of a table's rows that lack a value, and of pictures that cannot be opened: error, or skip
+    to leave them out."""
     evaluate_on: str = ""
     """The part that is evaluated on in training and chooses the best weights, e.g. validation, or held_out
     for a share of the training part; empty: validation where there is one, else test, else held_out."""

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -47,17 +48,19 @@ def read_hub(name: str, config: DataConfig) -> Raw:
         labels = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         classes = tuple(features[labels[0]].names) if labels else ()
         parts: dict[str, Columns] = {}
+        notes: list[str] = []
         for part, rows in splits.items():
             where = f"hub:{name}, {part}"
             for key in (pictures[0], *labels[:1]):
                 if True in (missing := rows.data.column(key).is_null().to_pylist()):
                     row = missing.index(True) + 1
                     raise LabError(f"{where}, row {row}: has no {key!r}. Fill it in, or remove the row.")
-            columns: Columns = {"inputs": _images(rows, pictures[0], config, where)}
+            inputs, kept = _images(rows, pictures[0], config, where, notes)
+            columns: Columns = {"inputs": inputs}
             if labels:
-                columns["labels"] = np.array(rows[labels[0]], np.int64)
+                columns["labels"] = np.array(rows[labels[0]], np.int64)[kept]
             parts[str(part)] = columns
-        return Raw(kind="images", parts=parts, classes=classes)
+        return Raw(kind="images", parts=parts, classes=classes, notes=notes)
     names = {key: kind for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     located = {
         str(part): [
@@ -68,8 +71,10 @@ def read_hub(name: str, config: DataConfig) -> Raw:
     return assemble(located, config)
 
 
-def _images(rows: Any, column: str, config: DataConfig, where: str) -> np.ndarray:
-    """The pictures of a column, each decoded when it is its turn."""
+def _images(
+    rows: Any, column: str, config: DataConfig, where: str, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures of a column, each decoded when it is its turn, and the numbers of their rows."""
 
     import datasets
     from PIL import Image
@@ -83,11 +88,16 @@ def _images(rows: Any, column: str, config: DataConfig, where: str) -> np.ndarra
     def name(index: int) -> str:
         return f"{where}, row {index + 1}"
 
+    def is_grey(index: int) -> bool:
+        with suppress(LabError):  # which is said when it is read
+            return open_picture(index, opened, name).mode in ("L", "1")
+        return True
+
     with warnings.catch_warnings(action="ignore"):  # of damage, which an error tells
-        grey = all(open_picture(i, opened, name).mode in ("L", "1") for i in range(min(len(rows), 8)))
+        grey = all(map(is_grey, range(min(len(rows), 8))))
     # Three equal channels would be a waste.
     config = dataclasses.replace(config, grayscale=config.grayscale or grey)
-    return read_pictures(range(len(rows)), config, opened, name)
+    return read_pictures(range(len(rows)), config, notes, opened, name)
 
 
 def _flat(row: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:

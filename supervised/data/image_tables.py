@@ -21,6 +21,7 @@ from supervised.data.config import DataConfig
 from supervised.data.images import pictures_below, read_pictures, require_one_size
 from supervised.data.raw import (
     PICTURES,
+    Columns,
     Raw,
     Reading,
     folder_kind,
@@ -28,6 +29,7 @@ from supervised.data.raw import (
     part_word,
     say_droppings,
     some,
+    take,
     visible,
 )
 from supervised.data.texts import ROWS, rows_of
@@ -160,11 +162,16 @@ def read_image_tables(source: Path, config: DataConfig, reading: Reading) -> Raw
     _say_overlaps(files_of, pictures, folder, notes)
     learned, classes = tables.targets_of(label, rows, paths, reading, notes)
     parts = {
-        part: {"inputs": read_pictures([pictures.paths[f] for f in of], config), **learned[part]}
+        part: _with_labels(read_pictures([pictures.paths[f] for f in of], config, notes), learned[part])
         for part, of in files_of.items()
     }
     require_one_size(folder, parts)
     return Raw(kind="images", parts=parts, classes=classes, notes=list(dict.fromkeys(notes)))
+
+
+def _with_labels(read: tuple[np.ndarray, np.ndarray], labels: Columns) -> Columns:
+    """Pictures with the labels of those items that they are."""
+    return {"inputs": read[0], **take(labels, read[1])}
 
 
 def _files_of_rows(source: Path) -> list[Path]:

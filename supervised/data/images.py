@@ -141,8 +141,8 @@ def read_image_folder(folder: Path, config: DataConfig, reading: Reading | None 
             notes.append(f"left out {n:,} pictures of {part}, which are of no class")
     parts: dict[str, Columns] = {}
     for part, (files, labels) in listed.items():
-        columns: Columns = {"inputs": read_pictures(files, config)}
-        parts[part] = columns | ({"labels": np.array(labels, np.int64)} if labels else {})
+        inputs, kept = read_pictures(files, config, notes)
+        parts[part] = {"inputs": inputs} | ({"labels": np.array(labels, np.int64)[kept]} if labels else {})
     require_one_size(folder, parts)
     return Raw(kind="images", parts=parts, classes=classes, notes=list(dict.fromkeys(notes)))
 
@@ -237,39 +237,56 @@ def _files_of(
 def read_pictures(
     items: Iterable[Any],
     config: DataConfig,
+    notes: list[str],
     opened: Callable[[Any], "Image"] | None = None,
     name: Callable[[Any], str] = str,
-) -> np.ndarray:
-    """Pictures as (n, channels, height, width) uint8, scaled and cropped to `img_size` if that is set.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures as (n, channels, height, width) uint8, scaled and cropped to `img_size` if that is set, and
+    the numbers (n,) of the items that they are: all, or with data.bad_rows=skip those that can be opened.
 
     Raises:
-        LabError: one cannot be opened, they differ in size, or are too many for the memory.
+        LabError: some cannot be opened, they differ in size, or are too many for the memory.
     """
     items = list(items)
 
-    def read(item: Any) -> np.ndarray:
-        picture = open_picture(item, opened, name)
+    def read(item: Any) -> np.ndarray | LabError:
+        try:
+            picture = open_picture(item, opened, name)
+        except LabError as error:
+            return error
         try:
             return _pixels(picture, config)
         except ValueError:  # Pillow has no way from such colours to these
-            raise LabError(f"{name(item)}: has colours in {picture.mode}. Save it in RGB or grey.") from None
+            return LabError(f"{name(item)}: has colours in {picture.mode}. Save it in RGB or grey.")
 
+    kept: list[int] = []
+    bad: list[LabError] = []
     # Pillow lets go of the interpreter while it decodes. What it warns of, an error tells.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         if config.img_size:
             check_memory((len(items), 1 if config.grayscale else 3, config.img_size, config.img_size), config)
-        first = read(items[0])
-        check_memory((len(items), *first.shape), config)
-        images = np.empty((len(items), *first.shape), np.uint8)
+        first = next((pixels for item in items if not isinstance(pixels := read(item), LabError)), None)
+        shape = (0, 0, 0) if first is None else first.shape
+        check_memory((len(items), *shape), config)
+        images = np.empty((len(items), *shape), np.uint8)
         for i, pixels in enumerate(pool.map(read, items)):
-            if pixels.shape != first.shape:
-                sizes = [" x ".join(map(str, a.shape[1:])) for a in (pixels, first)]
+            if isinstance(pixels, LabError):
+                bad.append(pixels)
+                continue
+            if pixels.shape != images.shape[1:]:
+                sizes = [" x ".join(map(str, shape[1:])) for shape in (pixels.shape, images.shape[1:])]
                 raise LabError(
-                    f"{name(items[i])}: is {sizes[0]} pixels, and {name(items[0])} is {sizes[1]}. "
+                    f"{name(items[i])}: is {sizes[0]} pixels, and {name(items[kept[0]])} is {sizes[1]}. "
                     "Set data.img_size to bring all to one size."
                 )
-            images[i] = pixels
-    return images
+            images[len(kept)] = pixels
+            kept.append(i)
+    if bad and (config.bad_rows == "error" or not kept):
+        n = f" So are {len(bad):,} of {len(items):,}." if len(bad) > 1 else ""
+        raise LabError(f"{bad[0]}{n} data.bad_rows=skip leaves out what cannot be read.")
+    if bad:
+        notes.append(f"left out {len(bad):,} of {len(items):,} pictures, the first for: {bad[0]}")
+    return images[: len(kept)], np.array(kept, np.int64)
 
 
 def require_one_size(folder: Path, parts: Mapping[str, Columns]) -> None:

@@ -752,6 +752,7 @@ def _inputs(
     columns: list[Column] = []
     comma = _has_decimal_comma(tables)
     known = {column.name: column for column in learned}
+    refused: dict[str, str] = {}
     path = next(iter(paths.values()))
     for name in kept:
         values = {part: table.column(name) for part, table in tables.items()}
@@ -767,14 +768,13 @@ def _inputs(
             raise LabError(
                 f"{path}: column {name!r} holds texts, and the run learned from numbers. Correct it."
             )
-        if categories is None and not all(_is_text(v) for v in values.values()):
-            raise LabError(
-                f"{path}: column {name!r} holds {next(iter(values.values())).type}, neither numbers nor "
-                f"texts throughout. Leave it out by data.drop=[{name}]."
-            )
         texts = {part: np.array([str(v).strip() for v in c.to_pylist()]) for part, c in values.items()}
         if categories is None:
-            categories = _categories(name, texts, path)
+            try:
+                categories = _categories(name, values, texts, path)
+            except LabError as error:  # all that are not to be used are named at once
+                refused[name] = str(error)
+                continue
         every = np.concatenate(list(texts.values()))
         if n_new := int((~np.isin(every, categories)).sum()):
             new = in_order(set(every.tolist()) - set(categories))
@@ -782,17 +782,28 @@ def _inputs(
         for part, found in texts.items():
             arrays[part].append((found[:, None] == np.array(categories)).astype(np.float32))
         columns.append(Column(name=name, categories=tuple(categories)))
+    if refused:
+        why, others = next(iter(refused.values())), [repr(name) for name in refused][1:]
+        more = f" So with {some(others)}: data.drop=[{', '.join(refused)}] leaves out all." if others else ""
+        raise LabError(why + more)
     if spread := [f"{c.name} ({len(c.categories)})" for c in columns if c.categories is not None]:
         notes.append(f"made one column of 0 and 1 for each text in {some(spread)}")
     return {part: np.concatenate(found, 1) for part, found in arrays.items()}, tuple(columns)
 
 
-def _categories(name: str, texts: Mapping[str, np.ndarray], path: Path) -> tuple[str, ...]:
+def _categories(
+    name: str, values: Mapping[str, Any], texts: Mapping[str, np.ndarray], path: Path
+) -> tuple[str, ...]:
     """The different texts of a column.
 
     Raises:
-        LabError: they are so many that each says something else of a row.
+        LabError: it holds no texts, or so many that each says something else of a row, or rather numbers.
     """
+    if not all(_is_text(v) for v in values.values()):
+        raise LabError(
+            f"{path}: column {name!r} holds {next(iter(values.values())).type}, neither numbers nor "
+            f"texts throughout. Leave it out by data.drop=[{name}]."
+        )
     every = np.concatenate(list(texts.values()))
     categories = in_order(np.unique(every).tolist())
     others = [text for text in categories if not _is_number(text)]

@@ -735,6 +735,15 @@ def test_a_column_of_numbers_with_some_texts_is_no_column_of_categories(tmp_path
     assert any("age is -999 in 89 rows and else 0 to 59" in note for note in notes)
 
 
+def test_all_columns_that_cannot_be_used_are_named_at_once(tmp_path: Path) -> None:
+    body = [[f"name {i}", i / 2, f"ticket {i}", ["old", i][i % 30 > 0], i % 2] for i in range(3 * N)]
+    (tmp_path / "a.csv").write_bytes(as_csv([["Name", "Fare", "Ticket", "Age", "label"], *body]))
+    said = error(tmp_path / "a.csv")
+    assert "'Name' holds texts, 120 different ones" in said
+    assert "So with 'Ticket', 'Age': data.drop=[Name, Ticket, Age] leaves out all." in said
+    assert read(tmp_path / "a.csv", drop=["Name", "Ticket", "Age"]).train.tensors["inputs"].shape[1] == 1
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("form", ["table", "texts", "pairs"])
 def test_a_column_of_parts_is_obeyed(form: str, kind: str, tmp_path: Path) -> None:
@@ -904,6 +913,38 @@ def test_quotes_of_a_tsv_are_text_unless_a_writer_put_them(tmp_path: Path) -> No
     (tmp_path / "b.tsv").write_text(plain)
     data = read(tmp_path / "b.tsv", Reading())
     assert data.tokenizer.decode(data.train.sequences["ids"][0]).count('"') == 2
+
+
+@pytest.mark.parametrize("layout", ["folders", "table"])
+def test_pictures_that_cannot_be_opened_are_counted_or_left_out(layout: str, tmp_path: Path) -> None:
+    def place(i: int) -> Path:
+        return tmp_path / (NAMES[i] if layout == "folders" else "") / f"{i}.png"
+
+    for i in range(N):
+        place(i).parent.mkdir(exist_ok=True)
+        place(i).write_bytes(png(i))
+    if layout == "table":
+        table = [["image", "label"], *([f"{i}.png", NAMES[i]] for i in range(N))]
+        (tmp_path / "labels.csv").write_bytes(as_csv(table))
+    whole = read(tmp_path)
+    for i in (0, 3, 11):
+        place(i).write_bytes(b"no picture")
+    said = error(tmp_path)
+    assert "0.png: cannot be opened: no picture" in said
+    assert "So are 3 of 40. data.bad_rows=skip" in said
+    data = read(tmp_path, bad_rows="skip")
+    assert len(data.train) + len(data.test) == N - 3
+    assert any("left out 3 of 40 pictures" in note for note in data.notes)
+
+    def labelled(data: DataSet) -> set[tuple[bytes, int]]:
+        parts = [split.tensors for split in (data.train, data.test)]
+        return {
+            (x.numpy().tobytes(), int(y))
+            for t in parts
+            for x, y in zip(t["inputs"], t["labels"], strict=True)
+        }
+
+    assert labelled(data) < labelled(whole)
 
 
 def test_pairs_by_language(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_pictures_of_32_bits_are_refused(tmp_path: Path, kind: Any) -> None:
     (tmp_path / "a").mkdir()
     Image.fromarray(np.full((4, 6), 200, kind)).save(path := tmp_path / "a" / "0.tif")
     assert f"{path}: has 32 bits a pixel, " in (message := error(tmp_path))
-    assert message.endswith("Save it with 8 or 16 bits.")
+    assert "Save it with 8 or 16 bits." in message
 
 
 def test_folders_of_parts_scaled_and_cropped(tmp_path: Path) -> None:
@@ -846,7 +846,7 @@ def test_holes_in_images_of_the_hub(
     rows[row - 1][column] = value
     datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "pets" / "train.parquet")
     datasets.enable_progress_bars()
-    assert error(source := f"hub:{tmp_path / 'pets'}") == f"{source}, train, row {row}: {message}"
+    assert error(source := f"hub:{tmp_path / 'pets'}").startswith(f"{source}, train, row {row}: {message}")
     assert "Generating" not in capfd.readouterr().err
 
 
