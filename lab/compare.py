@@ -93,6 +93,10 @@ class Question:
                 )
         if not 0 < self.confidence < 1:
             raise LabError(f"--confidence {self.confidence:g}: must lie between 0 and 1, e.g. 0.95.")
+        for name in ("threshold", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise LabError(f"--{name} {value}: must be a finite number.")
         if self.until not in ("", END) and self.last_step is None:
             raise LabError(f"--until {self.until}: must be a step, or {END}.")
 
@@ -263,6 +267,9 @@ def compare(records: Sequence[Record], question: Question, notes: Sequence[str] 
     if grouped.unused:
         say(f"not made into groups, as they name or place a run: {named(grouped.unused)}")
     members, comparable = _common_tasks(grouped.groups, tasks_by, say)
+    for key in grouped.keys:
+        if key in grouping.TASKS and key != tasks_by and not same_unit(q.metric):
+            say(f"the groups differ in {key}: {q.metric} may have another unit, or be harder, for each")
     scores = _Scores(members, q, tasks_by, less, say, comparable=not comparable)
     order = sorted(grouping.in_order(members), key=lambda label: _rank(scores.of[label], less))
     baseline, why_baseline = _baseline(q.baseline, members, scores)

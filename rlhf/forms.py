@@ -379,6 +379,7 @@ def _parse_ranking(row: Row) -> Row:
     if count < 2:
         raise BadRow(f"completions holds {count}; a ranking is of two or more")
     ranks = _entries(_column(row, "ranks"), "ranks", count)
+    ranks: list[Any] = [int(r) if isinstance(r, float) and r.is_integer() else r for r in ranks]
     if not all(type(rank) is int and 1 <= rank <= count for rank in ranks):
         # Beyond `count` they may be ratings, of which the highest is the best.
         raise BadRow(f"ranks is {reprlib.repr(ranks)}; it must be of 1, the best, to {count}")

@@ -226,7 +226,7 @@ def _hub_splits(source: str) -> _Splits:
 
 def _read_loaded(source: str, name: str, loaded: Any) -> Part:
     mark = loaded._fingerprint if loaded.cache_files else ""  # datasets' own hash of what it downloaded
-    return Part(source, name, lambda: enumerate(loaded, 1), "row", mark=mark)
+    return Part(source, name, lambda: enumerate(map(_as_meant, loaded), 1), "row", mark=mark)
 
 
 def _is_data(path: Path) -> bool:
@@ -468,7 +468,21 @@ def _text_lines(path: Path) -> Iterator[Numbered]:
 
 def _parquet_rows(path: Path) -> Iterator[Numbered]:
     rows = (row for batch in parquet_batches(path, path) for row in batch.to_pylist())
-    yield from enumerate(rows, 1)
+    yield from enumerate(map(_as_meant, rows), 1)
+
+
+def _as_meant(value: Any, in_tools: bool = False) -> Any:
+    """Rows of Arrow without the nulls in tools and calls of them: all have the fields that any of them has.
+
+    Else each call would be learned with the arguments of all other tools, as null.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _as_meant(part, in_tools or key in ("tools", "tool_calls", "function_call"))
+            for key, part in value.items()
+            if part is not None or not in_tools
+        }
+    return [_as_meant(part, in_tools) for part in value] if isinstance(value, list) else value
 
 
 def _arrow_rows(path: Path) -> Iterator[Numbered]:
@@ -490,7 +504,7 @@ def _arrow_rows(path: Path) -> Iterator[Numbered]:
             for batch in batches:
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, _as_meant(row)
     except (pyarrow.ArrowException, ValueError, struct.error) as error:
         raise LabError(f"{path}: not a readable Arrow file: {_line(error)}. Restore it.") from error
 

@@ -688,6 +688,19 @@ def test_fractions_beside_percent_are_said() -> None:
     assert not said(ask(records[:3], metric=metric), "all above 1")
 
 
+def test_groups_that_are_games_are_said_to_be_of_other_units() -> None:
+    text = "the groups differ in env.game: eval/mean_reward may have another unit"
+    assert said(ask(two_games(METRIC), by=("env.game",)), text)
+    assert not said(ask(two_games(METRIC)), text)
+
+
+@pytest.mark.parametrize("option", ["threshold", "gamma"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_compared_with_is_a_finite_number(option: str, value: float) -> None:
+    with pytest.raises(LabError, match=f"--{option} (nan|inf): must be a finite number"):
+        Question(**{"metric": METRIC, option: value})
+
+
 def test_the_columns_of_a_csv_file_have_a_name_each() -> None:
     comparison = ask(two_games(METRIC))
     for text in (report.groups_csv, report.runs_csv, report.curves_csv):
