@@ -226,7 +226,7 @@ def _hub_splits(source: str) -> _Splits:
 
 def _read_loaded(source: str, name: str, loaded: Any) -> Part:
     mark = loaded._fingerprint if loaded.cache_files else ""  # datasets' own hash of what it downloaded
-    return Part(source, name, lambda: enumerate(loaded, 1), "row", mark=mark)
+    return Part(source, name, lambda: enumerate(map(_as_meant, loaded), 1), "row", mark=mark)
 
 
 def _is_data(path: Path) -> bool:
@@ -339,7 +339,15 @@ def _json_rows(path: Path) -> Iterator[Numbered]:
     except NotJSON as error:
         line = getattr(error, "line", 1)
         raise LabError(f"{path}, line {line}: {error}.") from None
-    yield from enumerate(_rows_of(value) if isinstance(value, dict) else value, 1)
+    if isinstance(value, dict):
+        parts = [name for name in value if value[name] and _are_rows(value[name])]
+        if len(parts) > 1 and {*parts} & {*chain(*_SPLIT_NAMES.values())}:
+            raise LabError(
+                f"{path}: holds several lists of rows ({', '.join(parts[:5])}). Write each into a file of "
+                f"its own in one folder ({parts[0]}.json), and name that."
+            )
+        value = _rows_of(value)
+    yield from enumerate(value, 1)
 
 
 def _rows_of(value: dict[str, Any]) -> Iterable[Any]:
@@ -348,7 +356,7 @@ def _rows_of(value: dict[str, Any]) -> Iterable[Any]:
     if isinstance(columns, list) and isinstance(rows, list):  # pandas' orient="split"
         return [dict(zip(map(str, columns), row, strict=False)) for row in rows if isinstance(row, list)]
     for name in ("data", "rows", "train", "examples"):
-        if isinstance(rows := value.get(name), list) and all(isinstance(row, dict) for row in rows):
+        if (rows := value.get(name)) and _are_rows(rows):
             return rows
     parts = [*value.values()]
     if parts and all(isinstance(part, dict) and part and all(map(str.isdecimal, part)) for part in parts):
@@ -359,6 +367,10 @@ def _rows_of(value: dict[str, Any]) -> Iterable[Any]:
     if _are_columns(parts):
         return [dict(zip(value, cells, strict=True)) for cells in zip(*parts, strict=True)]
     return [value]
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def _are_columns(parts: list[Any]) -> bool:
@@ -468,7 +480,21 @@ def _text_lines(path: Path) -> Iterator[Numbered]:
 
 def _parquet_rows(path: Path) -> Iterator[Numbered]:
     rows = (row for batch in parquet_batches(path, path) for row in batch.to_pylist())
-    yield from enumerate(rows, 1)
+    yield from enumerate(map(_as_meant, rows), 1)
+
+
+def _as_meant(value: Any, in_tools: bool = False) -> Any:
+    """Rows of Arrow without the nulls in tools and calls of them: all have the fields that any of them has.
+
+    Else each call would be learned with the arguments of all other tools, as null.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _as_meant(part, in_tools or key in ("tools", "tool_calls", "function_call"))
+            for key, part in value.items()
+            if part is not None or not in_tools
+        }
+    return [_as_meant(part, in_tools) for part in value] if isinstance(value, list) else value
 
 
 def _arrow_rows(path: Path) -> Iterator[Numbered]:
@@ -490,7 +516,7 @@ def _arrow_rows(path: Path) -> Iterator[Numbered]:
             for batch in batches:
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, _as_meant(row)
     except (pyarrow.ArrowException, ValueError, struct.error) as error:
         raise LabError(f"{path}: not a readable Arrow file: {_line(error)}. Restore it.") from error
 

@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,16 @@ _SEPARATOR = b"separator"
 """Key of a table's metadata: what parts the columns of its file."""
 _SEPARATORS = ("\t", ";", "|", ",")
 """The first that parts all lines alike: a comma may also be within numbers, the others hardly."""
+
+
+@dataclass(frozen=True)
+class _Commas:
+    """What commas and points within the numbers of a table are, where they may be two things."""
+
+    decimal: bool = False
+    """1,250 is one and a quarter."""
+    points_part: bool = False
+    """1.250 is one thousand and a quarter of it."""
 
 
 # ---- files ----
@@ -378,11 +388,12 @@ def assemble(
     texts = _texts_alone(kept, label, whole[lead])
     if texts is not None:
         return _classify_texts(whole, label or "", texts, notes)
-    inputs, columns = _inputs(kept, whole, paths, notes, reading.columns)
+    commas = _commas_of(whole)
+    inputs, columns = _inputs(kept, whole, paths, notes, commas, reading.columns)
     labels: dict[str, Columns] = {part: {} for part in whole}
     classes: tuple[str, ...] = ()
     if label is not None:
-        labels, classes = targets_of(label, whole, paths, reading, notes)
+        labels, classes = targets_of(label, whole, paths, reading, notes, commas)
     parts: dict[str, Columns] = {part: {"inputs": inputs[part], **labels[part]} for part in whole}
     return Raw(kind="table", parts=parts, classes=classes, columns=columns, notes=list(dict.fromkeys(notes)))
 
@@ -520,7 +531,13 @@ def _spread(table: Any, path: Path, config: DataConfig) -> Any:
 def _kept(table: Any, label: str | None, config: DataConfig, notes: list[str]) -> list[str]:
     """The columns that are learned from: those that are not the label and say something of a row."""
     kept = [name for name in table.column_names if name not in config.drop and name != label]
-    empty = [name for name in kept if table.num_rows and _is_missing(table.column(name)).all()]
+    empty = [
+        name
+        for name in kept
+        if table.num_rows
+        and _is_missing(table.column(name)[:1]).all()
+        and _is_missing(table.column(name)).all()
+    ]
     if empty:  # of a comma behind every line, or of a table that was once wider
         named = [name or "a column without a name" for name in empty]
         notes.append(f"left out {some(named)}: without a value in any row")
@@ -745,18 +762,18 @@ def _inputs(
     tables: Mapping[str, Any],
     paths: Mapping[str, Path],
     notes: list[str],
+    commas: _Commas,
     learned: Sequence[Column] = (),
 ) -> tuple[dict[str, np.ndarray], tuple[Column, ...]]:
     """(n, width) float32 by part, and what became of each column: as in `learned`, if a run learned so."""
     arrays: dict[str, list[np.ndarray]] = {part: [] for part in tables}
     columns: list[Column] = []
-    comma = _has_decimal_comma(tables)
     known = {column.name: column for column in learned}
     refused: dict[str, str] = {}
     path = next(iter(paths.values()))
     for name in kept:
         values = {part: table.column(name) for part, table in tables.items()}
-        numbers = _as_numbers(values, comma, notes)
+        numbers = _as_numbers(values, commas, notes)
         categories = known[name].categories if name in known else None
         if numbers is not None and categories is None:
             _say_sentinel(name, np.concatenate(list(numbers.values())), notes)
@@ -824,7 +841,12 @@ def _categories(
 
 
 def targets_of(
-    label: str, tables: Mapping[str, Any], paths: Mapping[str, Path], reading: Reading, notes: list[str]
+    label: str,
+    tables: Mapping[str, Any],
+    paths: Mapping[str, Path],
+    reading: Reading,
+    notes: list[str],
+    commas: _Commas | None = None,
 ) -> tuple[dict[str, Columns], tuple[str, ...]]:
     """The label's column by part, as "labels" or "targets", and the classes' names.
 
@@ -832,7 +854,7 @@ def targets_of(
         LabError: it is not what is to be predicted, or holds a class that is not learned.
     """
     values = {part: table.column(label) for part, table in tables.items()}
-    numbers = _as_numbers(values, _has_decimal_comma(tables), notes)
+    numbers = _as_numbers(values, commas or _commas_of(tables), notes)
     path = next(iter(paths.values()))
     whole = numbers is not None and all((v % 1 == 0).all() for v in numbers.values())
     if reading.predicts == "numbers" or (not reading.predicts and numbers is not None and not whole):
@@ -883,30 +905,30 @@ def _as_written(values: Any) -> list[str] | None:
 
 
 def _as_numbers(
-    values: Mapping[str, Any], decimal_comma: bool, notes: list[str] | None = None
+    values: Mapping[str, Any], commas: _Commas, notes: list[str] | None = None
 ) -> dict[str, np.ndarray] | None:
     """float64 by part, if all values of a column are numbers, or true and false; read alike in all parts.
 
     Args:
         values: the column by part.
-        decimal_comma: what a comma in a number is, if that may also part its thousands.
+        commas: what commas and points within its numbers are, where they may be two things.
         notes: takes sentences on how they were read.
     """
     import pyarrow
 
     if all(_is_text(v) for v in values.values()):
         chunks = [chunk.cast(pyarrow.string()) for v in values.values() for chunk in v.chunks]
-        together = _of_texts(pyarrow.chunked_array(chunks, pyarrow.string()), decimal_comma, notes)
+        together = _of_texts(pyarrow.chunked_array(chunks, pyarrow.string()), commas, notes)
         if together is None:
             return None
         ends = np.cumsum([len(v) for v in values.values()])
         return dict(zip(values, np.split(together, ends[:-1]), strict=True))
-    found = {part: _as_number(v, decimal_comma, notes) for part, v in values.items()}
+    found = {part: _as_number(v, commas, notes) for part, v in values.items()}
     known = {part: v for part, v in found.items() if v is not None}
     return known if len(known) == len(found) else None
 
 
-def _as_number(values: Any, decimal_comma: bool = False, notes: list[str] | None = None) -> np.ndarray | None:
+def _as_number(values: Any, commas: _Commas = _Commas(), notes: list[str] | None = None) -> np.ndarray | None:
     import pyarrow
 
     kind = values.type
@@ -914,10 +936,10 @@ def _as_number(values: Any, decimal_comma: bool = False, notes: list[str] | None
         return values.cast(pyarrow.float64(), safe=False).to_numpy()
     if pyarrow.types.is_decimal(kind):
         return values.cast(pyarrow.float64()).to_numpy()
-    return _of_texts(values, decimal_comma, notes) if _is_text(values) else None
+    return _of_texts(values, commas, notes) if _is_text(values) else None
 
 
-def _of_texts(values: Any, decimal_comma: bool = False, notes: list[str] | None = None) -> np.ndarray | None:
+def _of_texts(values: Any, commas: _Commas = _Commas(), notes: list[str] | None = None) -> np.ndarray | None:
     """float64 of texts that all are numbers, true and false among them."""
     import pyarrow
     from pyarrow import compute
@@ -928,29 +950,33 @@ def _of_texts(values: Any, decimal_comma: bool = False, notes: list[str] | None 
     if words and words <= {"true", "false"}:
         return compute.call_function("equal", [lower, "true"]).to_numpy().astype(np.float64)
     said: list[str] = []
-    found = None
-    if not (decimal_comma and _fits(plain, _POINT_PARTS)):
-        with suppress(pyarrow.ArrowInvalid):
+    points_part = commas.points_part and _fits(plain, _POINT_PARTS)
+    with suppress(pyarrow.ArrowInvalid):
+        if not points_part:
             return plain.cast(pyarrow.float64()).to_numpy()
     plain = _without_signs(_replaced(plain, r"\x{2212}", "-"), said)
     if _fits(plain, _PARTED) and not _fits(plain, r"^-?[\d.,]*$"):
         plain = _replaced(plain, r"[^-\d.,]", "")
         said.append("took what parts digits within numbers for thousands")
-    if not decimal_comma and _fits(plain, _COMMA_PARTS):
-        if not _fits(plain, r"^[^,]*$"):
+    if commas.points_part and _fits(plain, _POINT_PARTS) and _has(plain, "."):
+        plain = _replaced(plain, r"\.", "")
+        said.append("took points within numbers for thousands")
+    if _has(plain, ","):
+        if not commas.decimal and _fits(plain, _COMMA_PARTS):
+            plain = _replaced(plain, ",", "")
             said.append("took commas within numbers for thousands")
-        found = _replaced(plain, ",", "")
-    elif _fits(plain, _DECIMAL_COMMA):
-        said.append("took commas within numbers for decimal points")
-        found = _replaced(plain, ",", ".")
-    elif _fits(plain, _POINT_PARTS):
-        said.append("took commas within numbers for decimal points, points for thousands")
-        found = _replaced(_replaced(plain, r"\.", ""), ",", ".")
-    if found is None:
-        return None
-    if notes is not None:
-        notes += said
-    return found.cast(pyarrow.float64()).to_numpy()
+        elif _fits(plain, _DECIMAL_COMMA):
+            plain = _replaced(plain, ",", ".")
+            said.append("took commas within numbers for decimal points")
+        elif _fits(plain, _POINT_PARTS):
+            plain = _replaced(_replaced(plain, r"\.", ""), ",", ".")
+            said.append("took commas within numbers for decimal points, points for thousands")
+    with suppress(pyarrow.ArrowInvalid):
+        found = plain.cast(pyarrow.float64()).to_numpy()
+        if notes is not None:
+            notes += said
+        return found
+    return None
 
 
 def _fits(texts: Any, pattern: str) -> bool:
@@ -959,6 +985,14 @@ def _fits(texts: Any, pattern: str) -> bool:
 
     found = compute.call_function("match_substring_regex", [texts], compute.MatchSubstringOptions(pattern))
     return bool(compute.call_function("all", [found]).as_py())
+
+
+def _has(texts: Any, part: str) -> bool:
+    """Whether some text has this within."""
+    from pyarrow import compute
+
+    found = compute.call_function("match_substring", [texts], compute.MatchSubstringOptions(part))
+    return bool(compute.call_function("any", [found]).as_py())
 
 
 def _replaced(texts: Any, pattern: str, by: str) -> Any:
@@ -981,28 +1015,33 @@ def _without_signs(texts: Any, said: list[str]) -> Any:
     return _replaced(texts, rf"[ \x{{a0}}\x{{202f}}]?{_SIGNS}[ \x{{a0}}]?", "")
 
 
-def _has_decimal_comma(tables: Mapping[str, Any]) -> bool:
-    """Whether the commas within the numbers of these tables are decimal points, where they may also part
-    thousands: some column tells, or semicolons part the columns, as programs write them for this reason."""
+def _commas_of(tables: Mapping[str, Any]) -> _Commas:
+    """What they are in these tables: a column that can only be read in one way tells, or semicolons do that
+    part the columns, as programs write them where the comma is a decimal point."""
     import pyarrow
 
-    separators = {(table.schema.metadata or {}).get(_SEPARATOR) for table in tables.values()}
-    names = dict.fromkeys(name for table in tables.values() for name in table.column_names)
-    for name in names:
+    texts_of: dict[str, Any] = {}
+    for name in dict.fromkeys(name for table in tables.values() for name in table.column_names):
         there = [table.column(name) for table in tables.values() if name in table.column_names]
-        if not all(_is_text(values) for values in there):
-            continue
-        chunks = [chunk.cast(pyarrow.string()) for values in there for chunk in values.chunks]
-        texts = _without_signs(pyarrow.chunked_array(chunks, pyarrow.string()), [])
-        texts = _replaced(texts, r"^\s+|\s+$", "")
-        if _fits(texts, r"^[^,]*$"):
-            continue
-        parts, decimal = _fits(texts, _COMMA_PARTS), _fits(texts, _DECIMAL_COMMA)
-        if parts != decimal:
-            return decimal
-        if not parts and _fits(texts, _POINT_PARTS):
-            return True
-    return separators == {b";"}
+        if all(_is_text(values) for values in there):
+            chunks = [chunk.cast(pyarrow.string()) for values in there for chunk in values.chunks]
+            texts_of[name] = pyarrow.chunked_array(chunks, pyarrow.string())
+    if not any(_has(texts, ",") for texts in texts_of.values()):
+        return _Commas()
+    separators = {(table.schema.metadata or {}).get(_SEPARATOR) for table in tables.values()}
+    told: bool | None = None
+    some_commas = decimal_points = False
+    for texts in texts_of.values():
+        plain = _without_signs(_replaced(texts, r"^\s+|\s+$", ""), [])
+        parts, points = _fits(plain, _COMMA_PARTS), _fits(plain, _POINT_PARTS)
+        if not _has(plain, ","):
+            decimal_points |= parts and not points
+        elif parts or points:
+            some_commas = True
+            if told is None and parts != points:
+                told = points
+    decimal = separators == {b";"} if told is None else told
+    return _Commas(decimal, points_part=decimal and some_commas and not decimal_points)
 
 
 def _say_sentinel(name: str, numbers: np.ndarray, notes: list[str]) -> None:

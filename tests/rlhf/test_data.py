@@ -483,7 +483,7 @@ BAD_RANKINGS = {
     "ranks is [0, 1, 2]; it must be of 1, the best, to 3": RANKING | {"ranks": [0, 1, 2]},
     "ranks is [7, 9, 8]; it must be of 1, the best, to 3": RANKING | {"ranks": [7, 9, 8]},
     "ranks is [True, 2, 2]; it must be of 1, the best, to 3": RANKING | {"ranks": [True, 2, 2]},
-    "ranks is [1.0, 2, 2]; it must be of 1, the best, to 3": RANKING | {"ranks": [1.0, 2, 2]},
+    "ranks is [1.5, 2, 2]; it must be of 1, the best, to 3": RANKING | {"ranks": [1.5, 2, 2]},
     "completions holds 1; a ranking is of two or more": RANKING | {"completions": ["a"], "ranks": [1]},
     "completion 2 is null": RANKING | {"completions": ["a", None, "c"]},
     "completion 3 is empty": RANKING | {"completions": ["a", "b", ""]},

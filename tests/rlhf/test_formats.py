@@ -564,6 +564,32 @@ def test_openassistants_messages_in_a_table(tmp_path: Path) -> None:
     assert (found["completions"], found["ranks"]) == ([[bot("c.")], [bot("b.")]], [2, 1])
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_call_has_no_arguments_of_other_tools(name: str, tmp_path: Path) -> None:
+    """Arrow gives every struct the fields of all."""
+
+    def row(tool: str, **arguments: Any) -> Any:
+        function = {"name": tool, "arguments": arguments}
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+        return {"messages": [user("a?"), call], "tools": [{"name": tool, "parameters": arguments}]}
+
+    rows = Dataset.from_list([row("add", x=1), row("ask", who="Ann")])
+    if name == "a.parquet":
+        rows.to_parquet(tmp_path / name)
+        source = tmp_path / name
+    else:
+        rows.save_to_disk(tmp_path / "a")
+        source = tmp_path / "a"
+    first, second = (turns for turns in data.demonstrations(str(source))["messages"])
+    assert json.loads(first[1]["tool_calls"]) == [{"function": {"name": "add", "arguments": {"x": 1}}}]
+    assert json.loads(second[0]["tools"]) == [{"name": "ask", "parameters": {"who": "Ann"}}]
+
+
+def test_ranks_that_pandas_made_floats(tmp_path: Path) -> None:
+    row = {"prompt": "a?", "completions": ["b.", "c."], "ranks": [2.0, 1.0]}
+    assert data.comparisons(lines(tmp_path / "a.jsonl", row))["ranks"][:] == [[2, 1]]
+
+
 COLUMNS = {"prompt": [row["prompt"] for row in ROWS], "completion": [row["completion"] for row in ROWS]}
 OBJECTS: dict[str, Any] = {
     "lists": COLUMNS,
@@ -611,6 +637,12 @@ def test_droppings_and_descriptions_are_no_data(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\na,b,c\n", "line 2: has 3 cells for 2 columns"),
         ("a.csv", b"prompt,completion\n\xe9,b\n", "no UTF-8 text"),
         ("a.json", b'{"prompt": "a"}', "Name them as in one of"),
+        ("a.json", b'{"prompt": "a", "label": 1, "x": 2}', "prompt + completion; "),
+        (
+            "a.json",
+            b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+            "several lists of rows (train, test)",
+        ),
         ("a.jsonl", b'{"input_ids": [1, 2]}\n', "token ids of some tokenizer"),
         ("a.jsonl", b'{"prompt": "a", "completions": ["b"], "labels": [true]}\n', "process reward models"),
         ("a.parquet", b"PAR1", "not readable as Parquet"),

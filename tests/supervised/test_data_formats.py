@@ -682,6 +682,9 @@ GROUPED = [1250 + 375 * (i % 7) for i in range(N)]
         ((GROUPED, "{}%"), ",", 1),
         ((GROUPED, "\u2212{}"), ",", -1),
         ((GROUPED, "{}"), ",", 1),
+        ((GROUPED, "{:.}", "0.{}"), ";", 1e-3),
+        ((GROUPED, "{:.}"), ";", 1e-3),
+        ((GROUPED, "{:.}"), ",", 1e-3),
     ],
     ids=lambda value: ascii(value[1:]) if isinstance(value, tuple) else ascii(value),
 )
