@@ -57,6 +57,8 @@ PARALLEL_BYTES = 32 * 2**20
 """From so much metrics on, all cores read."""
 PAGE = 1000
 """Rows that W&B gives at once; a run that has no more is read whole, of a longer one what is asked for."""
+LARGEST = 1e150
+"""Values beyond it count as infinite: the squares of which a spread is made would be."""
 READERS = 8
 """Runs that are read from W&B at the same time."""
 TROUBLES = 3
@@ -347,12 +349,17 @@ def _series(steps: list[Any], values: list[Any]) -> tuple[Series, int, int, int]
         pairs = [(a, b) for a, b in numbers if a is not None and b is not None]
         x, y = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
     odd = len(values) - x.size
+    y = _bounded(y)
     usable = np.isfinite(x)
     if not usable.all():
         x, y = x[usable], y[usable]
     found = _without_overlap(x, y)
     begun_again = x.size > 0 and bool((x[1:] <= x[0]).any())
     return found, (x.size - found.x.size) if begun_again else 0, int((np.diff(x) == 0).sum()), odd
+
+
+def _bounded(y: Array) -> Array:
+    return np.where(np.abs(y) > LARGEST, np.copysign(np.inf, y), y)
 
 
 def _without_overlap(x: Array, y: Array) -> Series:
@@ -536,7 +543,7 @@ def _with_said(
         value = said.get(name, said.get(f"{SUMMARY}{name}"))
         number = _number(value)
         if number is not None and name not in series:
-            series[name] = Series(np.array([math.nan]), np.array([number]))
+            series[name] = Series(np.array([math.nan]), _bounded(np.array([number])))
     return series
 
 

@@ -51,7 +51,7 @@ def number(value: float, within: float = 0.0) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-MOST_DIGITS = 10
+MOST_DIGITS = 13
 """Of a number; what differs beyond them differs by rounding."""
 
 

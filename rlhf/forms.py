@@ -148,18 +148,35 @@ def unused_columns(row: Row, parser: Parser) -> set[str]:
     return {*columns_of(row)} - {*parser.needs, *parser.may} - said
 
 
+_COMMON = (
+    ("prompt", "completion"),
+    ("messages",),
+    ("text",),
+    ("prompt",),
+    ("chosen", "rejected"),
+    ("prompt", "completions", "ranks"),
+)
+FORMS_SHOWN = 8
+"""Forms that are named where a row has none of them."""
+
+
 def unknown_columns(row: Row, parsers: Parsers, place: str) -> LabError:
     """What is wrong with a row that no parser takes."""
     for columns, why in _REFUSED.items():
         if row.keys() >= set(columns):
             return LabError(f"{place}: has the columns {', '.join(columns)}. {why}")
-    forms = "; ".join(dict.fromkeys(" + ".join(parser.needs) for parser in parsers))
+    # The common ones come first, then those that share most with the row.
+    near = sorted(parsers, key=lambda p: (p.needs not in _COMMON, -len(row.keys() & {*p.needs})))
+    forms = [*dict.fromkeys(" + ".join(parser.needs) for parser in near)]
+    shown = "; ".join(forms[:FORMS_SHOWN]) + (
+        f" (or {len(forms) - FORMS_SHOWN} more, in rlhf/forms.py)" if len(forms) > FORMS_SHOWN else ""
+    )
     missing = sorted({column for parser in parsers for column in parser.needs} - row.keys())
     known = {column for parser in parsers for column in (*parser.needs, *parser.may)}
     odd = [str(name) for name in row if name not in known]
     hint = next(filter(None, (did_you_mean(name, missing) for name in odd)), "")
     found = textwrap.shorten(", ".join(row), 200, placeholder=" ...") or "none"
-    return LabError(f"{place}: has the columns {found}. Name them as in one of: {forms}.{hint}")
+    return LabError(f"{place}: has the columns {found}. Name them as in one of: {shown}.{hint}")
 
 
 _REFUSED = {

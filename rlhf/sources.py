@@ -339,7 +339,15 @@ def _json_rows(path: Path) -> Iterator[Numbered]:
     except NotJSON as error:
         line = getattr(error, "line", 1)
         raise LabError(f"{path}, line {line}: {error}.") from None
-    yield from enumerate(_rows_of(value) if isinstance(value, dict) else value, 1)
+    if isinstance(value, dict):
+        parts = [name for name in value if value[name] and _are_rows(value[name])]
+        if len(parts) > 1 and {*parts} & {*chain(*_SPLIT_NAMES.values())}:
+            raise LabError(
+                f"{path}: holds several lists of rows ({', '.join(parts[:5])}). Write each into a file of "
+                f"its own in one folder ({parts[0]}.json), and name that."
+            )
+        value = _rows_of(value)
+    yield from enumerate(value, 1)
 
 
 def _rows_of(value: dict[str, Any]) -> Iterable[Any]:
@@ -348,7 +356,7 @@ def _rows_of(value: dict[str, Any]) -> Iterable[Any]:
     if isinstance(columns, list) and isinstance(rows, list):  # pandas' orient="split"
         return [dict(zip(map(str, columns), row, strict=False)) for row in rows if isinstance(row, list)]
     for name in ("data", "rows", "train", "examples"):
-        if isinstance(rows := value.get(name), list) and all(isinstance(row, dict) for row in rows):
+        if (rows := value.get(name)) and _are_rows(rows):
             return rows
     parts = [*value.values()]
     if parts and all(isinstance(part, dict) and part and all(map(str.isdecimal, part)) for part in parts):
@@ -359,6 +367,10 @@ def _rows_of(value: dict[str, Any]) -> Iterable[Any]:
     if _are_columns(parts):
         return [dict(zip(value, cells, strict=True)) for cells in zip(*parts, strict=True)]
     return [value]
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def _are_columns(parts: list[Any]) -> bool:

@@ -177,6 +177,17 @@ def test_values_that_are_no_numbers_do_not_count(values: list[Any], kept: list[f
     assert found.notes == (["4 values of a are no numbers and do not count"] if kept else [])
 
 
+def test_a_number_too_large_to_square_is_infinite(tmp_path: Path) -> None:
+    """A loss of 1e200 ended the comparison with a traceback."""
+    for name, end in (("a", 1e200), ("b", 1.0)):
+        for seed in range(3):
+            folder = tmp_path / f"{name}{seed}"
+            rows = [(0, {"eval/loss": 2.0 + seed}), (10, {"eval/loss": end if seed else 1.5})]
+            make_run(folder, rows, config={"seed": seed, "x": name})
+    compared = compare_runs(load([str(tmp_path)], ["eval/loss"]).records, Question(metric="eval/loss"))
+    assert {group.label: group.diverged for group in compared.groups} == {"x=a": 2, "x=b": 0}
+
+
 def test_a_run_going_on_is_not_crashed(tmp_path: Path) -> None:
     from lab.run import Run
 

@@ -637,6 +637,12 @@ def test_droppings_and_descriptions_are_no_data(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\na,b,c\n", "line 2: has 3 cells for 2 columns"),
         ("a.csv", b"prompt,completion\n\xe9,b\n", "no UTF-8 text"),
         ("a.json", b'{"prompt": "a"}', "Name them as in one of"),
+        ("a.json", b'{"prompt": "a", "label": 1, "x": 2}', "prompt + completion; "),
+        (
+            "a.json",
+            b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+            "several lists of rows (train, test)",
+        ),
         ("a.jsonl", b'{"input_ids": [1, 2]}\n', "token ids of some tokenizer"),
         ("a.jsonl", b'{"prompt": "a", "completions": ["b"], "labels": [true]}\n', "process reward models"),
         ("a.parquet", b"PAR1", "not readable as Parquet"),
