@@ -49,10 +49,12 @@ def open_objective(
     spec = saved.state.get("spec", {})
     try:
         columns = columns_of(spec.get("columns", []))
+        learned = spec.get("classes") or []
+        if not isinstance(learned, list) or not all(isinstance(name, str) for name in learned):
+            raise ValueError("no names of classes")
     except (AttributeError, ValueError):
         raise LabError(f"{saved.path}: does not say what it learned from. Restore it from a copy.") from None
-    learned: list[str] = spec.get("classes") or []
-    known = (columns, tuple(map(str, learned)))
+    known = (columns, tuple(learned))
     data = objectives.read(settings, run.folder, part, *known)
     if source is not None and part == "" and data.part == HELD_OUT and is_other(data, saved):
         data = objectives.read(settings, run.folder, ALL, *known)  # none of it was learned from

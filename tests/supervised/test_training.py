@@ -479,6 +479,17 @@ def test_other_images_of_another_size_are_said(tmp_path: Path) -> None:
     assert not any("the run learned from 1 x" in note for note in evaluate_run(run, saved)["notes"])
 
 
+def test_a_checkpoint_that_describes_no_columns_or_classes_is_one_line(tmp_path: Path) -> None:
+    run = trained(settings_of(PROBLEMS["classification"](tmp_path), max_steps=1), tmp_path / "run")
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    column = {"name": "a", "categories": [None]}
+    columns: list[Any] = ["a", ["a"], [{"name": 1}], [column], [{**column, "categories": "b"}]]
+    for spec in ([], {"classes": 3}, {"classes": [1, 2]}, *({"columns": value} for value in columns)):
+        spoilt = dataclasses.replace(saved, state={**saved.state, "spec": spec})
+        with pytest.raises(LabError, match="does not say what it learned from"):
+            evaluate_run(run, spoilt)
+
+
 @pytest.mark.parametrize("n_targets", [1, 3])
 def test_numbers_of_regression_are_those_of_scikit_learn(n_targets: int, tmp_path: Path) -> None:
     from sklearn import metrics
