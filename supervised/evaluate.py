@@ -124,6 +124,13 @@ def evaluate_run(
             else ""
         )
         notes += [f"{data.name} is not what it was when the run learned from it{judged}", *data.notes]
+        there = list(data.test.tensors["inputs"].shape[1:]) if data.kind == "images" else None
+        learned = saved.state.get("spec", {}).get("shape", there)
+        if there is not None and isinstance(learned, list) and there != learned:
+            sizes = [" x ".join(map(str, shape)) for shape in (there, learned)]
+            notes.append(
+                f"its images are {sizes[0]}, and the run learned from {sizes[1]}: set them to one size"
+            )
     else:
         notes += data.shared
     if not is_other(data, saved) and data.part == data.chosen_by and saved.path.name == "best":

@@ -60,11 +60,13 @@ MOST_AS_NUMBERS = 12
 """Different numbers of a column of categories (0, 1, 2, 3+); where there are more, it is one of numbers."""
 _SIGNS = r"[$\x{20ac}\x{a3}\x{a5}\x{20b9}%]"
 """Of money and of percent: they say what numbers count, in front of them or behind."""
-_PARTED = r"^-?\d{1,3}(?:[' \x{2019}\x{a0}\x{202f}]\d{3})+(?:[.,]\d+)?$|^-?\d+(?:[.,]\d+)?$"
+_PARTED = r"^[-+]?\d{1,3}(?:[' \x{2019}\x{a0}\x{202f}]\d{3})+(?:[.,]\d+)?$|^[-+]?\d+(?:[.,]\d+)?$"
 """Thousands parted as in Switzerland and France."""
-_COMMA_PARTS = r"^-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?$|^-?\d+(\.\d+)?$"
-_POINT_PARTS = r"^-?[1-9]\d{0,2}(\.\d{3})+(,\d+)?$|^-?\d+(,\d+)?$"
-_DECIMAL_COMMA = r"^-?\d+(,\d+)?$"
+_COMMA_PARTS = r"^[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?$|^[-+]?\d+(\.\d+)?$"
+_DECIMAL_COMMA = r"^[-+]?\d+(,\d+)?([eE][-+]?\d+)?$"
+_POINT_PARTS = rf"^[-+]?[1-9]\d{{0,2}}(\.\d{{3}})+(,\d+)?$|{_DECIMAL_COMMA}"
+_IN_BRACKETS = r"^\(([^()]*\d[^()]*)\)$"
+"""Below zero, as accountants write it."""
 _SEPARATOR = b"separator"
 """Key of a table's metadata: what parts the columns of its file."""
 _SEPARATORS = ("\t", ";", "|", ",")
@@ -954,9 +956,12 @@ def _of_texts(values: Any, commas: _Commas = _Commas(), notes: list[str] | None 
     with suppress(pyarrow.ArrowInvalid):
         if not points_part:
             return plain.cast(pyarrow.float64()).to_numpy()
+    if _has(plain, "(") and not _fits(plain, _IN_BRACKETS):
+        plain = _replaced(plain, _IN_BRACKETS, r"-\1")
+        said.append("took numbers in brackets for ones below zero")
     plain = _without_signs(_replaced(plain, r"\x{2212}", "-"), said)
-    if _fits(plain, _PARTED) and not _fits(plain, r"^-?[\d.,]*$"):
-        plain = _replaced(plain, r"[^-\d.,]", "")
+    if _fits(plain, _PARTED) and not _fits(plain, r"^[-+\d.,]*$"):
+        plain = _replaced(plain, r"[^-+\d.,]", "")
         said.append("took what parts digits within numbers for thousands")
     if commas.points_part and _fits(plain, _POINT_PARTS) and _has(plain, "."):
         plain = _replaced(plain, r"\.", "")
@@ -1032,7 +1037,8 @@ def _commas_of(tables: Mapping[str, Any]) -> _Commas:
     told: bool | None = None
     some_commas = decimal_points = False
     for texts in texts_of.values():
-        plain = _without_signs(_replaced(texts, r"^\s+|\s+$", ""), [])
+        plain = _replaced(_replaced(texts, r"^\s+|\s+$", ""), _IN_BRACKETS, r"-\1")
+        plain = _without_signs(plain, [])
         parts, points = _fits(plain, _COMMA_PARTS), _fits(plain, _POINT_PARTS)
         if not _has(plain, ","):
             decimal_points |= parts and not points

@@ -683,6 +683,8 @@ GROUPED = [1250 + 375 * (i % 7) for i in range(N)]
         ((GROUPED, "\u2212{}"), ",", -1),
         ((GROUPED, "{}"), ",", 1),
         ((GROUPED, "{:.}", "0.{}"), ";", 1e-3),
+        ((GROUPED, "+{:,}"), ";", 1e-3),
+        ((GROUPED, "{:,}E+03", "0,{}"), ";", 1),
         ((GROUPED, "{:.}"), ";", 1e-3),
         ((GROUPED, "{:.}"), ",", 1e-3),
     ],
@@ -706,6 +708,14 @@ def test_numbers_as_people_write_them(
     found = torch.cat([data.train.tensors["inputs"], data.test.tensors["inputs"]])[:, 0]
     more = 0.5 if forms[0].endswith("5") else 0
     assert torch.allclose(found, (torch.tensor(GROUPED).float() + more) * wanted)
+
+
+def test_numbers_in_brackets_are_below_zero(tmp_path: Path) -> None:
+    body = [[f"({n:,})" if i % 3 else f"{n:,}", i % 2] for i, n in enumerate(GROUPED)]
+    (tmp_path / "a.csv").write_bytes(as_csv([["a", "label"], *body]))
+    found = read(tmp_path / "a.csv").train.tensors["inputs"].flatten().tolist()
+    assert set(found) <= {n * (-1 if i % 3 else 1) for i, n in enumerate(GROUPED)}
+    assert min(found) < 0 < max(found)
 
 
 def test_a_comma_means_the_same_in_all_parts_and_columns(tmp_path: Path) -> None:

@@ -460,6 +460,25 @@ def test_other_data_of_a_table_are_read_by_the_names_of_columns_and_categories(t
         evaluate_run(run, saved, source=write("texts.csv", [{**row, "age": "old"} for row in new]))
 
 
+def test_other_images_of_another_size_are_said(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for side in (16, 24):
+        images = rng.integers(0, 256, (40, side, side), np.uint8)
+        np.savez(tmp_path / f"{side}.npz", images=images, labels=np.arange(40) % 2)
+    values = {
+        "objective": {"name": "classification"},
+        "data": {"source": str(tmp_path / "16.npz")},
+        "model": {"backbone": "resnet8"},
+        "batch_size": 16,
+        "max_steps": 1,
+    }
+    run = trained(settings_of(values, max_steps=1), tmp_path / "run")
+    saved = checkpoint.load(run.find_checkpoint("best"))
+    notes = evaluate_run(run, saved, source=str(tmp_path / "24.npz"))["notes"]
+    assert any("images are 1 x 24 x 24, and the run learned from 1 x 16 x 16" in note for note in notes)
+    assert not any("the run learned from 1 x" in note for note in evaluate_run(run, saved)["notes"])
+
+
 @pytest.mark.parametrize("n_targets", [1, 3])
 def test_numbers_of_regression_are_those_of_scikit_learn(n_targets: int, tmp_path: Path) -> None:
     from sklearn import metrics
