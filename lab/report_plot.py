@@ -50,9 +50,9 @@ def has_profile(comparison: Comparison) -> bool:
 
 
 def unit(comparison: Comparison) -> str:
-    """What the plots are of: the metric, as it is or scaled."""
+    """What the plots are of: the metric, as it is or scaled by each task's range (a note says which)."""
     metric = comparison.question.metric
-    return f"{metric}, scaled by each {comparison.task_key}'s range" if comparison.normalized else metric
+    return f"{metric} (scaled)" if comparison.normalized else metric
 
 
 def score_label(comparison: Comparison) -> str:
@@ -135,7 +135,7 @@ def _draw_scores(axes: "Axes", comparison: Comparison, colors: dict[str, int | N
     for group, y in zip(groups, places, strict=True):
         color, dash = _style(colors[group.label])
         _draw_score(axes, group, y, color, dash)
-    axes.set(xlabel=shown(score_label(comparison)))
+    axes.set(xlabel=shown(score_label(comparison)).replace(": single", ":\nsingle"))
     axes.set_yticks(list(places), [shortened(shown(f"{group.label} (n={group.n})")) for group in groups])
     for tick, group in zip(axes.get_yticklabels(), groups, strict=True):
         tick.set_color(_style(colors[group.label])[0] if colors[group.label] is not None else "#555")

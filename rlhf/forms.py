@@ -93,7 +93,7 @@ def as_row(value: Any, parsers: Parsers) -> Row:
     return {name: _as_turns(column, name) for name, column in value.items()}
 
 
-_TURNS_IN_TEXT = re.compile(r"""\s*\[?\s*\{\s*(['"])(?:role|from|content|value)\1\s*:\s*['"\[]""")
+_TURNS_IN_TEXT = re.compile(r"""\s*(?:\[\s*)?\{\s*(['"])(?:role|from|content|value)\1\s*:\s*['"\[]""")
 """How a conversation, or a message, begins that is written into a text."""
 
 

@@ -38,6 +38,8 @@ class Fit:
     """Of these, those whose prompt was cut off at its beginning; the others were left out."""
     last_turn_only: int = 0
     """Conversations of which the last answer alone is learned; see `tokenize_conversation`."""
+    unlearned: int = 0
+    """Conversations of which no answer is to be learned (`weight` 0): left out."""
     unlike_trl: int = 0
     """Of the first `COMPARED` rows, those that TRL's own trainer would tokenise in another way."""
 
@@ -107,10 +109,13 @@ def tokenized(
     """
     ids: list[list[int]] = []
     masks: list[list[int]] = []
-    too_long = cut = last_only = 0
+    too_long = cut = last_only = unlearned = 0
     batches = (rows_of_ids(batch.to_list(), tokenizer) for batch in _batches(dataset))
     for number, (own, mask, every_turn) in enumerate(itertools.chain.from_iterable(batches), 1):
         last_only += not every_turn
+        if 1 not in mask:
+            unlearned += 1
+            continue
         if len(own) > max_length:
             too_long += 1
             if on_too_long == "error":
@@ -118,15 +123,18 @@ def tokenized(
                     f"data.max_length: {NAMES[name]} {number} has {len(own)} tokens, more than {max_length}. "
                     "Raise it, or set data.too_long to drop or truncate_prompt."
                 )
-            prompt = mask.index(1) if 1 in mask else len(mask)
+            prompt = mask.index(1)
             room = max_length - (len(own) - prompt)
             if on_too_long == "drop" or prompt == 0 or room < 1:
                 continue
             own = cut_left(own[:prompt], room, tokenizer) + own[prompt:]
             mask, cut = [0] * room + mask[prompt:], cut + 1
-        if 1 in mask:
-            ids.append(own)
-            masks.append(mask)
+        ids.append(own)
+        masks.append(mask)
+    if unlearned == len(dataset):
+        raise LabError(
+            f"no answer of any {NAMES[name]} is to be learned: weight is 0. Set it to 1 where one is."
+        )
     if not ids:
         raise LabError(
             f"data.max_length: no token of any {NAMES[name]} is an answer's within {max_length} tokens. "
@@ -134,7 +142,7 @@ def tokenized(
         )
     from datasets import Dataset
 
-    fit = Fit(len(dataset), too_long, cut, last_only)
+    fit = Fit(len(dataset), too_long, cut, last_only, unlearned)
     return Dataset.from_dict({"input_ids": ids, "completion_mask": masks}), fit
 
 
@@ -162,6 +170,8 @@ def describe_fits(fits: Mapping[str, Fit], max_length: int) -> list[str]:
             f"the chat template renders {only:,} conversations in another way as they grow: of these the "
             "last answer alone is learned"
         )
+    if unlearned := sum(fit.unlearned for fit in fits.values()):
+        lines.append(f"{unlearned:,} conversations left out, of which no answer is to be learned (weight 0)")
     if unlike := fits["train"].unlike_trl:
         lines.append(
             f"TRL by itself would tokenise {unlike} of the first {min(COMPARED, fits['train'].rows)} "

@@ -656,7 +656,7 @@ def test_what_is_scaled_is_scaled_in_the_curves_too(tmp_path: Path) -> None:
             assert group.run_curves[record.id].y[-1] == pytest.approx(group.compared[record.id])
         areas = [np.trapezoid(c.y, c.x) / np.ptp(c.x) for c in group.run_curves.values()]
         assert group.auc == pytest.approx(np.mean(areas))
-    text = "eval/mean_reward, scaled by each env.game"
+    text = "eval/mean_reward (scaled)"
     assert report_page.page([comparison], "t", "c").count(text) >= 3
     report.write([comparison], tmp_path, "t", "c")
     assert text in (tmp_path / "comparison.svg").read_text()

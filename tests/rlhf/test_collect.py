@@ -456,9 +456,7 @@ def test_missing_rankings_are_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot be written: Not a directory. Choose a folder you may write to." in refuses(
-        tmp_path / "file" / "folder"
-    )
+    assert "cannot be written: Not a directory. There is no folder" in refuses(tmp_path / "file" / "folder")
 
 
 def test_two_processes_cannot_write_one_collection(tmp_path: Path) -> None:

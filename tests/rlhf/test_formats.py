@@ -1,10 +1,12 @@
 """Data as people have it: each format with the rows it becomes, or the line it is refused with."""
 
 import bz2
+import contextlib
 import csv
 import gzip
 import json
 import lzma
+import time
 from pathlib import Path
 from typing import Any
 
@@ -548,6 +550,17 @@ def test_lists_in_a_table_are_read_where_lists_are_meant(tmp_path: Path) -> None
     )
     with pytest.raises(LabError, match="completion begins like a list of messages and cannot be read as"):
         data.demonstrations(str(path))
+
+
+@pytest.mark.parametrize("piece", [" ", "[", "[{", "['a' ", "{'role': "])
+def test_what_looks_like_a_conversation_takes_no_time(piece: str, tmp_path: Path) -> None:
+    text = "[{'role': '" + piece * 50_000
+    for said in (piece * 50_000 + "x", piece * 50_000 + "]", text, text + "'}]"):
+        source = lines(tmp_path / "a.jsonl", {"prompt": "a?", "completion": said})
+        began = time.monotonic()
+        with contextlib.suppress(LabError):
+            data.demonstrations(source)
+        assert time.monotonic() - began < 5
 
 
 def test_openassistants_messages_in_a_table(tmp_path: Path) -> None:

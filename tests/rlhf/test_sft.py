@@ -10,12 +10,14 @@ from datasets import Dataset
 
 from lab import config
 from lab.device import DeviceConfig, resolve
+from lab.errors import LabError
 from lab.run import Run
 from rlhf import reviews
 from rlhf.config import RLHFRun
 from rlhf.pipeline import run_stages
-from rlhf.sft import Fit, describe_fits, make_trainer
+from rlhf.sft import Fit, describe_fits, make_trainer, tokenized
 from tests.rlhf.test_families import FAMILIES, save
+from tests.rlhf.test_tokenization import prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -171,7 +173,7 @@ def test_what_max_length_takes_away_is_told_before_training_and_kept_in_the_summ
     )
     assert said.count(line) == 1
     assert said.index("starting in") < said.index(line) < said.index("finished in")
-    nothing = {"last_turn_only": 0, "unlike_trl": 0}
+    nothing = {"last_turn_only": 0, "unlearned": 0, "unlike_trl": 0}
     assert Run.open(tmp_path / "run" / "sft").info["summary"]["demonstrations"] == {
         "train": {"rows": 13, "too_long": 5, "cut": cut, **nothing},
         "eval": {"rows": 5, "too_long": 1, "cut": 0, **nothing},
@@ -190,3 +192,18 @@ def test_where_all_demonstrations_fit_nothing_is_said(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, reviews.demonstrations(1)[:4], {"labgpt": TINY})
     assert [*trainer.fits.values()] == [Fit(4)] * 2
     assert describe_fits(trainer.fits, 96) == []
+
+
+def test_conversations_that_teach_nothing_are_counted() -> None:
+    tokenizer = prepared("llama 3")
+    asked = {"role": "user", "content": "a film?", "weight": None}
+    rows = [
+        {"messages": [asked, {"role": "assistant", "content": "good", "weight": weight}]}
+        for weight in (1, 0, 0)
+    ]
+    learned, fit = tokenized(Dataset.from_list(rows), tokenizer, 64, "error")
+    assert (len(learned), fit) == (1, Fit(3, unlearned=2))
+    (said,) = describe_fits({"train": fit}, 64)
+    assert said == "2 conversations left out, of which no answer is to be learned (weight 0)"
+    with pytest.raises(LabError, match="no answer of any demonstration is to be learned: weight is 0"):
+        tokenized(Dataset.from_list(rows[1:]), tokenizer, 64, "error")
