@@ -237,6 +237,7 @@ class Cue(VecEnv):
         self.frames = np.zeros((n_envs, 4, 8, 8), np.uint8)
         self.sides, self.time = np.zeros(n_envs, int), np.zeros(n_envs, int)
         self.right: list[bool] = []
+        self.waiting = False  # as `AtariVecEnv` has it
 
     def begin(self, i: Any) -> None:
         self.sides[i], self.time[i] = self.rng.integers(2), 0
@@ -249,10 +250,10 @@ class Cue(VecEnv):
         return self.frames.copy()
 
     def step_async(self, actions: np.ndarray) -> None:
-        self.actions = actions
+        self.actions, self.waiting = actions, True
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        self.time += 1
+        self.time, self.waiting = self.time + 1, False
         dones = self.time > self.delay
         rewards = np.where(dones, np.where(self.actions == self.sides, 1.0, -1.0), 0.0)
         self.frames = np.concatenate((self.frames[:, 1:], np.zeros((self.num_envs, 1, 8, 8), np.uint8)), 1)
