@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from lab import comparing, sweep, sync, trust
 from lab.arguments import count, probability, seed
 from lab.errors import LONGEST_LINE, LabError, brief, cut, did_you_mean, first_line
-from lab.escape import harmless
+from lab.escape import harmless, harmless_warnings
 from lab.interrupt import heard
 
 KINDS = ("algorithms", "backbones", "configs", "datasets", "games", "labelers", "objectives")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name need not be text in this terminal's encoding
             stream.reconfigure(errors="backslashreplace")
     try:
-        with heard():
+        with heard(), harmless_warnings():
             code = _run(arguments)
             if sys.stdout is not None:
                 sys.stdout.flush()  # where a full disk is noticed

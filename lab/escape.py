@@ -8,9 +8,18 @@
 Of plots, which need a font for it, see `lab.figure`.
 """
 
+import contextlib
 import html
 import json
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
+
+from lab.errors import cut
+
+LONGEST_MESSAGE = 1_000
+"""Characters of a line of what a library warns of."""
 
 
 def harmless(text: str) -> str:
@@ -23,6 +32,33 @@ def harmless(text: str) -> str:
 def one_line(text: str) -> str:
     """A name, as `harmless`, without newlines and tabs."""
     return harmless(" ".join(text.split()))
+
+
+@contextlib.contextmanager
+def harmless_warnings() -> Iterator[None]:
+    """Within, what is logged or warned of reaches no terminal but as `harmless`, in lines that end: libraries
+    repeat names from files there as they are."""
+    record, form = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def formatted(*args: Any, **kwargs: Any) -> str:
+        return _short(form(*args, **kwargs))
+
+    logging.setLogRecordFactory(_HarmlessRecord)
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(record)
+        warnings.formatwarning = form
+
+
+class _HarmlessRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return _short(super().getMessage())
+
+
+def _short(text: str) -> str:
+    return "\n".join(cut(harmless(line), LONGEST_MESSAGE) for line in text.split("\n"))
 
 
 def cell(value: Any) -> Any:

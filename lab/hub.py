@@ -13,9 +13,12 @@ from urllib.request import getproxies
 
 from lab import trust
 from lab.errors import LabError
+from lab.files import read_json
 
 PATIENCE_SECONDS = 3.0
 PORTS = {"https": 443, "http": 80}
+MOST_LAYERS = 10_000
+"""Of layers, or of experts in one: a hundred times those of the deepest models."""
 
 
 def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
@@ -27,12 +30,14 @@ def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         options: as `kind.from_pretrained` takes them.
 
     Raises:
-        LabError: it cannot be opened without running code of its own.
+        LabError: it cannot be opened without running code of its own, asks for more layers than any model
+            has, takes weights from outside of its folder, or is a tokenizer without a vocabulary.
         Exception: whatever the library raises for anything else.
     """
     from transformers import dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # a library that opens it again would ask on standard input
+    _check_sizes_and_parts(Path(name))
     files = sorted(Path(name).rglob("*.py"))
     trusted = bool(files) and trust.allows(str(name))
     if trusted:
@@ -43,7 +48,10 @@ def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         trust.require(str(name), "runs the Python code in it", str(name), files)
     try:
         with hub_or_cache(str(name)):
-            return kind.from_pretrained(name, trust_remote_code=trusted, **options)
+            opened = kind.from_pretrained(name, trust_remote_code=trusted, **options)
+        if hasattr(opened, "backend_tokenizer"):
+            _check_vocabulary(opened, name)
+        return opened
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -56,6 +64,48 @@ def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
                 "Put the code into a folder with the model and name that.",
             )
         raise LabError(f"{name}: {runs}. {remedy}") from None
+
+
+def _check_sizes_and_parts(folder: Path) -> None:
+    """Looks at what transformers would do as it is told, for hours, or outside of the folder.
+
+    Raises:
+        LabError: it is told so.
+    """
+    config = folder / "config.json"
+    if config.is_file():
+        told = [read_json(config, "a model's config")]
+        while told:
+            values = told.pop()
+            for key, value in values.items() if isinstance(values, dict) else ():
+                n = value if isinstance(value, int) else len(value) if isinstance(value, list) else 0
+                if n > MOST_LAYERS and re.search(r"(layers?|experts|blocks)$", key):
+                    raise LabError(
+                        f"{config}: {key} is {n:,}, and no model has more than {MOST_LAYERS:,}. Restore the "
+                        "folder from a copy."
+                    )
+                told.append(value)
+    for index in folder.glob("*.index.json"):
+        parts = read_json(index, "where the parts of the weights are").get("weight_map")
+        for part in set(map(str, parts.values())) if isinstance(parts, dict) else ():
+            if not part or Path(part).name != part:
+                raise LabError(
+                    f"{index}: takes weights from {part!r}, outside of the folder. Restore it from a copy."
+                )
+
+
+def _check_vocabulary(tokenizer: Any, name: str | Path) -> None:
+    """transformers makes a tokenizer of special tokens alone where its file is missing, without a word.
+
+    Raises:
+        LabError: it did.
+    """
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if len(tokenizer.get_vocab().keys() - special) < 2:
+        raise LabError(
+            f"{name}: its tokenizer has no vocabulary: tokenizer.json (or vocab.json and merges.txt, "
+            "tokenizer.model, vocab.txt) is missing. Put it beside tokenizer_config.json."
+        )
 
 
 def _code_elsewhere(folder: Path) -> str:

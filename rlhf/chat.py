@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.device import DeviceConfig, quiet_threads, resolve
 from lab.errors import LabError, did_you_mean
+from lab.escape import harmless
 from lab.files import read_json
 from rlhf.pipeline import find_model
 
@@ -214,15 +215,14 @@ def _language_model(folder: Path) -> Path:
 
 
 def _open(folders: Sequence[Path], places: Sequence[Path], options: argparse.Namespace) -> list[Speaker]:
-    from transformers.utils import logging
-
     from rlhf.models import open_policy
+    from rlhf.stage import quiet_transformers
 
-    logging.disable_progress_bar()
     device = resolve(DeviceConfig()).device
     speakers = []
     for folder, place in zip(folders, places, strict=True):
-        model, tokenizer = open_policy(place)
+        with quiet_transformers(lambda line: print(harmless(line.strip()), file=sys.stderr)):
+            model, tokenizer = open_policy(place)
         speakers.append(
             Speaker(
                 str(folder),

@@ -3,6 +3,9 @@
 import json
 import logging
 import os
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,9 +14,9 @@ from typing import Any
 import torch
 
 from lab.device import Compute
-from lab.errors import LabError, did_you_mean, first_line
+from lab.errors import LabError, brief, did_you_mean, first_line
 from lab.files import read_json, sha256_file
-from lab.hub import from_pretrained
+from lab.hub import MOST_LAYERS, from_pretrained
 from rlhf import heads, labgpt, reviews
 from rlhf.config import ModelConfig
 from rlhf.tokenization import check_end, separate_padding
@@ -289,7 +292,7 @@ def _read(kind: Any, name: str, config: Any, keep_format: bool, fresh: Sequence[
         )
     unused = sorted(key for key in report["unexpected_keys"] if not key.startswith(("lm_head.", "score.")))
     if unused:
-        _log.warning("%s: %d of its weights are not used: %s ...", name, len(unused), unused[0])
+        _log.warning("%s: %d of its weights are not used: %s ...", name, len(unused), brief(unused[0]))
     model.saved_format = own
     return model
 
@@ -421,18 +424,85 @@ def _hash(folder: Path) -> str | None:
 
 
 def with_adapter(adapter: Path, model: Any) -> Any:
-    """PEFT's model of a model and an adapter's folder."""
+    """PEFT's model of a model and an adapter's folder.
+
+    Raises:
+        LabError: tensors of the adapter are missing, which PEFT would leave as they are made, so that they do
+            nothing, or are of modules that the model has not; or what it is put on takes too long to find.
+    """
     from peft import PeftModel
 
+    _check_adapted_modules(adapter, model)
     with warnings.catch_warnings():  # PEFT reads what transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(model, str(adapter))
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # it is refused below
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        fitted = adapted.load_adapter(str(adapter), "default")  # once more, as this tells what did not fit
+    for keys, what in (
+        (fitted.missing_keys, "of the adapter's tensors are missing"),
+        (fitted.unexpected_keys, "of the adapter's tensors are of modules that the model has not"),
+    ):
+        if keys:
+            raise LabError(
+                f"{adapter}: {len(keys)} {what}, the first {brief(keys[0])}. Restore the folder from a copy, "
+                "or name the model it was trained on."
+            )
+    return adapted
+
+
+_MATCH = "import json, re, sys\nfor p, names in json.load(sys.stdin):\n for n in names: re.match(p, n)"
+_AS_PEFT_MATCHES = {
+    "target_modules": r"(?:{})\Z",
+    "exclude_modules": r"(?:{})\Z",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+    "layers_pattern": r".*\.{}\.(\d+)\.",
+}
+MATCH_SECONDS = 10.0
+
+
+def _check_adapted_modules(adapter: Path, model: Any) -> None:
+    """An adapter's patterns of module names, tried in a process of their own: some would take forever.
+
+    Raises:
+        LabError: they do, or the adapter asks for more layers than any model has.
+    """
+    path = adapter / "adapter_config.json"
+    config = read_json(path, "an adapter's configuration")
+    names = [name for name, _ in model.named_modules()]
+    tried: list[tuple[str, list[str]]] = []
+    for key, form in _AS_PEFT_MATCHES.items():
+        value = config.get(key) or []
+        is_list_of_names = key.endswith("_modules") and not isinstance(value, str)
+        patterns = [] if is_list_of_names else [value] if isinstance(value, str) else [*value]
+        tried += [
+            (form.replace("{}", p), names) for p in map(str, patterns) if not re.fullmatch(r"[\w.]*", p)
+        ]
+    if tried:
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-c", _MATCH],
+                input=json.dumps(tried).encode(),
+                capture_output=True,  # what is no pattern, PEFT says
+                timeout=MATCH_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise LabError(
+                f"{path}: its patterns of modules take more than {MATCH_SECONDS:g} s to find them. Name the "
+                "modules in a list."
+            ) from None
+    copies = config.get("layer_replication") or []
+    if isinstance(copies, list) and len(copies) > MOST_LAYERS:
+        raise LabError(f"{path}: layer_replication has {len(copies):,} parts. Restore it from a copy.")
 
 
 def _merged(adapter: Path, model: Any) -> Any:
     own, path = model.saved_format, model.config.name_or_path
     try:
         merged = with_adapter(adapter, model).merge_and_unload()
+    except LabError:
+        raise
     except Exception as error:  # whatever PEFT, torch or safetensors raise
         raise LabError(f"{adapter}: the adapter does not fit {path}: {first_line(error)[:200]}") from None
     merged.saved_format, merged.config.name_or_path = own, path

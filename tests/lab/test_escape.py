@@ -1,6 +1,8 @@
 """What strangers write is shown where it would be obeyed: terminals, spreadsheets, pages, refusals."""
 
 import json
+import logging
+import warnings
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from lab import config
 from lab.cli import main
 from lab.config import parse_yaml
 from lab.errors import LONGEST_LINE, LabError, brief, cut, did_you_mean
-from lab.escape import cell, harmless, one_line, script_data
+from lab.escape import cell, harmless, harmless_warnings, one_line, script_data
 from lab.records import Record
 
 
@@ -162,3 +164,24 @@ def test_values_that_no_file_can_hold_are_refused(value: object) -> None:
     key = "seed" if isinstance(value, int) else "name"
     with pytest.raises(LabError, match=f"command line: {key} = .* is not valid"):
         config.build(RLHFRun, {}, {key: value}, "config.yaml")
+
+
+def test_what_libraries_warn_of_reaches_the_terminal_harmless(capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers and PEFT repeat names of tensors and keys from files as these are."""
+    name = "\x1b]0;obey\x07\u202e" + "z" * 5_000
+    handler = logging.StreamHandler()
+    log = logging.getLogger("some.library")
+    log.addHandler(handler)
+    try:
+        with harmless_warnings(), warnings.catch_warnings():
+            warnings.simplefilter("always")
+            log.warning("unused: %s", name)
+            print(warnings.formatwarning(name, UserWarning, "file.py", 1))
+    finally:
+        log.removeHandler(handler)
+    captured = capsys.readouterr()
+    for said in (captured.out, captured.err):
+        assert "\\x1b]0;obey\\x07\\u202e" in said
+        assert not any(c in said for c in "\x1b\x07\u202e")
+        assert max(map(len, said.splitlines())) <= LONGEST_LINE
+    assert logging.getLogRecordFactory() is logging.LogRecord

@@ -269,3 +269,62 @@ def test_the_text_model_of_a_larger_one_has_the_head_of_the_whole(tied: bool, tm
     policy, _ = models.open_policy(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(policy(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("change", ["lost", "renamed", "of other modules", "DoRA's"])
+def test_an_adapter_of_which_a_part_would_do_nothing_is_refused(run: Path, change: str) -> None:
+    """PEFT warns of it, and the model answers as if it had not been trained."""
+    adapter = run / "ppo" / "model" / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    first = min(tensors)
+    if change == "DoRA's":
+        config = adapter / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    elif change == "of other modules":
+        tensors[first.replace("q_proj", "qkv")] = tensors[first].clone()
+        tensors["\x1b]0;obey\x07"] = torch.ones(1)
+    else:
+        moved = tensors.pop(first)
+        tensors |= {first.replace("model.", "_orig_mod."): moved} if change == "renamed" else {}
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(LabError, match=r"of the adapter's tensors are (missing|of modules)"):
+        models.open_policy(adapter)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"],
+)
+def test_a_pattern_of_modules_that_takes_forever_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(models, "MATCH_SECONDS", 0.3)
+    adapter = run / "ppo" / "model" / "adapter"
+    config = adapter / "adapter_config.json"
+    pattern = "(.*.*.*.*.*.*.*.*)*x"
+    value: Any = {pattern: 4} if key.endswith("_pattern") and key != "layers_pattern" else pattern
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value, "layers_to_transform": [0]}))
+    with pytest.raises(LabError, match="patterns of modules take more than"):
+        models.open_policy(adapter)
+
+
+def test_an_adapter_of_endless_copies_of_layers_is_refused(run: Path) -> None:
+    adapter = run / "ppo" / "model" / "adapter"
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_replication": [[0, 2]] * 100_000}))
+    with pytest.raises(LabError, match="layer_replication has 100,000 parts"):
+        models.open_policy(adapter)
+
+
+def test_ordinary_patterns_of_modules_are_taken(run: Path) -> None:
+    adapter = run / "ppo" / "model" / "adapter"
+    expected = logits(models.open_policy(adapter)[0])
+    config = adapter / "adapter_config.json"
+    values = json.loads(config.read_text())
+    last = "|".join(sorted({name.rpartition(".")[2] for name in values["target_modules"]}))
+    values |= {
+        "target_modules": rf".*\.layers\.\d+\.(self_attn|mlp)\.({last})",
+        "rank_pattern": {"q.?_proj": 2},
+    }
+    config.write_text(json.dumps(values))
+    torch.testing.assert_close(logits(models.open_policy(adapter)[0]), expected)

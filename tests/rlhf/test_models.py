@@ -368,7 +368,7 @@ def test_a_reward_model_of_another_tokenizer_is_refused(
     from rlhf.config import RLHFRun
     from rlhf.policy_optimization import train_policy
 
-    words = Tokenizer(WordLevel({"<p>": 0, "<e>": 1, "pizza": 2}))
+    words = Tokenizer(WordLevel({"<p>": 0, "<e>": 1, "the": 2, "pizza": 3}))
     other = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<p>", eos_token="<e>")
     stranger = tmp_path / "stranger"
     models.save(models.open_reward(save_tiny("llama"))[0], other, stranger)

@@ -176,7 +176,7 @@ def test_comparisons_that_all_tie_teach_nothing(lab: Lab, tmp_path: Path) -> Non
 def test_a_labeler_to_whom_all_is_one_teaches_nothing(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "judge.py").write_text("def count(prompt, answer):\n    return 1.0\n")
     line = lab(**COLLECTED)
-    assert "tie" in line
+    assert "of 7 prompts 0 have an answer that python:judge.py:count prefers to another" in line
     assert "Traceback" not in line
 
 
