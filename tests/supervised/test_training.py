@@ -783,6 +783,28 @@ def test_a_similarity_in_numbers_is_learned_by_its_squared_error(tmp_path: Path)
     assert objective.loss("model", batch).value.item() == pytest.approx(by_hand, rel=1e-4)
 
 
+def test_a_correlation_is_as_exact_in_bf16_as_its_answers(tmp_path: Path) -> None:
+    values = {**similarity_by_adapters(tmp_path), "device": {**SMALL["device"], "precision": "bf16"}}
+    objective: Any = objective_of(settings_of(values))
+    batches = list(objective.batches("test", CPU.device).epoch(0))
+    with torch.inference_mode(), Compute(CPU.device, "bf16", 1, "test").autocast():
+        numbers = objective.evaluate(objective.players, batches)
+        found, wanted = (column[:, 0].numpy() for column in objective._answers(objective.players, batches))
+    assert numbers["pearson"] == pytest.approx(np.corrcoef(found, wanted)[0, 1], abs=1e-6)
+    assert numbers["loss"] == pytest.approx(np.square(found - wanted).mean(), rel=1e-6)
+
+
+def test_of_equal_headlines_the_lower_loss_is_best_also_after_a_stop(tmp_path: Path) -> None:
+    values = {**pairs(tmp_path), "eval": {"every_epochs": 0.01}, "optimizer": {"learning_rate": 1e-5}}
+    for steps, resume in ((4, False), (6, True)):
+        run = trained(settings_of(values, max_steps=steps), tmp_path / "run", resume=resume)
+    rows = [row for row in read_metrics(run.metrics) if "eval/bleu" in row]
+    assert {row["eval/bleu"] for row in rows} == {0.0}
+    lowest = min(rows, key=lambda row: row["eval/loss"])
+    assert lowest["global_step"] > 4, "or nothing is shown"
+    assert checkpoint.load(run.find_checkpoint("best")).state["step"] == lowest["global_step"]
+
+
 def test_another_config_than_before_is_refused(tmp_path: Path) -> None:
     settings = settings_of(table(tmp_path))
     trained(settings, tmp_path / "run")
