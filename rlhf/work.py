@@ -167,14 +167,15 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     settings, c = recipe.settings, recipe.settings.collect
     model, tokenizer = models.open_policy(recipe.result("sft"))
     model.to(compute.device).eval()
+    source = settings.data.prompts or settings.data.demonstrations
     found, too_long = fitting_prompts(
         rendered("prompts", splits.training_prompts(settings), tokenizer, settings.data),
         tokenizer,
         settings.data,
-        settings.data.prompts or settings.data.demonstrations,
+        source,
     )
-    asked = found["prompt"]
-    asked = [prompt for prompt in asked[: c.max_prompts] for _ in range(c.rounds)]
+    chosen = splits.some(found["prompt"][:], c.max_prompts, source)
+    asked = [prompt for prompt in chosen for _ in range(c.rounds)]
 
     def sample(batch: list[Any], k: int, seeds: list[int]) -> list[list[labelers.Answer]]:
         drawn = draw_samples(
@@ -313,7 +314,8 @@ def evaluate_recipe(
     policy, tokenizer = models.open_policy(recipe.result("ppo"))
     d = settings.data
     unseen = rendered("prompts", unseen, tokenizer, d)
-    unseen, too_long = fitting_prompts(unseen, tokenizer, d, d.eval_prompts or d.prompts or d.demonstrations)
+    source = d.eval_prompts or d.prompts or d.demonstrations
+    unseen, too_long = fitting_prompts(unseen, tokenizer, d, source)
     baseline, _ = models.open_policy(recipe.result("sft"))
     reward_model, _ = models.open_reward(recipe.result("reward"))
     for model in (policy, baseline, reward_model):
@@ -322,7 +324,7 @@ def evaluate_recipe(
         policy,
         baseline,
         tokenizer,
-        unseen["prompt"][: e.prompts],
+        splits.some(unseen["prompt"][:], e.prompts, source),
         evaluator(settings),
         RewardScorer(reward_model, tokenizer),
         n=e.samples,
@@ -331,6 +333,7 @@ def evaluate_recipe(
         seed=settings.seed if seed is None else seed,
         max_prompt=room_for_prompts(settings.data),
     )
+    result["prompts_unseen"] = len(unseen)
     if too_long:
         result["prompts_too_long"] = too_long
     if trained_on:
