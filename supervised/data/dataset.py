@@ -384,24 +384,28 @@ def _shared(train: Split, test: Split, part: str) -> tuple[str, ...]:
         return ()
     learned = set(map(hash, inputs[0]))
     n, shared = 0, 0
+    what = "documents" if isinstance(test, TokenSplit) else "samples"
     for sample in inputs[1]:
         n += 1
         shared += hash(sample) in learned
     return (
-        (f"{shared:,} of {n:,} samples of {part} are also learned from, with the same input",)
+        (f"{shared:,} of {n:,} {what} of {part} are also learned from, with the same input",)
         if shared
         else ()
     )
 
 
 def _inputs(split: Split) -> Iterator[bytes] | None:
-    """The bytes of each sample's input; None: the split is one long text, or play."""
+    """The bytes of each sample's input, and of text of each document that is not empty; None: it is play."""
     if isinstance(split, TensorSplit):
         return (row.tobytes() for row in split.tensors["inputs"].numpy())
     if isinstance(split, SequenceSplit):
         ragged = split.sequences.get("source") or split.sequences["ids"]
         flat, ends = ragged.flat.numpy(), ragged.offsets[:: ragged.group].tolist()
         return (flat[a:b].tobytes() for a, b in pairwise(ends))
+    if isinstance(split, TokenSplit):
+        flat, ends = split.ids.numpy(), [*split.documents.tolist(), len(split)]
+        return (flat[a:b].tobytes() for a, b in pairwise(ends) if b > a + 1)
     return None
 
 
