@@ -256,8 +256,8 @@ def test_in_bf16_scores_far_from_zero_are_read_as_any_others(seed: int) -> None:
     """bf16 rounds scores of about 30 by 0.1, whether these differ by 100 or by 1."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    ends: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS}
-    config = GPT2Config(vocab_size=len(VOCAB), num_labels=1, initializer_range=1.0, **sizes, **ends)
+    more: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "num_labels": 1}
+    config = GPT2Config(vocab_size=len(VOCAB), initializer_range=1.0, **sizes, **more)
     model = GPT2ForSequenceClassification(config).eval()
     with torch.no_grad():
         weight = model.score.weight.copy_(torch.randn(1, 32))
