@@ -162,6 +162,7 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf import models
     from rlhf.collect import collect
     from rlhf.evaluate import BIASED, draw_samples
+    from rlhf.health import warn
     from rlhf.tokenization import fitting_prompts, rendered, room_for_prompts
 
     settings, c = recipe.settings, recipe.settings.collect
@@ -184,11 +185,12 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
         )
         return [drawn.answers[i : i + k] for i in range(0, len(drawn.answers), k)]
 
+    labeler = collector(settings)
     summary = collect(
         stage.run.folder,
         asked,
         sample,
-        collector(settings),
+        labeler,
         k=c.answers,
         seed=settings.seed,
         batch_size=16,
@@ -209,14 +211,23 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
         ties=summary.ties,
         skipped=summary.skipped,
         earlier_won=summary.earlier_won,
-        **_warned(warnings),
     )
     stage.tracker.log(summary.prompts, {"collect/prompts": summary.prompts, "collect/pairs": summary.pairs})
     stage.progress.say(
         f"         {summary.pairs} pairs from {summary.prompts} prompts, {summary.ties} ties, "
         f"{summary.skipped} skipped"
     )
-    return not summary.stopped
+    if summary.stopped:
+        return False
+    warn(stage, *warnings)
+    preferred = summary.prompts - summary.all_tied - summary.skipped
+    if preferred < 2:  # one to learn from, another to measure by
+        raise LabError(
+            f"collect: of {summary.prompts} prompts {preferred} have an answer that {labeler.name} prefers to "
+            "another, and a reward model needs two. Ask more (collect.max_prompts, collect.rounds, "
+            "collect.answers) or another labeler, with --from collect."
+        )
+    return True
 
 
 def _reward(recipe: Recipe, stage: Any, compute: Compute) -> bool:
