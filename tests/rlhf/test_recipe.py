@@ -287,7 +287,7 @@ def test_a_labeler_that_prefers_next_to_nothing_is_told_of_or_ends_the_recipe_th
 ) -> None:
     for later in STAGES[1:]:
         shutil.rmtree(copied / "run" / later)
-    result = run(lab_command, copied, "--stage=collect", "--collect.labeler.tie_margin=0.6")
+    result = run(lab_command, copied, "--stage=collect", "--collect.labeler.tie_margin=0.9")
     assert result.returncode == 0, result.stderr
     found = summary(copied, "collect")
     assert found["ties"] > found["pairs"] > 0
