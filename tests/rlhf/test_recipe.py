@@ -296,7 +296,7 @@ def test_a_labeler_that_prefers_next_to_nothing_is_told_of_or_ends_the_recipe_th
     shutil.rmtree(copied / "run" / "collect")
     result = run(lab_command, copied, "--collect.labeler.tie_margin=3")
     assert result.returncode == 2
-    assert "collect: of 24 prompts 0 have an answer that vader(tie_margin=3) prefers to another" in result.stderr
+    assert "collect: of 24 prompts 0 have an answer that vader(" in result.stderr
     assert not (copied / "run" / "reward").exists()
 
 
