@@ -101,11 +101,19 @@ class Translation(Objective):
         model: Any = players["model"]
         c, tokens = self.config, self.tokens
         ends = {"bos_id": tokens.bos_id, "eos_id": tokens.eos_id}
-        longest = min(self.settings.data.context, source.shape[1] * 2 + 10)
+        longest = min(self.settings.data.context, self._longest_from(source.shape[1]))
         asked = (model.backbone, model.head, source, source != tokens.pad_id)
         if c.beam == 1:
             return greedy(*asked, **ends, max_length=longest)
         return beam_search(*asked, **ends, max_length=longest, beam=c.beam, alpha=c.length_penalty)
+
+    def _longest_from(self, length: int) -> int:
+        """Tokens at which a translation of a source of so many is cut, lest a model that has not learned to
+        end goes on: 2 for each and 10, or more where translations of no longer sources have more in the
+        training part, as those of 7777 into words."""
+        sources, targets = (self.data.train.sequences[side].longest() for side in ("source", "target"))
+        learned = targets[sources <= length]
+        return max(2 * length + 10, int(learned.max()) if len(learned) else 0)
 
     def _ids(self, text: str) -> list[int]:
         """Of a source: with its end."""

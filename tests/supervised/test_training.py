@@ -719,6 +719,22 @@ def test_bits_are_per_byte_of_the_text_as_it_was_written(tmp_path: Path) -> None
     assert len({row["gzip_bits_per_byte"] for row in numbers}) == 1
 
 
+def test_translations_may_be_as_long_as_those_learned_from(tmp_path: Path) -> None:
+    for part, lengths in (("train", [40] * 10), ("test", [40, 90])):
+        rows = [{"source": str(i), "target": "x" * n} for i, n in enumerate(lengths)]
+        write_rows(tmp_path, rows).rename(tmp_path / f"{part}.jsonl")
+    values = {**pairs(tmp_path), "data": {"source": str(tmp_path), "context": 64}}
+    (tmp_path / "rows.jsonl").unlink()
+    objective: Any = objective_of(settings_of(values))
+    source = torch.tensor([[ord("1"), objective.tokens.eos_id]])
+    torch.nn.init.zeros_(objective.players["model"].backbone.tokens.weight)  # byte 0 is taken for ever
+    (found,) = objective._translate(objective.players, source)
+    assert len(found) == 42, "with start and end, as those in the data"
+    assert any(
+        note.startswith("1 translations of test have over data.context = 64") for note in objective.data.notes
+    )
+
+
 def test_learned_positions_reach_as_far_as_any_sentence_to_judge_by(tmp_path: Path) -> None:
     (folder := tmp_path / "data").mkdir()
     for name, n in (("train", 8), ("val", 150), ("test", 100)):
