@@ -139,9 +139,15 @@ def load(
             kept = _pairs(train, tokenizer, config.context)
             if (left_out := n_rows(train) - len(kept)) and name != ALL:
                 notes.append(f"left out {left_out:,} empty pairs or pairs of over {config.context} tokens")
-            splits = [kept, _pairs(test, tokenizer)]
+            held_out = _pairs(test, tokenizer)
+            splits = [kept, held_out]
             others = (columns for part, columns in raw.parts.items() if is_evaluation(part))
-            judged = [splits[1], *(_pairs(columns, tokenizer) for columns in others if n_rows(columns))]
+            judged = [held_out, *(_pairs(columns, tokenizer) for columns in others if n_rows(columns))]
+            if n_long := int((held_out.sequences["target"].longest() > config.context + 1).sum()):
+                notes.append(
+                    f"{n_long:,} translations of {name} have over data.context = {config.context} tokens: "
+                    "those of a model end there"
+                )
             longest = max(int(r.longest().max()) for split in judged for r in split.sequences.values())
         else:
             keep_end = raw.form == "choice"

@@ -66,6 +66,12 @@ def read_texts(path: Path, config: DataConfig, reading: Reading) -> Raw:
         notes = say_droppings(path)
         if not files:
             kinds = sorted({bare_suffix(p) for p in shown if bare_suffix(p)})
+            if len(kinds) == 2 and {*kinds} <= {bare_suffix(p) for p in shown if stem(p) == stem(shown[0])}:
+                pair = ", ".join(kind[1:] for kind in kinds)
+                raise LabError(
+                    f"{path}: holds files that end in {kinds[0]} and {kinds[1]}. Are they the same in two "
+                    f"languages, set data.pair=[{pair}] from the first to the second; else set data.suffix."
+                )
             raise LabError(
                 f"{path}: holds no rows ({', '.join(ROWS)}), no picture, no arrays, and no file that ends in "
                 f"{config.suffix}. Set data.suffix"

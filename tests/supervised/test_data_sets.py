@@ -498,6 +498,12 @@ def test_files_of_text_alike_but_for_the_name_of_a_part_are_parts(
     assert f"took {test} for test, by name" in data.notes
 
 
+def test_aligned_files_ask_for_their_pair(tmp_path: Path) -> None:
+    for name in ("train.de", "train.en"):
+        write(tmp_path / name, "a\nb\n")
+    assert "set data.pair=[de, en] from the first to the second" in error(tmp_path)
+
+
 def test_files_about_a_part_are_none(tmp_path: Path) -> None:
     for name in ("test_utils.txt", "valid-moves.txt", "model.txt", "train/test.txt"):
         write(tmp_path / name, name)

@@ -26,6 +26,7 @@ from supervised import figures, objectives
 from supervised.config import SupervisedRun, run_config_class
 from supervised.data import load
 from supervised.evaluate import evaluate_run, open_objective
+from supervised.objectives import translation
 from supervised.objectives.base import Objective
 from supervised.pipeline import SupervisedPipeline
 from supervised.trainer import Trainer
@@ -717,6 +718,41 @@ def test_bits_are_per_byte_of_the_text_as_it_was_written(tmp_path: Path) -> None
         assert (tmp_path / "text.txt").read_text().endswith(original)
         assert numbers[-1]["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(original))
     assert len({row["gzip_bits_per_byte"] for row in numbers}) == 1
+
+
+@pytest.mark.parametrize("words", [1, 2, 3, 4, 5])
+def test_perfect_translations_have_bleu_100_however_short(words: int) -> None:
+    texts = [" ".join(f"w{i}{j}" for j in range(words)) for i in range(5)]
+    assert translation.bleu(texts, texts) == pytest.approx(100)
+    assert translation.bleu([text + " and more of it" for text in texts], texts) < 80
+    longer = [*texts, "one of more than four words"]
+    other = [*longer[:3], *longer[2:5]]
+    assert translation.bleu(other, longer) == sacrebleu.corpus_bleu(other, [longer]).score
+
+
+def test_that_bleu_is_of_fewer_words_is_said(tmp_path: Path) -> None:
+    objective = objective_of(settings_of(pairs(tmp_path)))
+    assert not objective.warnings({})
+    values = pairs(tmp_path)
+    write_rows(tmp_path, [{"source": str(i), "target": f"number {i}"} for i in range(20)])
+    (said,) = objective_of(settings_of(values)).warnings({})
+    assert said == "bleu is of up to 2 words in a row, not 4: no translation of held_out has more"
+
+
+def test_translations_may_be_as_long_as_those_learned_from(tmp_path: Path) -> None:
+    for part, lengths in (("train", [40] * 10), ("test", [40, 90])):
+        rows = [{"source": str(i), "target": "x" * n} for i, n in enumerate(lengths)]
+        write_rows(tmp_path, rows).rename(tmp_path / f"{part}.jsonl")
+    values = {**pairs(tmp_path), "data": {"source": str(tmp_path), "context": 64}}
+    (tmp_path / "rows.jsonl").unlink()
+    objective: Any = objective_of(settings_of(values))
+    source = torch.tensor([[ord("1"), objective.tokens.eos_id]])
+    torch.nn.init.zeros_(objective.players["model"].backbone.tokens.weight)  # byte 0 is taken for ever
+    (found,) = objective._translate(objective.players, source)
+    assert len(found) == 42, "with start and end, as those in the data"
+    assert any(
+        note.startswith("1 translations of test have over data.context = 64") for note in objective.data.notes
+    )
 
 
 def test_learned_positions_reach_as_far_as_any_sentence_to_judge_by(tmp_path: Path) -> None:
