@@ -223,9 +223,9 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     preferred = summary.prompts - summary.all_tied - summary.skipped
     if preferred < 2:  # one to learn from, another to measure by
         raise LabError(
-            f"collect: of {summary.prompts} prompts {preferred} have an answer that {labeler.name} prefers to "
-            "another, and a reward model needs two. Ask more (collect.max_prompts, collect.rounds, "
-            "collect.answers) or another labeler, with --from collect."
+            f"collect: of {summary.prompts} prompts {preferred} have an answer that {labeler.name} "
+            "prefers to another, and a reward model needs two. Ask more (collect.max_prompts, "
+            "collect.rounds, collect.answers) or another labeler, with --from collect."
         )
     return True
 
