@@ -178,12 +178,15 @@ def plain_logprobs(model: Any, probe: Probe) -> list[Tensor]:
 
 def tolerance(model: Any, truth: Sequence[Tensor]) -> float:
     """How far two ways of one computation may be apart at any token, in nats."""
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    kind = weight.device.type
-    coarse = torch.is_autocast_enabled(kind) or weight.dtype != torch.float32
-    if not coarse:
+    if not is_coarse(model):
         return FP32_TOLERANCE
     return max(FP32_TOLERANCE, BF16_TOLERANCE * max(float(x.std(correction=0)) for x in truth))
+
+
+def is_coarse(model: Any) -> bool:
+    """Whether a model is computed in bf16 or fp16."""
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    return torch.is_autocast_enabled(weight.device.type) or weight.dtype != torch.float32
 
 
 def name_of(model: Any) -> str:

@@ -162,7 +162,7 @@ class CollectConfig:
     rounds: int = 1
     """How often each prompt is asked."""
     max_prompts: int | None = None
-    """Prompts to collect for; null: all."""
+    """Prompts to collect for, drawn from all of them by a hash of each; null: all."""
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -275,7 +275,7 @@ class EvalStageConfig:
     labeler: dict[str, Any] = field(default_factory=dict)
     """Who evaluates, named as in collect.labeler; empty: whoever collected. {name: none}: no win rate."""
     prompts: int = 20
-    """Unseen prompts at most."""
+    """Unseen prompts at most, drawn from all of them by a hash of each."""
     samples: int = 15
     """Answers per prompt."""
     best_of: int = 4

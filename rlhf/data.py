@@ -244,6 +244,22 @@ def hold_out(dataset: "Dataset", fraction: float, seed: int) -> tuple["Dataset",
     return dataset.select(train), dataset.select(held_out)
 
 
+def drawn(prompts: Sequence[Text], at_most: int | None) -> list[int]:
+    """Which prompts stand for all of them where only some are asked: files are often sorted, by topic or
+    source, so that their first rows do not.
+
+    A hash of each prompt decides, and nothing else: whatever the seed the same ones are drawn, and where more
+    are asked for, the same ones first.
+
+    Returns:
+        Indices, at most `at_most`, in the order drawn; all in the order given if there are no more.
+    """
+    everything = list(range(len(prompts)))
+    if at_most is None or len(prompts) <= at_most:
+        return everything
+    return sorted(everything, key=lambda i: _uniform(f"drawn {key_of(prompts[i])}"))[:at_most]
+
+
 # ---- reading, and keeping what was read ----
 
 _PARSERS: dict[str, forms.Parsers] = {

@@ -323,8 +323,10 @@ def _verdicts(
 def describe_for_people(result: Mapping[str, Any]) -> str:
     """A table of `compare`'s numbers."""
     names = {"baseline": "SFT policy", "policy": "PPO policy", "best_of": "best of n"}
+    there_are = result.get("prompts_unseen", result["prompts"])
+    of_all = f" of {there_are:,}" if there_are > result["prompts"] else ""
     lines = [
-        f"{result['prompts']} unseen prompts, {result['samples_per_prompt']} answers each, "
+        f"{result['prompts']}{of_all} unseen prompts, {result['samples_per_prompt']} answers each, "
         f"evaluated by {result['labeler']}",
         "",
         f"{'':12}{'win rate vs SFT':>24}{'ties':>6}{'KL':>8}{'gold':>10}{'proxy':>10}{'tokens':>8}"

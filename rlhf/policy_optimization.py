@@ -221,7 +221,8 @@ def check_same_scores(merged: RewardScorer, shared: RewardScorer, folder: Path) 
     apart, spread = float((ours - own).abs().max()), float(own.std(correction=0))
     within = tolerance(merged.model, [own]) * max(1.0, spread)
     if getattr(merged.model, "saved_format", torch.float32) != torch.float32:
-        within = max(within, BF16_TOLERANCE * max(1.0, spread))
+        size = float((own + merged.shift * merged.scale).square().mean().sqrt())  # of what was rounded
+        within = max(within, BF16_TOLERANCE * max(1.0, size))
     if not apart <= within:
         raise LabError(
             f"{folder}: as an adapter of the policy the reward model scores otherwise than by itself (by "

@@ -9,6 +9,7 @@ from lab.device import Compute
 from lab.errors import LabError
 from rlhf import models
 from rlhf.config import RLHFRun
+from rlhf.data import drawn
 from rlhf.health import warn
 from rlhf.ranking import RankingTrainer, center, init_head
 from rlhf.scoring import RewardScorer, calibration_plot, held_out_report, sequence_classifier
@@ -137,7 +138,7 @@ def _answered(row: Any) -> Any:
 
 def _scale(model: Any, tokenizer: Any, held_out: list[Any]) -> None:
     """Puts into the model's config what gives held-out answers scores of variance 1."""
-    rows = held_out[:AT_MOST]
+    rows = [held_out[i] for i in drawn([row["prompt"] for row in held_out], AT_MOST)]
     scores = RewardScorer(model, tokenizer, shift=0.0, scale=1.0).score_texts(
         [row["prompt"] for row in rows for _ in row["completions"]],
         [completion for row in rows for completion in row["completions"]],

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from lab.errors import LabError
 from lab.figure import drawn
 from lab.statistics import wilson_interval
-from rlhf.agreement import evaluating, first_that_agrees, make_probe, name_of, tolerance
+from rlhf.agreement import (
+    BF16_TOLERANCE,
+    evaluating,
+    first_that_agrees,
+    is_coarse,
+    make_probe,
+    name_of,
+    tolerance,
+)
 from rlhf.data import ordered_pairs
 from rlhf.forms import Text
 from rlhf.prefix import hidden_states
@@ -85,6 +93,9 @@ class ScoreReading:
     """Rows of several lengths are read together, padded on the right; else one by one."""
 
 
+_READING_WAYS = [ScoreReading(), ScoreReading(shares=False), ScoreReading(shares=False, together=False)]
+"""From the quickest to the plainest."""
+
 _READINGS: weakref.WeakKeyDictionary[Any, dict[bool, ScoreReading]] = weakref.WeakKeyDictionary()
 
 
@@ -129,13 +140,13 @@ def score_reading_of(classifier: Any) -> ScoreReading:
     if autocast not in known:
         with torch.autocast(weight.device.type, enabled=False):
             if False not in known:
-                known[False] = _find_score_reading(classifier)
-        if autocast:
-            known[True] = _find_score_reading(classifier)
+                known[False] = _find_score_reading(classifier, _READING_WAYS)
+        if autocast:  # whose rounding hides what was seen without it
+            known[True] = _find_score_reading(classifier, _READING_WAYS[_READING_WAYS.index(known[False]) :])
     return known[autocast]
 
 
-def _find_score_reading(classifier: Any) -> ScoreReading:
+def _find_score_reading(classifier: Any, ways: Sequence[ScoreReading]) -> ScoreReading:
     device = classifier.score.weight.device
     probe = make_probe(classifier.config)
     lengths = [len(row) - 1 for row in probe.rows]
@@ -151,15 +162,16 @@ def _find_score_reading(classifier: Any) -> ScoreReading:
         rows = [torch.tensor([row[:end]], device=device) for end in ends]
         return torch.stack([type(classifier).forward(classifier, ids).logits[0, 0].float() for ids in rows])
 
-    plainest = ScoreReading(shares=False, together=False)
-    ways = [ScoreReading(), ScoreReading(shares=False), plainest]
     with evaluating(classifier), torch.no_grad():
         if type(classifier).forward is nn.Module.forward:  # an adapter of another model has none of its own
-            truth = compute(plainest)
+            truth = compute(ways[-1])
         else:
             truth = [own(row, n) for row, n in zip(probe.rows, wanted, strict=True)]
-        spread = max(float(torch.cat(truth).std(correction=0)), 1e-6)
-        within = spread * tolerance(classifier, [scores / spread for scores in truth])
+        scores = torch.cat(truth)
+        size = max(float(scores.std(correction=0)), 1e-6)
+        within = size * tolerance(classifier, [scores / size])
+        if is_coarse(classifier):  # bf16 is wrong by a fraction of a score, however far all are from 0
+            within = max(within, BF16_TOLERANCE * float(scores.square().mean().sqrt()))
         way, refused = first_that_agrees(ways, compute, truth, within)
     if way is None:
         raise LabError(

@@ -153,8 +153,13 @@ def _larger_logits(model: Any, row: Sequence[int]) -> Iterator[None]:
     if weight is None or not weight.is_floating_point() or factor == 1:
         yield
         return
-    weight.data.mul_(factor)
+    _scale(weight, factor)
     try:
         yield
     finally:
-        weight.data.div_(factor)
+        _scale(weight, 1 / factor)
+
+
+def _scale(weight: Tensor, factor: float) -> None:
+    weight.data.mul_(factor)
+    torch.clear_autocast_cache()  # which keeps casts of weights, and does not see that they have changed

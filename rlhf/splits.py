@@ -5,7 +5,7 @@ so the same ones in demonstrations, comparisons and prompts; also where data.eva
 what a stage trains on must not depend on how it is evaluated. All rows are read as `data.bad_rows` says.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lab.errors import LabError
@@ -80,6 +80,14 @@ def unseen_prompts(settings: RLHFRun) -> "tuple[Dataset, int]":
             "that are trained on. Name others in data.eval_prompts."
         )
     return rows if len(kept) == len(rows) else rows.select(kept), len(rows) - len(kept)
+
+
+def some(prompts: Sequence[Text], at_most: int | None, source: str) -> list[Text]:
+    """At most so many of a source's prompts, drawn (see `data.drawn`); those of a built-in task, which were
+    shuffled when they were made, from the first."""
+    if source in sources.BUILT_IN:
+        return list(prompts[:at_most])
+    return [prompts[i] for i in data.drawn(prompts, at_most)]
 
 
 def training_comparisons(settings: RLHFRun, rows: "Dataset") -> "tuple[Dataset, Dataset]":

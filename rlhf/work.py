@@ -162,19 +162,21 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
     from rlhf import models
     from rlhf.collect import collect
     from rlhf.evaluate import BIASED, draw_samples
+    from rlhf.health import warn
     from rlhf.tokenization import fitting_prompts, rendered, room_for_prompts
 
     settings, c = recipe.settings, recipe.settings.collect
     model, tokenizer = models.open_policy(recipe.result("sft"))
     model.to(compute.device).eval()
+    source = settings.data.prompts or settings.data.demonstrations
     found, too_long = fitting_prompts(
         rendered("prompts", splits.training_prompts(settings), tokenizer, settings.data),
         tokenizer,
         settings.data,
-        settings.data.prompts or settings.data.demonstrations,
+        source,
     )
-    asked = found["prompt"]
-    asked = [prompt for prompt in asked[: c.max_prompts] for _ in range(c.rounds)]
+    chosen = splits.some(found["prompt"][:], c.max_prompts, source)
+    asked = [prompt for prompt in chosen for _ in range(c.rounds)]
 
     def sample(batch: list[Any], k: int, seeds: list[int]) -> list[list[labelers.Answer]]:
         drawn = draw_samples(
@@ -183,11 +185,12 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
         )
         return [drawn.answers[i : i + k] for i in range(0, len(drawn.answers), k)]
 
+    labeler = collector(settings)
     summary = collect(
         stage.run.folder,
         asked,
         sample,
-        collector(settings),
+        labeler,
         k=c.answers,
         seed=settings.seed,
         batch_size=16,
@@ -208,14 +211,23 @@ def _collect(recipe: Recipe, stage: Any, compute: Compute) -> bool:
         ties=summary.ties,
         skipped=summary.skipped,
         earlier_won=summary.earlier_won,
-        **_warned(warnings),
     )
     stage.tracker.log(summary.prompts, {"collect/prompts": summary.prompts, "collect/pairs": summary.pairs})
     stage.progress.say(
         f"         {summary.pairs} pairs from {summary.prompts} prompts, {summary.ties} ties, "
         f"{summary.skipped} skipped"
     )
-    return not summary.stopped
+    if summary.stopped:
+        return False
+    warn(stage, *warnings)
+    preferred = summary.prompts - summary.all_tied - summary.skipped
+    if preferred < 2:  # one to learn from, another to measure by
+        raise LabError(
+            f"collect: of {summary.prompts} prompts {preferred} have an answer that {labeler.name} "
+            "prefers to another, and a reward model needs two. Ask more (collect.max_prompts, "
+            "collect.rounds, collect.answers) or another labeler, with --from collect."
+        )
+    return True
 
 
 def _reward(recipe: Recipe, stage: Any, compute: Compute) -> bool:
@@ -313,7 +325,8 @@ def evaluate_recipe(
     policy, tokenizer = models.open_policy(recipe.result("ppo"))
     d = settings.data
     unseen = rendered("prompts", unseen, tokenizer, d)
-    unseen, too_long = fitting_prompts(unseen, tokenizer, d, d.eval_prompts or d.prompts or d.demonstrations)
+    source = d.eval_prompts or d.prompts or d.demonstrations
+    unseen, too_long = fitting_prompts(unseen, tokenizer, d, source)
     baseline, _ = models.open_policy(recipe.result("sft"))
     reward_model, _ = models.open_reward(recipe.result("reward"))
     for model in (policy, baseline, reward_model):
@@ -322,7 +335,7 @@ def evaluate_recipe(
         policy,
         baseline,
         tokenizer,
-        unseen["prompt"][: e.prompts],
+        splits.some(unseen["prompt"][:], e.prompts, source),
         evaluator(settings),
         RewardScorer(reward_model, tokenizer),
         n=e.samples,
@@ -331,6 +344,7 @@ def evaluate_recipe(
         seed=settings.seed if seed is None else seed,
         max_prompt=room_for_prompts(settings.data),
     )
+    result["prompts_unseen"] = len(unseen)
     if too_long:
         result["prompts_too_long"] = too_long
     if trained_on:

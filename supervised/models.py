@@ -137,8 +137,11 @@ def load_backbone(backbone: nn.Module, run: Run, saved: Checkpoint, where: str) 
     Raises:
         LabError: the run's backbone is another one, or has adapters.
     """
-    mark = ".backbone."
-    weights = {key.partition(mark)[2]: value for key, value in saved.weights().items() if mark in key}
+    every = saved.weights()
+    # A discriminator has a backbone, too, and so has what a generator began with.
+    player = "model" if any(key.startswith("model.") for key in every) else "generator"
+    prefix = f"{player}.backbone."
+    weights = {key.removeprefix(prefix): value for key, value in every.items() if key.startswith(prefix)}
     if any(".lora_" in key for key in weights):
         begun = run.info["config"].get("model", {}).get("start_from") or "one with model.adapt = full"
         raise LabError(f"{where}: it holds adapters beside frozen weights. Start from {begun} instead.")

@@ -111,7 +111,7 @@ def _restore(run: Run, saved: Checkpoint, data: DataSet, trainer: Trainer) -> No
         files = [path.stem for path in saved.path.glob("*.safetensors")]
         trainer.restore({name: saved.tensors(name) for name in files}, state["trainer"])
         counts = (taken, state["metrics_bytes"], state["without_better"], state.get("evaluated_at", 0))
-        numbers = (state["elapsed_seconds"], state["best"] or 0.0)
+        numbers = (state["elapsed_seconds"], state["best"] or 0.0, state.get("best_loss") or 0.0)
         whole = all(isinstance(n, int) and 0 <= n < 2**62 for n in counts)
         if not whole or not all(map(math.isfinite, numbers)):
             raise ValueError("state.json has impossible numbers")
@@ -153,6 +153,8 @@ class _Session:
         self.trainer, self.objective, self.held_out = trainer, trainer.objective, held_out
         self.run, self.tracker, self.moved = run, tracker, moved
         self.best: float | None = None
+        self.best_loss: float | None = None
+        """Held-out loss where the best is, which decides between evaluations with equal headlines."""
         self.without_better = self.evaluated_at = 0
         self.broken_off = False
         """A stop fell within the evaluation of this step, which is to be made again."""
@@ -275,9 +277,14 @@ class _Session:
         better = self.best is None or self._better(score, self.best)
         self.without_better = 0 if better else self.without_better + (step > self.evaluated_at)
         self.evaluated_at = step
-        if better:
+        # BLEU may be 0 for long, and accuracies of few samples are often equal: then the loss tells.
+        loss = numbers.get("loss")
+        tied = (
+            score == self.best and loss is not None and self.best_loss is not None and loss < self.best_loss
+        )
+        if better or tied:
             self._require_finite_weights()
-            self.best = score
+            self.best, self.best_loss = score, loss
             weights = self.trainer.weights(judged=True)
             state = {
                 "step": step,
@@ -295,7 +302,7 @@ class _Session:
         progress.say(
             f"{step:>10,}  evaluation "
             + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            + ("  (best so far)" if better else "")
+            + ("  (best so far)" if better or tied else "")
             + f"  {duration(self._elapsed())}"
         )
 
@@ -346,6 +353,7 @@ class _Session:
             "trainer": state,
             "metrics_bytes": self.tracker.sync(),
             "best": self.best,
+            "best_loss": self.best_loss,
             "without_better": self.without_better,
             "evaluated_at": self.evaluated_at,
             "broken_off": self.broken_off,
@@ -364,6 +372,7 @@ class _Session:
     def restore(self, saved: Checkpoint) -> None:
         """Goes back to a checkpoint that the trainer was put back to."""
         self.best, self.without_better = saved.state["best"], saved.state["without_better"]
+        self.best_loss = saved.state.get("best_loss")
         self.evaluated_at = saved.state.get("evaluated_at", self.trainer.step)
         self.broken_off = saved.state.get("broken_off", False)
         self.seconds_before = saved.state["elapsed_seconds"]

@@ -116,7 +116,7 @@ class Function(Scorer):
             raise LabError(f"labeler {self.name!r}: there is no file {where}. Correct the path.")
         try:
             return _load_file(Path(where)) if is_file else _load_module(where)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
                 raise LabError(
                     f"labeler {self.name!r}: there is no module {error.name!r}. Correct the name; modules "
@@ -131,7 +131,7 @@ class Function(Scorer):
             if self.batch:
                 return list(function(list(prompts), texts))
             return [function(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() in it would end the lab without a word
             raise LabError(f"labeler {self.name!r}: failed: {_told(error)}. Correct the function.") from error
 
 
@@ -255,7 +255,7 @@ class RewardModel(Scorer):
         return scorer.score_texts(list(prompts), completions, finished).tolist()
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """What somebody else's code raised, and where, in one line."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     said = " ".join(str(error).split())[:200]

@@ -221,7 +221,11 @@ def _as_inputs(
     shape, kind = _shape(values), values.dtype.kind
     if 0 not in values.shape[1:] and kind in "biuf":
         if values.ndim == 2:
-            return "table", {"inputs": as_floats(values, f"{what}, {name}")}
+            inputs = as_floats(values, f"{what}, {name}")
+            if reading.sequences:  # a recurrent network reads no table
+                notes.append(f"took {name} ({shape}) for sequences of {values.shape[1]} steps, a number each")
+                return "sequences", {"inputs": inputs[:, :, None]}
+            return "table", {"inputs": inputs}
         floats = values.ndim == 3 and values.dtype != np.uint8
         if floats and reading.sequences:
             notes.append(f"took {name} ({shape}) for sequences of {values.shape[1]} steps")

@@ -139,9 +139,15 @@ def load(
             kept = _pairs(train, tokenizer, config.context)
             if (left_out := n_rows(train) - len(kept)) and name != ALL:
                 notes.append(f"left out {left_out:,} empty pairs or pairs of over {config.context} tokens")
-            splits = [kept, _pairs(test, tokenizer)]
+            held_out = _pairs(test, tokenizer)
+            splits = [kept, held_out]
             others = (columns for part, columns in raw.parts.items() if is_evaluation(part))
-            judged = [splits[1], *(_pairs(columns, tokenizer) for columns in others if n_rows(columns))]
+            judged = [held_out, *(_pairs(columns, tokenizer) for columns in others if n_rows(columns))]
+            if n_long := int((held_out.sequences["target"].longest() > config.context + 1).sum()):
+                notes.append(
+                    f"{n_long:,} translations of {name} have over data.context = {config.context} tokens: "
+                    "those of a model end there"
+                )
             longest = max(int(r.longest().max()) for split in judged for r in split.sequences.values())
         else:
             keep_end = raw.form == "choice"
@@ -384,24 +390,28 @@ def _shared(train: Split, test: Split, part: str) -> tuple[str, ...]:
         return ()
     learned = set(map(hash, inputs[0]))
     n, shared = 0, 0
+    what = "documents" if isinstance(test, TokenSplit) else "samples"
     for sample in inputs[1]:
         n += 1
         shared += hash(sample) in learned
     return (
-        (f"{shared:,} of {n:,} samples of {part} are also learned from, with the same input",)
+        (f"{shared:,} of {n:,} {what} of {part} are also learned from, with the same input",)
         if shared
         else ()
     )
 
 
 def _inputs(split: Split) -> Iterator[bytes] | None:
-    """The bytes of each sample's input; None: the split is one long text, or play."""
+    """The bytes of each sample's input, and of text of each document that is not empty; None: it is play."""
     if isinstance(split, TensorSplit):
         return (row.tobytes() for row in split.tensors["inputs"].numpy())
     if isinstance(split, SequenceSplit):
         ragged = split.sequences.get("source") or split.sequences["ids"]
         flat, ends = ragged.flat.numpy(), ragged.offsets[:: ragged.group].tolist()
         return (flat[a:b].tobytes() for a, b in pairwise(ends))
+    if isinstance(split, TokenSplit):
+        flat, ends = split.ids.numpy(), [*split.documents.tolist(), len(split)]
+        return (flat[a:b].tobytes() for a, b in pairwise(ends) if b > a + 1)
     return None
 
 

@@ -17,8 +17,11 @@ Columns: TypeAlias = dict[str, Any]
 
 PARTS = {
     "train": ("train", "training", "trn", "trainset"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "valset", "devset"),
-    "test": ("test", "testing", "t10k", "testset"),
+    "validation": (
+        *("validation", "valid", "val", "dev", "eval", "evaluation", "valset", "devset"),
+        "newsdev",  # of WMT, as newstest; devtest is of FLORES, tst of IWSLT
+    ),
+    "test": ("test", "testing", "tst", "t10k", "testset", "newstest", "devtest"),
 }
 """Parts that models are trained with, chosen by and reported on, by the names they go by, in any case."""
 _NEUTRAL = {"set", "data", "dataset", "split", "part", "seg", "images", "image", "imgs", "img", "folder"}

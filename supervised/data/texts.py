@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from supervised.data.raw import (
     is_evaluation,
     one_each,
     part_kind,
+    part_word,
     say_droppings,
     some,
     visible,
@@ -64,21 +66,48 @@ def read_texts(path: Path, config: DataConfig, reading: Reading) -> Raw:
         notes = say_droppings(path)
         if not files:
             kinds = sorted({bare_suffix(p) for p in shown if bare_suffix(p)})
+            if len(kinds) == 2 and {*kinds} <= {bare_suffix(p) for p in shown if stem(p) == stem(shown[0])}:
+                pair = ", ".join(kind[1:] for kind in kinds)
+                raise LabError(
+                    f"{path}: holds files that end in {kinds[0]} and {kinds[1]}. Are they the same in two "
+                    f"languages, set data.pair=[{pair}] from the first to the second; else set data.suffix."
+                )
             raise LabError(
                 f"{path}: holds no rows ({', '.join(ROWS)}), no picture, no arrays, and no file that ends in "
                 f"{config.suffix}. Set data.suffix"
                 + (f" (there are {', '.join(kinds[:6])})." if kinds else ", or name another folder.")
             )
     parts: dict[str, Columns] = {}
+    inside = {file: file.relative_to(path).parts for file in files if path.is_dir()}
+    by_folder = {file: kind for file, (top, *below) in inside.items() if below and (kind := folder_kind(top))}
+    by_name = _parts_by_name([file for file in inside if file not in by_folder])
     for file in files:
-        folder, *below = file.relative_to(path).parts if path.is_dir() else ("train",)
-        named = folder_kind(folder) if below else None
-        alone = file.name.partition(".")[0]  # not test_utils.txt: what a document is about is not its part
-        if not named and (not path.is_dir() or not alone.isalpha()):
-            alone = "train"
-        part = named or part_kind(alone) or "train"
+        part = by_folder.get(file) or by_name.get(file, "train")
         parts.setdefault(part, {"text": []})["text"].append(_document(file, config))
+    notes += [
+        f"took {some([file.name for file in files if by_name.get(file) == part])} for {part}, by name"
+        for part in sorted({*by_name.values()} - {"train"})
+    ]
     return Raw(kind="text", parts=parts, notes=notes)
+
+
+def _parts_by_name(files: Sequence[Path]) -> dict[Path, str]:
+    """The parts of files of text whose names say them: test.txt, and wiki.test.tokens where wiki.train.tokens
+    lies beside it. Of test_utils.py without train_utils.py it is what the document is about."""
+    alike: dict[tuple[Path, str], dict[str, list[Path]]] = {}
+    for file in files:
+        name = file.name.lower()
+        if word := part_word(stem(file)):
+            rest = file.parent, re.sub(rf"(?<![a-z0-9]){word}(?![a-z])", "*", name, count=1)
+            alike.setdefault(rest, {}).setdefault(part_kind(word) or "", []).append(file)
+    return {
+        file: part
+        for found in alike.values()
+        for part, of_part in found.items()
+        for file in of_part
+        if (len(found) > 1 and "train" in found)
+        or (file.name.partition(".")[0].isalpha() and part_kind(file.name))
+    }
 
 
 def _read_text_folders(root: Path, config: DataConfig) -> Raw | None:

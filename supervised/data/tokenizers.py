@@ -83,8 +83,10 @@ class SubwordTokenizer:
         if fallback is None:
             raise ValueError("has no end-of-text token")
         self.specials = {use: specials.get(use) or fallback for use in SPECIALS}
-        # Padding is what nobody reads or learns: were it the end token, that would be among it.
-        if self.specials["pad"] in [token for use, token in self.specials.items() if use != "pad"]:
+        # Padding is what nobody reads or learns: were it the end token, or what stands for unknown words (as
+        # in many a Llama), that would be among it.
+        read = [token for use, token in self.specials.items() if use != "pad"]
+        if self.specials["pad"] in (*read, _unknown(backend)):
             self.specials["pad"] = SPECIALS["pad"]
             backend.add_special_tokens([AddedToken(SPECIALS["pad"], special=True)])
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -245,6 +247,14 @@ def _byte_backend(vocab: dict[str, int]) -> Backend:
     if vocab:
         backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS.values()])
     return backend
+
+
+def _unknown(backend: Backend) -> str | None:
+    """The token that stands for what a vocabulary lacks, if there is one."""
+    if not isinstance(backend.model, models.Unigram):
+        return getattr(backend.model, "unk_token", None)
+    number = json.loads(backend.to_str())["model"]["unk_id"]  # the library does not tell otherwise
+    return None if number is None else backend.id_to_token(number)
 
 
 def _content(token: Any) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.device import autocast
-from supervised import figures
+from supervised import detection, figures
 from supervised.backbones.flow import log_density
 from supervised.backbones.vae import bits_per_dimension, log_likelihood_of_bytes
 from supervised.config import FlowRun, VariationalRun
@@ -119,7 +119,8 @@ class NormalizingFlow(_Likelihood):
         self.config = settings.objective
         backbone = self._make("flow")
         if settings.model.start_from is None:
-            first = {name: tensor[:FIRST_BATCH] for name, tensor in data.train.tensors.items()}
+            # At random: files lie class by class, and the first of them are of one.
+            first = {name: detection.some(tensor, FIRST_BATCH) for name, tensor in data.train.tensors.items()}
             generator = torch.Generator().manual_seed(settings.seed)
             noise = torch.rand(first["inputs"].shape, generator=generator)
             backbone.initialize(filled(first["inputs"], noise), *self._labels_of(first))

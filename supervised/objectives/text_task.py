@@ -110,10 +110,12 @@ class TextTask(Objective):
         if self.data.classes:
             right = (logits.argmax(1) == wanted).float().mean()
             return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, wanted))}
-        found, wanted = logits[:, 0], wanted[:, 0]
+        found, wanted = (
+            column[:, 0].double().cpu() for column in (logits, wanted)
+        )  # autocast spares doubles
         pearson = torch.corrcoef(torch.stack((found, wanted)))[0, 1]
         pearson = pearson.nan_to_num()  # where all answers are alike, there is none
-        return {"pearson": float(pearson), "loss": float(F.mse_loss(found, wanted))}
+        return {"pearson": float(pearson), "loss": float((found - wanted).square().mean())}
 
     def warnings(self, numbers: Mapping[str, float]) -> list[str]:
         return no_better_than_one_class(self.data, numbers["accuracy"]) if self.data.classes else []

@@ -1,6 +1,6 @@
 """A sentence in one language from one in another."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from supervised.models import make_backbone
 from supervised.objectives.base import Batch, Loss, Objective, Players, require_kind
 
 SHOWN = 40
+MOST_WORDS = 4
+"""In a row, that BLEU counts (Papineni et al. 2002)."""
 THE_ANIMAL = "The animal didn't cross the street because it was too tired"
 """The sentence whose "it" everybody asks about."""
 
@@ -42,7 +44,7 @@ class Translator(nn.Module):
 class Translation(Objective):
     """Cross entropy of the next target token with label smoothing; judged by BLEU of whole sentences.
 
-    BLEU is sacrebleu's, on text as it was before tokenisation (arXiv 1804.08771).
+    BLEU is sacrebleu's, on text as it was before tokenisation (arXiv 1804.08771); see `bleu`.
     """
 
     headline = "bleu"
@@ -81,8 +83,6 @@ class Translation(Objective):
         return logits.flatten(0, 1), target[:, 1:].flatten()
 
     def evaluate(self, players: Players, batches: Iterable[Batch]) -> dict[str, float]:
-        import sacrebleu
-
         sums = []  # of each batch; added up as doubles on the CPU, for not every device has them
         found: list[str] = []
         wanted: list[str] = []
@@ -93,19 +93,33 @@ class Translation(Objective):
             sums.append(torch.stack((loss.sum(), real.sum())))
             found += map(self.tokens.decode, self._translate(players, batch["source"]))
             wanted += [self.data.held_out["target"][row] for row in batch["rows"].tolist()]
-        bleu = sacrebleu.corpus_bleu(found, [wanted])
         nats, n_tokens = torch.stack(sums).cpu().double().sum(0)
-        return {"bleu": bleu.score, "loss": float(nats / n_tokens)}
+        return {"bleu": bleu(found, wanted), "loss": float(nats / n_tokens)}
+
+    def warnings(self, numbers: Mapping[str, float]) -> list[str]:
+        n = bleu_order(self.data.held_out["target"])
+        if n == MOST_WORDS:
+            return []
+        few = "single words" if n == 1 else f"up to {n} words in a row, not {MOST_WORDS}"
+        return [f"bleu is of {few}: no translation of {self.data.part} has more"]
 
     def _translate(self, players: Players, source: Tensor) -> list[list[int]]:
         model: Any = players["model"]
         c, tokens = self.config, self.tokens
         ends = {"bos_id": tokens.bos_id, "eos_id": tokens.eos_id}
-        longest = min(self.settings.data.context, source.shape[1] * 2 + 10)
+        longest = min(self.settings.data.context, self._longest_from(source.shape[1]))
         asked = (model.backbone, model.head, source, source != tokens.pad_id)
         if c.beam == 1:
             return greedy(*asked, **ends, max_length=longest)
         return beam_search(*asked, **ends, max_length=longest, beam=c.beam, alpha=c.length_penalty)
+
+    def _longest_from(self, length: int) -> int:
+        """Tokens at which a translation of a source of so many is cut, lest a model that has not learned to
+        end goes on: 2 for each and 10, or more where translations of no longer sources have more in the
+        training part, as those of 7777 into words."""
+        sources, targets = (self.data.train.sequences[side].longest() for side in ("source", "target"))
+        learned = targets[sources <= length]
+        return max(2 * length + 10, int(learned.max()) if len(learned) else 0)
 
     def _ids(self, text: str) -> list[int]:
         """Of a source: with its end."""
@@ -153,3 +167,24 @@ class Translation(Objective):
                 weights = maps[kind][-1, 0].float().mean(0).cpu().numpy()
                 path = folder / f"{name}_{kind}.png"
                 yield f"{name}_{kind}", figures.attention(path, weights, labels["source"], labels[rows])
+
+
+def bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """Corpus BLEU, 0 to 100, of translations and their references, counted in rows of up to four words, or of
+    as many as the longest reference has: where there is no row of four, the best there can be would be 0."""
+    import sacrebleu
+
+    metric = sacrebleu.BLEU(max_ngram_order=bleu_order(wanted))
+    return metric.corpus_score(list(found), [list(wanted)]).score
+
+
+def bleu_order(wanted: Iterable[str]) -> int:
+    """Words in a row that BLEU can count in these references, 1 to 4, by sacrebleu's tokens."""
+    import sacrebleu
+
+    words, most = sacrebleu.BLEU().tokenizer, 1
+    for text in wanted:
+        most = max(most, len(words(text).split()))
+        if most >= MOST_WORDS:
+            break
+    return min(most, MOST_WORDS)

@@ -203,6 +203,10 @@ def test_a_near_miss_of_a_run_folder_names_the_run(lab_command: LabCommand, tiny
     )
 
 
+def test_an_agent_is_no_world_model(lab_command: LabCommand, tiny_run: Path) -> None:
+    refuse(lab_command("play", tiny_run, "--world-model", cwd=tiny_run.parent), "is an agent, no world model")
+
+
 @pytest.mark.parametrize("out", ["agent.pt", "agent", "agent.zip.txt"])
 def test_an_export_is_a_zip(lab_command: LabCommand, tiny_run: Path, out: str) -> None:
     before = snapshot(tiny_run.parent)

@@ -27,13 +27,13 @@ SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("dqn", "drqn")
 TINY = {
     "pqn": [
         "configs/rl/pong_cpu.yaml",
-        "--total_steps=3072",
+        "--total_steps=1536",
         "--env.n_envs=4",
         "--agent.rollout_steps=16",
         "--agent.minibatch_size=32",
-        "--checkpoint.every_steps=1024",
-        "--eval.every_steps=1024",
-        "--log_every_steps=256",
+        "--checkpoint.every_steps=512",
+        "--eval.every_steps=512",
+        "--log_every_steps=128",
     ],
     "dqn": [
         "configs/rl/pong_dqn_cpu.yaml",
@@ -243,19 +243,19 @@ def test_more_steps_can_be_added_to_a_finished_run(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(unstopped("pqn"), folder, symlinks=True)
-    output = finish(start(folder, "pqn", "--resume", "--total_steps=3584"))
-    assert "resuming at agent step 3,072" in output
-    assert rows(folder)[-1]["global_step"] == 3584
+    output = finish(start(folder, "pqn", "--resume", "--total_steps=1792"))
+    assert "resuming at agent step 1,536" in output
+    assert rows(folder)[-1]["global_step"] == 1792
 
 
 @pytest.mark.slow
 def test_a_run_ends_once_it_plays_well_enough_and_stays_ended(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     finish(start(folder, "pqn", "--eval.stop_at=-21"))  # nobody plays worse
-    assert rows(folder)[-1]["global_step"] == 1024
+    assert rows(folder)[-1]["global_step"] == 512
     assert json.loads((folder / "run.json").read_text())["state"] == "finished"
     finish(start(folder, "pqn", "--eval.stop_at=-21", "--resume"))
-    assert rows(folder)[-1]["global_step"] == 1024
+    assert rows(folder)[-1]["global_step"] == 512
 
 
 def test_another_config_is_not_the_same_run(start: Start, unstopped: Callable[[str], Path]) -> None:
@@ -360,7 +360,7 @@ def test_a_film_shows_the_game_and_the_q_values(unstopped: Callable[[str], Path]
 @pytest.mark.slow
 def test_online_its_checkpoints_are_versions_of_a_model(lab_start: LabStart, tmp_path: Path) -> None:
     """W&B's server is a stand-in."""
-    more = ("--out", tmp_path / "run", "--tracking.wandb=online", "--total_steps=1024")
+    more = ("--out", tmp_path / "run", "--tracking.wandb=online", "--total_steps=512")
     with WandbStandIn() as server:
         env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
         finish(lab_start("train", *TINY["pqn"], *COMMON, *more, cwd=REPO, env=env))

@@ -21,7 +21,10 @@ from torch import Tensor
 REPO = Path(__file__).parents[2]
 
 # PEFT 0.21 still asks for what transformers 5.23 renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+]
 
 SCENARIOS = ("full", "lora", "ptx", "resume full", "resume lora")
 """Run one after the other by one pair of processes: importing takes longer than training."""

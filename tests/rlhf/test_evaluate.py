@@ -348,6 +348,8 @@ def test_the_table_has_what_was_measured_and_dashes_for_what_was_not() -> None:
     }
     head, _, titles, sft, ppo, best = describe_for_people(result).splitlines()
     assert head == "20 unseen prompts, 15 answers each, evaluated by vader"
+    (of_more, *_) = describe_for_people(result | {"prompts_unseen": 3_100}).splitlines()
+    assert of_more == "20 of 3,100 unseen prompts, 15 answers each, evaluated by vader"
     assert sft.split() == ["SFT", "policy", "-", "-", "0", "-", "-", "12.3", "50%", "0.123"]
     ends = ["2.46", "0.789", "1.5", "12.3", "50%", "0.123"]
     assert ppo.split()[2:] == ["93.5%", "(90.0%-97.0%)", "7%", *ends]

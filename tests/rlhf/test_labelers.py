@@ -198,6 +198,9 @@ def breaks(prompt, answer):
 def too_few(prompts, answers): return [1.0]
 
 CONSTANT = 3
+
+def leaves(prompt, answer):
+    raise SystemExit(3)
 """
 
 
@@ -252,6 +255,7 @@ def test_a_function_that_cannot_be_had_is_one_line(scoring: Path, function: str,
         ("nothing", "scored 'one' with None."),
         ("nan", "scored 'one' with nan."),
         ("breaks", "failed: KeyError: 'rating\\nof answer' (scoring_example.py, line 20). Correct the"),
+        ("leaves", "failed: SystemExit: 3 (scoring_example.py, line"),
         ("too_few", "returned 1 scores for 2 answers."),
     ],
 )

@@ -282,6 +282,24 @@ def test_collect_evaluate_and_chat_work_on_a_finished_recipe(lab_command: LabCom
 # ---- refused ----
 
 
+def test_a_labeler_that_prefers_next_to_nothing_is_told_of_or_ends_the_recipe_there(
+    lab_command: LabCommand, copied: Path
+) -> None:
+    for later in STAGES[1:]:
+        shutil.rmtree(copied / "run" / later)
+    result = run(lab_command, copied, "--stage=collect", "--collect.labeler.tie_margin=0.9")
+    assert result.returncode == 0, result.stderr
+    found = summary(copied, "collect")
+    assert found["ties"] > found["pairs"] > 0
+    (said,) = found["warnings"]
+    assert f"warning: {said}" in result.stdout + result.stderr
+    shutil.rmtree(copied / "run" / "collect")
+    result = run(lab_command, copied, "--collect.labeler.tie_margin=3")
+    assert result.returncode == 2
+    assert "collect: of 24 prompts 0 have an answer that vader(" in result.stderr
+    assert not (copied / "run" / "reward").exists()
+
+
 def test_a_stage_out_of_order_is_refused(lab_command: LabCommand, tmp_path: Path) -> None:
     refuse(run(lab_command, tmp_path, "--stage", "ppo"), "stage sft is not begun", "--stage sft")
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing here is on the Hub
 
@@ -249,6 +249,23 @@ def test_a_score_does_not_depend_on_padding_or_batch(make: Callable[..., Any], p
     backwards = scorer.score_ids(PROMPTS[::-1], ANSWERS[::-1], 3).flip(0)
     torch.testing.assert_close(backwards, expected, atol=1e-5, rtol=1e-5)
     assert scorer.score_ids([], []).shape == (0,)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_in_bf16_scores_far_from_zero_are_read_as_any_others(seed: int) -> None:
+    """bf16 rounds scores of about 24 by 0.1, whether these differ by 100 or by 1."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"n_embd": 64, "n_layer": 4, "n_head": 2, "n_positions": 64}
+    more: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "num_labels": 1}
+    config = GPT2Config(vocab_size=len(VOCAB), initializer_range=0.3, **sizes, **more)
+    model = GPT2ForSequenceClassification(config).eval()
+    with torch.no_grad():
+        weight = model.score.weight.copy_(torch.randn(1, 64) / 8)
+        cast(Any, model.transformer.ln_f).bias.copy_(24 * weight[0] / weight.square().sum())
+        expected = alone(model, PROMPTS[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            read = last_token_scores(model, torch.tensor([PROMPTS[0]]), [len(PROMPTS[0])])
+    assert float(read) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("make", MODELS)

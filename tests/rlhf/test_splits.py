@@ -117,3 +117,21 @@ def test_that_some_data_are_texts_and_others_conversations_is_said(here: Path) -
     assert "texts in data/train.jsonl (demonstrations), conversations in talks.jsonl (prompts)" in said
     (one, *_) = found
     assert not [*preflight.mixed_forms({one: found[one]})]
+
+
+def test_some_prompts_stand_for_all_of_a_file_that_is_sorted_by_topic() -> None:
+    asked = [f"{topic} {i}" for topic in ("cars", "maths") for i in range(200)]
+    some: list[Any] = splits.some(asked, 100, "asked.jsonl")
+    assert len({*some}) == 100
+    assert 35 <= sum(prompt.startswith("cars") for prompt in some) <= 65
+    assert splits.some(sorted(asked, key=len), 100, "asked.jsonl") == some  # wherever they stand
+    assert splits.some(asked, 20, "asked.jsonl") == some[:20]
+    assert splits.some(asked, 400, "asked.jsonl") == splits.some(asked, None, "asked.jsonl") == asked
+    talks: list[Any] = [[{"role": "user", "content": prompt}] for prompt in asked]
+    drawn: list[Any] = splits.some(talks, 100, "asked.jsonl")
+    assert 35 <= sum(talk[0]["content"].startswith("cars") for talk in drawn) <= 65
+
+
+def test_prompts_of_a_built_in_task_are_shuffled_already_and_taken_from_the_first() -> None:
+    asked = splits.training_prompts(settings_of(demonstrations="reviews"))["prompt"][:]
+    assert splits.some(asked, 35, "reviews") == asked[:35]

@@ -1170,6 +1170,10 @@ def test_a_bomb_is_refused_before_it_is_unpacked(
         ("training_set", "train", "train"),
         ("TestImages", "test", "test"),
         ("seg_train", None, "train"),
+        ("newstest2014", "test", "test"),
+        ("newsdev2016", "validation", "validation"),
+        ("tst2013", "test", "test"),
+        ("devtest", "test", "test"),
         ("train_station", "train", None),
         ("testament", None, None),
         ("trainer", None, None),
@@ -1305,6 +1309,15 @@ def test_samples_that_are_learned_from_and_evaluated_are_counted(kind: str, tmp_
     said = "3 of 13 samples of test are also learned from, with the same input"
     assert read(tmp_path, CLASSES if kind in ("table", "images") else Reading()).shared == (said,)
     assert load(DataConfig(source=str(tmp_path)), part="train").shared == ()
+
+
+def test_documents_that_are_learned_from_and_evaluated_are_counted(tmp_path: Path) -> None:
+    for part, texts in (("train", ["a b", "c d", "", "e"]), ("test", ["c d", "", "c d e"])):
+        (tmp_path / part).mkdir()
+        for i, text in enumerate(texts):
+            (tmp_path / part / f"{i}.txt").write_text(text)
+    said = "1 of 2 documents of test are also learned from, with the same input"
+    assert load(DataConfig(source=str(tmp_path), format="text")).shared == (said,)
 
 
 def test_a_context_that_cuts_is_counted_once_where_all_is_evaluated(tmp_path: Path) -> None:

@@ -476,6 +476,42 @@ def test_a_folder_of_text_with_parts(tmp_path: Path) -> None:
     assert "Set data.suffix (there are .md, .txt)" in message
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"),
+        ("ptb_train_1.txt", "ptb_dev_1.txt", "ptb_test_1.txt", "ptb_train_2.txt"),
+        ("Corpus-Train.txt.gz", "Corpus-Val.txt.gz", "Corpus-Test.txt.gz"),
+    ],
+    ids=["points", "numbered", "packed"],
+)
+def test_files_of_text_alike_but_for_the_name_of_a_part_are_parts(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name in names:
+        write(tmp_path / name, name)
+    data = read(tmp_path)
+    train, held_out, test, *more = names
+    assert data.tokenizer.decode(data.train.ids.tolist()) == "".join([train, *more])
+    assert data.tokenizer.decode(data.test.ids.tolist()) == held_out
+    assert f"took {held_out} for validation, by name" in data.notes
+    assert f"took {test} for test, by name" in data.notes
+
+
+def test_aligned_files_ask_for_their_pair(tmp_path: Path) -> None:
+    for name in ("train.de", "train.en"):
+        write(tmp_path / name, "a\nb\n")
+    assert "set data.pair=[de, en] from the first to the second" in error(tmp_path)
+
+
+def test_files_about_a_part_are_none(tmp_path: Path) -> None:
+    for name in ("test_utils.txt", "valid-moves.txt", "model.txt", "train/test.txt"):
+        write(tmp_path / name, name)
+    data = read(tmp_path, held_out=0.5)
+    assert data.part == "held_out"
+    assert not data.notes
+
+
 def test_text_that_is_no_utf8_is_bytes_all_the_same(tmp_path: Path) -> None:
     path = write(tmp_path / "latin.txt", b"caf\xe9\n" * 20)
     data = read(path)

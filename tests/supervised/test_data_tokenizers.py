@@ -129,6 +129,22 @@ def test_a_pretrained_tokenizer_that_is_no_byte_level_one(tmp_path: Path) -> Non
         from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["words", "unigram"])
+def test_padding_is_not_what_stands_for_unknown_words(kind: str) -> None:
+    names = ["<unk>", "</s>", "a", "b"]
+    backend = Backend(
+        models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
+        if kind == "words"
+        else models.Unigram([(name, -1.0) for name in names], unk_id=0)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(names[:2])
+    made = SubwordTokenizer(backend, {"eos": "</s>", "pad": "<unk>"})
+    assert made.encode("a zz b") == [2, 0, 3]
+    assert made.pad_id == 4
+    assert made.vocab_size == 5
+
+
 def test_a_tokenizer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(LabError, match=r"data\.tokenizer = 'runs/gpt': no run: .* Train it first"):

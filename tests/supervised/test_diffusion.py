@@ -394,6 +394,15 @@ def test_an_evaluation_comes_out_the_same_again() -> None:
         assert 3 < numbers["bits_per_dim"] < 40
 
 
+def test_the_bound_is_of_samples_from_all_the_held_out_ones() -> None:
+    """Files lie class by class: the first of them are of one."""
+    objective = objective_of(settings_of(digits()))
+    before, held_out = evaluated(objective), objective.data.test.tensors["inputs"]
+    assert len(held_out) > 32
+    held_out[16:] = 255 - held_out[16:]
+    assert evaluated(objective) != before
+
+
 def test_of_rows_of_numbers_the_bound_has_their_units() -> None:
     """Ten times as large a Gaussian has log2(10) more bits; the Gaussian beside it is exact."""
     settings = settings_of(

@@ -185,6 +185,9 @@ def test_sequences_are_learned_by_recurrent_backbones(tmp_path: Path) -> None:
     assert trained(numbers, tmp_path / "more").info["summary"]["eval/best_r2"] > 0.5
     with pytest.raises(LabError, match="does not say where black and white are"):
         trained(settings_of(tmp_path, model={"backbone": "mlp", "spec": {}}), tmp_path / "mlp")
+    np.savez(tmp_path / "a.npz", x=rng.normal(size=(80, 9)) + labels[:, None], y=labels)
+    run = trained(settings_of(tmp_path, model=model, max_steps=80), tmp_path / "series")
+    assert run.info["summary"]["eval/best_accuracy"] > 0.8
 
 
 # ---- resuming, on other machines and in other hands ----

@@ -134,6 +134,15 @@ def test_the_second_stage_begins_with_the_first_and_keeps_it_beside(tmp_path: Pa
     assert summary["eval/bicubic_psnr"] == pytest.approx(told["eval/bicubic_psnr"])
 
 
+def test_a_run_of_several_players_is_begun_from_by_its_generator(tmp_path: Path) -> None:
+    first = trained(settings_of(super_resolution()), tmp_path / "first")
+    values = super_resolution()
+    values["model"] = {**values["model"], "start_from": str(first.folder)}
+    made = objective_of(settings_of(values)).players["generator"].state_dict()
+    best = load_file(first.checkpoints / "best" / "model.safetensors")
+    assert all(torch.equal(best[f"generator.{key}"], value) for key, value in made.items())
+
+
 def test_numbers_are_of_luma_without_the_border() -> None:
     objective: Any = objective_of(settings_of(super_resolution(0.0)))
     batch = next(objective.batches("test", CPU.device).epoch(0))

@@ -26,6 +26,7 @@ from supervised import figures, objectives
 from supervised.config import SupervisedRun, run_config_class
 from supervised.data import load
 from supervised.evaluate import evaluate_run, open_objective
+from supervised.objectives import translation
 from supervised.objectives.base import Objective
 from supervised.pipeline import SupervisedPipeline
 from supervised.trainer import Trainer
@@ -719,6 +720,41 @@ def test_bits_are_per_byte_of_the_text_as_it_was_written(tmp_path: Path) -> None
     assert len({row["gzip_bits_per_byte"] for row in numbers}) == 1
 
 
+@pytest.mark.parametrize("words", [1, 2, 3, 4, 5])
+def test_perfect_translations_have_bleu_100_however_short(words: int) -> None:
+    texts = [" ".join(f"w{i}{j}" for j in range(words)) for i in range(5)]
+    assert translation.bleu(texts, texts) == pytest.approx(100)
+    assert translation.bleu([text + " and more of it" for text in texts], texts) < 80
+    longer = [*texts, "one of more than four words"]
+    other = [*longer[:3], *longer[2:5]]
+    assert translation.bleu(other, longer) == sacrebleu.corpus_bleu(other, [longer]).score
+
+
+def test_that_bleu_is_of_fewer_words_is_said(tmp_path: Path) -> None:
+    objective = objective_of(settings_of(pairs(tmp_path)))
+    assert not objective.warnings({})
+    values = pairs(tmp_path)
+    write_rows(tmp_path, [{"source": str(i), "target": f"number {i}"} for i in range(20)])
+    (said,) = objective_of(settings_of(values)).warnings({})
+    assert said == "bleu is of up to 2 words in a row, not 4: no translation of held_out has more"
+
+
+def test_translations_may_be_as_long_as_those_learned_from(tmp_path: Path) -> None:
+    for part, lengths in (("train", [40] * 10), ("test", [40, 90])):
+        rows = [{"source": str(i), "target": "x" * n} for i, n in enumerate(lengths)]
+        write_rows(tmp_path, rows).rename(tmp_path / f"{part}.jsonl")
+    values = {**pairs(tmp_path), "data": {"source": str(tmp_path), "context": 64}}
+    (tmp_path / "rows.jsonl").unlink()
+    objective: Any = objective_of(settings_of(values))
+    source = torch.tensor([[ord("1"), objective.tokens.eos_id]])
+    torch.nn.init.zeros_(objective.players["model"].backbone.tokens.weight)  # byte 0 is taken for ever
+    (found,) = objective._translate(objective.players, source)
+    assert len(found) == 42, "with start and end, as those in the data"
+    assert any(
+        note.startswith("1 translations of test have over data.context = 64") for note in objective.data.notes
+    )
+
+
 def test_learned_positions_reach_as_far_as_any_sentence_to_judge_by(tmp_path: Path) -> None:
     (folder := tmp_path / "data").mkdir()
     for name, n in (("train", 8), ("val", 150), ("test", 100)):
@@ -781,6 +817,28 @@ def test_a_similarity_in_numbers_is_learned_by_its_squared_error(tmp_path: Path)
     wanted = batch["targets"].flatten().tolist()
     by_hand = sum((a - b) ** 2 for a, b in zip(found, wanted, strict=True)) / len(found)
     assert objective.loss("model", batch).value.item() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_correlation_is_as_exact_in_bf16_as_its_answers(tmp_path: Path) -> None:
+    values = {**similarity_by_adapters(tmp_path), "device": {**SMALL["device"], "precision": "bf16"}}
+    objective: Any = objective_of(settings_of(values))
+    batches = list(objective.batches("test", CPU.device).epoch(0))
+    with torch.inference_mode(), Compute(CPU.device, "bf16", 1, "test").autocast():
+        numbers = objective.evaluate(objective.players, batches)
+        found, wanted = (column[:, 0].numpy() for column in objective._answers(objective.players, batches))
+    assert numbers["pearson"] == pytest.approx(np.corrcoef(found, wanted)[0, 1], abs=1e-6)
+    assert numbers["loss"] == pytest.approx(np.square(found - wanted).mean(), rel=1e-6)
+
+
+def test_of_equal_headlines_the_lower_loss_is_best_also_after_a_stop(tmp_path: Path) -> None:
+    values = {**pairs(tmp_path), "eval": {"every_epochs": 0.01}, "optimizer": {"learning_rate": 1e-5}}
+    for steps, resume in ((4, False), (6, True)):
+        run = trained(settings_of(values, max_steps=steps), tmp_path / "run", resume=resume)
+    rows = [row for row in read_metrics(run.metrics) if "eval/bleu" in row]
+    assert {row["eval/bleu"] for row in rows} == {0.0}
+    lowest = min(rows, key=lambda row: row["eval/loss"])
+    assert lowest["global_step"] > 4, "or nothing is shown"
+    assert checkpoint.load(run.find_checkpoint("best")).state["step"] == lowest["global_step"]
 
 
 def test_another_config_than_before_is_refused(tmp_path: Path) -> None:

@@ -500,16 +500,13 @@ def test_ctrl_c_and_a_bound_restore_the_terminal(run: Run, lab_environment: dict
     assert "run: 3 frames" in bounded.seen
 
 
-def test_what_cannot_be_played_is_one_line(
-    run: Run, lab_command: Any, tmp_path: Path, tiny_run: Path
-) -> None:
-    model, agent = str(run.folder), str(tiny_run)
+def test_what_cannot_be_played_is_one_line(run: Run, lab_command: Any, tmp_path: Path) -> None:
+    model = str(run.folder)
     for arguments, said in (
         ([model, "--world-model"], "needs a terminal"),
         ([model], "is a world model. Play in it: lab play"),
         ([model, "--world-model", "--out", "a.mp4"], "--out is for films of agents"),
         ([model, "--world-model", "--epsilon=0.1"], "--epsilon is for films of agents"),
-        ([agent, "--world-model"], "is an agent, no world model"),
     ):
         result = lab_command("play", *arguments, cwd=tmp_path)
         assert result.returncode == 2
