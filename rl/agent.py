@@ -22,8 +22,9 @@ from stable_baselines3 import DQN as SB3DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.preprocessing import maybe_transpose
-from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import get_device, is_vectorized_observation, set_random_seed
+from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecEnvWrapper, VecVideoRecorder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,6 +54,10 @@ def never() -> bool:
     return False
 
 
+_HARMLESS_WRAPPERS = (VecCheckNan, VecVideoRecorder)
+"""Of an environment: they look on."""
+
+
 class QLearner(BaseAlgorithm):
     """Acting, exploring, counting, capturing: all but the learning rule.
 
@@ -75,6 +80,33 @@ class QLearner(BaseAlgorithm):
         self._stopped = False
         self._in_rollout = False
         self._stop: Callable[[], bool] = never
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """The environment, if it can be learned from; SB3 asks when it is given to `__init__`, `set_env` and
+        `load`.
+
+        Raises:
+            LabError: it is none of `rl.envs`, or in a wrapper that changes what is seen, earned or reported.
+        """
+        inner, wrappers = env, []
+        while isinstance(inner, VecEnvWrapper):
+            wrappers.append(inner)
+            inner = inner.venv
+        if not isinstance(inner, VecEnv) or not all(
+            hasattr(inner, name) for name in ("waiting", "frame_skip")
+        ):
+            raise LabError(
+                f"env: is a {type(inner).__name__}, and agents here learn from rl.envs.AtariVecEnv alone. "
+                "Make one, as in AtariVecEnv('pong', 8)."
+            )
+        for wrapper in wrappers:
+            if not isinstance(wrapper, _HARMLESS_WRAPPERS):
+                raise LabError(
+                    f"env: {type(wrapper).__name__} changes what is seen, earned or reported, and "
+                    "AtariVecEnv stacks frames, clips rewards and reports episodes itself. Leave it out."
+                )
+        return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _prepare(self) -> None:
         """Called at the end of a subclass's `_setup_model`, when the policy exists: all that is not saved."""

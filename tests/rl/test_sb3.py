@@ -24,8 +24,10 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnNoModelImprovement,
     StopTrainingOnRewardThreshold,
 )
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecCheckNan, VecFrameStack, VecMonitor, VecNormalize
 
 from lab.device import Compute
 from lab.errors import LabError
@@ -354,3 +356,22 @@ def test_an_export_of_another_version_of_sb3_is_opened(tmp_path: Path, exported:
     for cls in (StockDQN, DQN):
         found, _ = cls.load(old, device="cpu").predict(observations, deterministic=True)
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:The environment is already wrapped with a `Monitor`:UserWarning")
+@pytest.mark.parametrize("agent_class", [DQN, PQN])
+def test_an_environment_that_is_not_seen_as_it_is_stored_is_refused(agent_class: Any) -> None:
+    """A memory of single frames would make stacks that were never seen, and not know of scaled rewards."""
+    for wrapper, said in (
+        (lambda env: VecFrameStack(env, 2), "VecFrameStack changes what is seen"),
+        (VecNormalize, "VecNormalize changes what is seen"),
+        (VecMonitor, "VecMonitor changes what is seen, earned or reported"),
+        (lambda env: VecCheckNan(VecMonitor(env)), "VecMonitor"),
+        (lambda _: make_vec_env("CartPole-v1"), "is a DummyVecEnv, and agents here learn from rl"),
+        (lambda _: "CartPole-v1", "agents here learn from rl.envs.AtariVecEnv alone"),
+    ):
+        with pytest.raises(LabError, match=said):
+            agent_class(env=wrapper(make_env()), device="cpu")
+    agent = agent_class(env=VecCheckNan(make_env()), device="cpu")
+    with pytest.raises(LabError, match="VecMonitor changes"):
+        agent.set_env(VecMonitor(make_env()))
